@@ -1,0 +1,74 @@
+# Every target sets up what it needs: a virtual environment in .venv with pinned dependencies.
+#   make PYTHON=/path/to/python3   use another interpreter for a new .venv
+#   make test PYTEST_ARGS="-k gate"
+#   make bench JSON=name           also write bench/results/name.json
+
+PYTHON ?= python3
+PYTEST_ARGS ?=
+JSON ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help setup demo test lint types format bench clean distclean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+setup: $(STAMP) ## Create .venv and install everything into it (the other targets do this too)
+
+# torch is a step of its own: nothing that depends on it may choose another build.
+$(STAMP): pyproject.toml setup.py constraints.txt heat_fast/_version.py
+	@if [ ! -x $(BIN)/python ]; then \
+	  command -v "$(PYTHON)" >/dev/null || { \
+	    echo "make: there is no '$(PYTHON)' here. heat-fast needs Python 3.10 or newer: install it, or name one with 'make PYTHON=/path/to/python3'." >&2; exit 1; }; \
+	  "$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	    echo "make: '$(PYTHON)' is $$("$(PYTHON)" --version 2>&1). heat-fast needs Python 3.10 or newer: name one with 'make PYTHON=/path/to/python3'." >&2; exit 1; }; \
+	  "$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null || { \
+	    echo "make: '$(PYTHON)' cannot create virtual environments. Install its venv module (on Debian and Ubuntu: apt-get install python3-venv)." >&2; exit 1; }; \
+	  echo "Creating $(VENV) with $$("$(PYTHON)" --version)"; \
+	  "$(PYTHON)" -m venv $(VENV); \
+	fi
+	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	  echo "make: $(VENV) holds $$($(BIN)/python --version 2>&1). heat-fast needs Python 3.10 or newer: remove $(VENV) and run make again." >&2; exit 1; }
+	@$(BIN)/python -c 'import pip, sys; sys.exit(int(pip.__version__.split(".")[0]) < 23)' || $(PIP) install --upgrade pip
+	@echo "Installing torch (the largest download)"
+	@$(PIP) install --constraint constraints.txt torch
+	@echo "Installing heat-fast and its development tools"
+	@$(PIP) install --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+	@echo "$(VENV) is ready: $$($(BIN)/python -c 'from importlib.metadata import version as v; print(*(f"{n} {v(n)}" for n in ("heat-fast", "torch", "transformers")), sep=", ")')"
+
+demo: $(STAMP) ## Attribute an answer of the embedded model and print it
+	@$(BIN)/heat-fast attribute
+
+test: lint types ## Lint, types and tests
+	@$(BIN)/pytest --quiet --durations=10 --benchmark-disable $(PYTEST_ARGS)
+
+lint: $(STAMP) ## ruff: rules and formatting
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/ruff format --quiet --check . || { echo "Some files are not formatted: run 'make format'." >&2; exit 1; }
+	@echo "ruff: clean"
+
+types: $(STAMP) ## mypy --strict on the package
+	@$(BIN)/mypy --strict heat_fast
+
+format: $(STAMP) ## Rewrite the code in the project's format
+	@$(BIN)/ruff check --quiet --fix . || true
+	@$(BIN)/ruff format .
+
+bench: $(STAMP) ## Run the benchmarks (JSON=name writes bench/results/name.json)
+	@ls bench/test_*.py >/dev/null 2>&1 || { echo "bench/ holds no benchmark yet." >&2; exit 1; }
+	@$(if $(JSON),mkdir -p bench/results)
+	@$(BIN)/pytest bench --benchmark-only $(if $(JSON),--benchmark-json=bench/results/$(JSON).json) $(PYTEST_ARGS)
+
+clean: ## Remove caches and build output (.venv stays)
+	@rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .benchmarks .hypothesis
+	@find heat_fast kernels tests bench -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean ## Remove .venv as well
+	@rm -rf $(VENV)

@@ -1,0 +1,89 @@
+"""Token attribution for decoder-only language models, by attention flow, curvature and information.
+
+For each token of a prompt, how much it contributed to what the model says next::
+
+    score[i] = gate[i] * (beta * curvature[i] + gamma * information[i])
+
+Names are looked up on first use (PEP 562), so ``import heat_fast`` by itself loads neither
+torch nor transformers.
+
+Example:
+    >>> import heat_fast
+    >>> demo = heat_fast.demo.demo(count=1)
+    >>> result = heat_fast.attribute(demo.model, demo.tokenizer, demo.examples[0].prompt)
+    >>> result.scores.shape == (len(result.tokens),)
+    True
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from heat_fast._version import __version__
+
+if TYPE_CHECKING:
+    from heat_fast.attributor import Attributor, attribute
+    from heat_fast.config import HeatConfig
+    from heat_fast.demo import load_demo_model
+    from heat_fast.errors import (
+        ConfigError,
+        HeatError,
+        InputError,
+        NumericalError,
+        OutputError,
+        UnsupportedModelError,
+    )
+    from heat_fast.result import Attribution, load
+
+__all__ = [
+    "Attribution",
+    "Attributor",
+    "ConfigError",
+    "HeatConfig",
+    "HeatError",
+    "InputError",
+    "NumericalError",
+    "OutputError",
+    "UnsupportedModelError",
+    "__version__",
+    "attribute",
+    "load",
+    "load_demo_model",
+]
+
+# public name -> module that defines it
+_HOME = {
+    "Attribution": "heat_fast.result",
+    "Attributor": "heat_fast.attributor",
+    "ConfigError": "heat_fast.errors",
+    "HeatConfig": "heat_fast.config",
+    "HeatError": "heat_fast.errors",
+    "InputError": "heat_fast.errors",
+    "NumericalError": "heat_fast.errors",
+    "OutputError": "heat_fast.errors",
+    "UnsupportedModelError": "heat_fast.errors",
+    "attribute": "heat_fast.attributor",
+    "load": "heat_fast.result",
+    "load_demo_model": "heat_fast.demo",
+}
+
+# Reachable as attributes without an import statement of their own.
+_SUBMODULES = frozenset({"demo"})
+
+# A type checker that saw __getattr__ would accept any attribute of the module.
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> object:
+        if name in _SUBMODULES:
+            return import_module(f"{__name__}.{name}")
+        home = _HOME.get(name)
+        if home is None:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(import_module(home), name)
+        globals()[name] = value
+        return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_SUBMODULES})

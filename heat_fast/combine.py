@@ -1,0 +1,52 @@
+"""From components to scores (paper Eq. 5, with the optional first-order term of Eq. 22).
+
+    score    = gate * (beta S + gamma I + alpha |grad g|_1)
+    envelope = gate * (beta S + gamma max(0, drop))
+
+With `normalize="sum"`, S, I (and the gradient norm and the positive drop) are each divided by their
+own sum over the prompt's tokens before they are mixed: S grows with the width of the model and with
+the inverse square of the embedding scale, I is in nats.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from heat_fast.config import HeatConfig
+
+
+@dataclass(frozen=True)
+class Components:
+    """The measured parts of an attribution, `[n, N]` each."""
+
+    gate: Tensor
+    curvature: Tensor
+    information: Tensor
+    log_prob_drop: Tensor
+    gradient_norm: Tensor
+
+
+def combine(parts: Components, config: HeatConfig) -> tuple[Tensor, Tensor]:
+    """`(score, envelope)`, `[n, N]` each, in the components' dtype.
+
+    Example:
+        >>> row = torch.tensor([[0.5, 0.5]])
+        >>> parts = Components(row, row, row, -row, row)
+        >>> [values.tolist() for values in combine(parts, HeatConfig())]
+        [[[0.25, 0.25]], [[0.125, 0.125]]]
+    """
+
+    def scaled(values: Tensor) -> Tensor:
+        if config.normalize is None:
+            return values
+        total = values.sum(-1, keepdim=True)
+        return torch.where(total > 0, values / total, torch.zeros_like(values))
+
+    curvature = config.beta * scaled(parts.curvature)
+    information = config.gamma * scaled(parts.information)
+    drop = config.gamma * scaled(parts.log_prob_drop.clamp_min(0))
+    score = parts.gate * (curvature + information + config.alpha * scaled(parts.gradient_norm))
+    return score, parts.gate * (curvature + drop)

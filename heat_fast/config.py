@@ -1,0 +1,291 @@
+"""Settings of an attribution: one frozen, validated record and its named presets.
+
+A new field is one line in :class:`HeatConfig` (its default and its check stand together), a new
+preset is one line in :data:`PRESETS`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import numbers
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import field
+from types import MappingProxyType
+from typing import Any, Final, Literal, get_args
+
+from heat_fast.errors import ConfigError
+
+__all__ = ["PRESETS", "HeatConfig"]
+
+Rollout = Literal["value_path", "input_path"]
+Curvature = Literal["hessian", "gauss_newton", "grad_squared", "none"]
+Estimator = Literal["block", "coded", "row"]
+Masking = Literal["zero", "mean", "sentinel"]
+Normalize = Literal["sum"]
+Aggregate = Literal["mean", "max", "sum"]
+
+#: What each named variant changes; whatever it does not name keeps the field's own default.
+PRESETS: Final[Mapping[str, Mapping[str, Any]]] = MappingProxyType(
+    {
+        "full": {},
+        "gs": {"curvature": "grad_squared"},
+    }
+)
+
+# A check receives the field's name and the value given, and returns the value to store.
+_Check = Callable[[str, Any], Any]
+
+
+class _Unset:
+    """Stands for "not given", so that a field left out can follow the variant's preset."""
+
+    def __repr__(self) -> str:
+        return "<the variant's value>"
+
+
+_UNSET: Final[Any] = _Unset()
+
+
+def _error(name: str, value: Any, expected: str, do: str) -> ConfigError:
+    return ConfigError(f"{name}={value!r} is not valid: expected {expected}. {do}")
+
+
+def _kind(value: Any) -> str:
+    return f"a value of type {type(value).__name__}"
+
+
+def suggest(name: object, known: Iterable[str]) -> str:
+    """A sentence naming the known names close to `name`, or all of them where none is close."""
+    names = sorted(known)
+    close = difflib.get_close_matches(str(name), names, n=3, cutoff=0.6)
+    if close:
+        return f"Did you mean {' or '.join(repr(match) for match in close)}?"
+    return f"Known names: {', '.join(names)}."
+
+
+def _one_of(literal: Any) -> _Check:
+    choices = get_args(literal)
+
+    def check(name: str, value: Any) -> Any:
+        if not isinstance(value, str) or value not in choices:
+            expected = "one of " + ", ".join(repr(choice) for choice in choices)
+            raise _error(name, value, expected, suggest(value, choices))
+        return value
+
+    return check
+
+
+def _number(*, minimum: float) -> _Check:
+    def check(name: str, value: Any) -> float:
+        expected = f"a finite number, at least {minimum:g}"
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+            raise _error(name, value, expected, f"Pass a float, not {_kind(value)}.")
+        try:
+            number = float(value)
+        except OverflowError:
+            number = math.inf
+        if not math.isfinite(number) or number < minimum:
+            raise _error(name, value, expected, f"Choose a value of at least {minimum:g}.")
+        return number
+
+    return check
+
+
+def _integer(*, minimum: int, maximum: int | None = None) -> _Check:
+    upper = "" if maximum is None else f" and at most {maximum}"
+
+    def check(name: str, value: Any) -> int:
+        expected = f"an integer, at least {minimum}{upper}"
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+            raise _error(name, value, expected, f"Pass an int, not {_kind(value)}.")
+        number = int(value)
+        if number < minimum or (maximum is not None and number > maximum):
+            raise _error(name, value, expected, f"Choose a value of at least {minimum}{upper}.")
+        return number
+
+    return check
+
+
+def _optional(check: _Check) -> _Check:
+    def optional_check(name: str, value: Any) -> Any:
+        return None if value is None else check(name, value)
+
+    return optional_check
+
+
+def _variant(name: str, value: Any) -> str:
+    if not isinstance(value, str) or value not in PRESETS:
+        expected = "the name of a preset, " + " or ".join(repr(preset) for preset in PRESETS)
+        raise ConfigError(
+            f"unknown variant {value!r}: expected {expected}. {suggest(value, PRESETS)}"
+        )
+    return value
+
+
+def _spec(default: Any, check: _Check) -> Mapping[str, Any]:
+    """A field's own default and its check, as its metadata."""
+    return {"default": default, "check": check}
+
+
+@dataclasses.dataclass(frozen=True)
+class HeatConfig:
+    """Everything that decides the result of an attribution, besides model, prompt and target.
+
+    The score of context token i is ``gate[i] * (beta * curvature[i] + gamma * information[i]
+    + alpha * |grad_i g|_1)`` (paper Eq. 5, with the optional first-order term of Eq. 22).
+
+    A field that is left out takes the value of the variant's preset and, where the preset does
+    not name it, the default given here; ``HeatConfig(variant="gs")`` and
+    ``HeatConfig.preset("gs")`` are therefore equal.
+
+    Fields
+    ------
+    variant: name of a preset, see :data:`PRESETS`. Default ``"full"``.
+    beta, gamma, alpha: weights of curvature, information and gradient norm; finite, not
+        negative, not all zero. Defaults 0.5, 0.5, 0.
+    rollout: ``"value_path"`` (default) or ``"input_path"``: which attention flow the gate uses.
+    curvature: ``"hessian"`` (default), ``"gauss_newton"``, ``"grad_squared"`` or ``"none"``.
+    estimator: ``"block"`` (default; paper Eq. 3), ``"coded"`` or ``"row"``.
+    probes: Rademacher probes of the curvature estimator, at least 1. Default 10.
+    codes: sign codes of the ``"coded"`` estimator, at least 2 there. Default 8.
+    masking: what replaces a token's embedding for its information: ``"zero"`` (default),
+        ``"mean"`` (of the vocabulary's embeddings) or ``"sentinel"``.
+    sentinel_token: the token id used by ``masking="sentinel"``, required there. Default None.
+    normalize: None (default; Eq. 5 as written) or ``"sum"`` (curvature and information each
+        divided by its own sum over tokens before they are mixed).
+    aggregate: how several targets become one score per token: ``"mean"`` (default), ``"max"``
+        or ``"sum"`` (paper Eq. 23).
+    seed: seed of the probes, 0 to 2^63 - 1. Default 0.
+    token_budget: token rows run in one batch; None (default) leaves the choice to the planner.
+        It changes speed and memory, not the result.
+
+    Raises
+    ------
+    ConfigError: for a wrong type or value, an unknown variant, or settings that contradict
+        each other.
+
+    >>> HeatConfig(variant="gs").curvature
+    'grad_squared'
+    >>> HeatConfig.preset("full", probes=4).replace(beta=1.0).beta
+    1.0
+    """
+
+    variant: str = "full"
+    beta: float = field(default=_UNSET, metadata=_spec(0.5, _number(minimum=0)))
+    gamma: float = field(default=_UNSET, metadata=_spec(0.5, _number(minimum=0)))
+    alpha: float = field(default=_UNSET, metadata=_spec(0.0, _number(minimum=0)))
+    rollout: Rollout = field(default=_UNSET, metadata=_spec("value_path", _one_of(Rollout)))
+    curvature: Curvature = field(default=_UNSET, metadata=_spec("hessian", _one_of(Curvature)))
+    estimator: Estimator = field(default=_UNSET, metadata=_spec("block", _one_of(Estimator)))
+    probes: int = field(default=_UNSET, metadata=_spec(10, _integer(minimum=1)))
+    codes: int = field(default=_UNSET, metadata=_spec(8, _integer(minimum=1)))
+    masking: Masking = field(default=_UNSET, metadata=_spec("zero", _one_of(Masking)))
+    sentinel_token: int | None = field(
+        default=_UNSET, metadata=_spec(None, _optional(_integer(minimum=0)))
+    )
+    normalize: Normalize | None = field(
+        default=_UNSET, metadata=_spec(None, _optional(_one_of(Normalize)))
+    )
+    aggregate: Aggregate = field(default=_UNSET, metadata=_spec("mean", _one_of(Aggregate)))
+    seed: int = field(default=_UNSET, metadata=_spec(0, _integer(minimum=0, maximum=2**63 - 1)))
+    token_budget: int | None = field(
+        default=_UNSET, metadata=_spec(None, _optional(_integer(minimum=1)))
+    )
+
+    def __post_init__(self) -> None:
+        preset = PRESETS[_variant("variant", self.variant)]
+        for spec in dataclasses.fields(self):
+            check: _Check | None = spec.metadata.get("check")
+            if check is None:
+                continue
+            value = getattr(self, spec.name)
+            if value is _UNSET:
+                value = preset.get(spec.name, spec.metadata["default"])
+            object.__setattr__(self, spec.name, check(spec.name, value))
+        self._check_together()
+
+    def _check_together(self) -> None:
+        """Reject settings that are valid one by one and useless together."""
+        if self.beta == 0 and self.gamma == 0 and self.alpha == 0:
+            raise ConfigError(
+                "beta, gamma and alpha are all 0, so every score would be 0: expected at least "
+                "one positive weight. Raise one of them (beta=0.5, gamma=0.5 are the defaults)."
+            )
+        if self.curvature == "none" and self.gamma == 0 and self.alpha == 0:
+            raise ConfigError(
+                "curvature='none' with gamma=0 and alpha=0 leaves nothing to score: expected a "
+                "positive gamma or alpha. Set one of them, or choose a curvature."
+            )
+        if self.masking == "sentinel" and self.sentinel_token is None:
+            raise ConfigError(
+                "masking='sentinel' needs sentinel_token, got None: expected the id of the token "
+                "that replaces the masked one. Pass sentinel_token=<id>, or masking='zero'."
+            )
+        if self.estimator == "coded" and self.codes < 2:
+            raise ConfigError(
+                f"estimator='coded' with codes={self.codes}: expected at least 2 codes, because "
+                "the noise correction is a variance over codes. Raise codes."
+            )
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> HeatConfig:
+        """The named preset, with any field overridden.
+
+        >>> HeatConfig.preset("gs", seed=3).curvature
+        'grad_squared'
+        """
+        if "variant" in overrides and overrides["variant"] != name:
+            raise ConfigError(
+                f"preset {name!r} was asked for with variant={overrides['variant']!r}: expected "
+                "one name. Pass the variant once."
+            )
+        _check_names(overrides)
+        return cls(**{**overrides, "variant": name})
+
+    def replace(self, **overrides: Any) -> HeatConfig:
+        """A copy with some fields changed.
+
+        A new ``variant`` brings its preset's values along; fields that differ from the present
+        variant's preset are kept.
+
+        >>> HeatConfig(probes=3).replace(variant="gs") == HeatConfig(variant="gs", probes=3)
+        True
+        """
+        _check_names(overrides)
+        base = type(self)(variant=self.variant)
+        chosen = {
+            spec.name: getattr(self, spec.name)
+            for spec in dataclasses.fields(self)
+            if getattr(self, spec.name) != getattr(base, spec.name)
+        }
+        return type(self)(**{"variant": self.variant, **chosen, **overrides})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field by name, as values that JSON can hold."""
+        return {spec.name: getattr(self, spec.name) for spec in dataclasses.fields(self)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> HeatConfig:
+        """The inverse of :meth:`to_dict`; a field that is missing follows the variant.
+
+        >>> HeatConfig.from_dict(HeatConfig(seed=7).to_dict()).seed
+        7
+        """
+        if not isinstance(values, Mapping):
+            raise ConfigError(
+                f"a configuration must be a mapping of field names to values, got "
+                f"{type(values).__name__}. Pass what to_dict() returned."
+            )
+        _check_names(values)
+        return cls(**values)
+
+
+def _check_names(names: Iterable[str]) -> None:
+    known = {spec.name for spec in dataclasses.fields(HeatConfig)}
+    for name in names:
+        if name not in known:
+            raise ConfigError(
+                f"unknown setting {name!r}: expected a field of HeatConfig. {suggest(name, known)}"
+            )

@@ -1,0 +1,64 @@
+"""Phi-3 and Phi-4: as Llama, with fused qkv and gate-up layers, partial and long-context rotary."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from heat_fast.decoder.attention import Attention, FusedProjection
+from heat_fast.decoder.block import Block
+from heat_fast.decoder.families.common import rms_norm, rotary_tables
+from heat_fast.decoder.head import Head
+from heat_fast.decoder.linear import Linear
+from heat_fast.decoder.mlp import Mlp
+from heat_fast.decoder.rotary import Rotary
+from heat_fast.decoder.view import Decoder, family, module_device
+from heat_fast.kernels.branch_attention import Masking
+
+
+@family("Phi3ForCausalLM")
+def build(model: nn.Module, length: int) -> Decoder:
+    """View a Phi-3 model."""
+    causal: Any = model
+    body, config = causal.model, causal.config
+    rotary = rotary_tables(body.rotary_emb, body.norm.weight, length)
+    layers = body.layers[: config.num_hidden_layers]
+    return Decoder(
+        model=model,
+        length=length,
+        blocks=tuple(_block(layer, rotary, config) for layer in layers),
+        head=Head(
+            rms_norm(body.norm), Linear(causal.lm_head), device=module_device(causal.lm_head)
+        ),
+        positions=None,
+    )
+
+
+def _block(layer: Any, rotary: Rotary, config: Any) -> Block:
+    attention = layer.self_attn
+    return Block(
+        norm=rms_norm(layer.input_layernorm),
+        attention=Attention(
+            FusedProjection(
+                Linear(attention.qkv_proj),
+                config.num_attention_heads,
+                config.num_key_value_heads,
+                attention.head_dim,
+                interleaved=False,
+            ),
+            Linear(attention.o_proj),
+            rotary,
+            Masking(attention.scaling, config.sliding_window),
+            groups=attention.num_key_value_groups,
+        ),
+        mlp_norm=rms_norm(layer.post_attention_layernorm),
+        mlp=Mlp(
+            Linear(layer.mlp.gate_up_proj),
+            None,
+            Linear(layer.mlp.down_proj),
+            layer.mlp.activation_fn,
+            fused=True,
+        ),
+        device=module_device(layer),
+    )

@@ -1,0 +1,73 @@
+"""Affine maps: the model's own linear submodules, read forwards and backwards.
+
+`y = x W' + b`. The module is always *called* for the forward reading, so quantised weights,
+low-rank adapters and offloading hooks keep working. Because the map is affine it has no second
+derivative: `tangent` and `adjoint` are all that the second-order sweeps need of it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+def dense_weight(module: nn.Module) -> Tensor | None:
+    """Return the `[out, in]` weight of a plain matrix layer, or None for anything else.
+
+    A layer counts as plain only if its class is known exactly: a subclass may dequantise, add an
+    adapter or fetch its weight from elsewhere, and then only calling it is right.
+    """
+    kind = f"{type(module).__module__}.{type(module).__qualname__}"
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.is_meta:
+        return None
+    if hasattr(module, "_hf_hook") or hasattr(module, "parametrizations"):
+        return None
+    if type(module) is nn.Linear:
+        return weight.detach()
+    if kind == "transformers.pytorch_utils.Conv1D":  # stores its weight as [in, out]
+        return weight.detach().t()
+    return None
+
+
+class Linear:
+    """One affine submodule of the user's model.
+
+    Shapes: `x [..., in]`, `y [..., out]`. A plain layer multiplies by its weight directly; every
+    other layer (quantised, adapted, offloaded) is differentiated through its own forward.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.weight = dense_weight(module)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`y = x W' + b`, by the module itself."""
+        output: Tensor = self.module(x)
+        return output
+
+    def tangent(self, x_dot: Tensor) -> Tensor:
+        """`y. = x. W'`: the affine map without its offset."""
+        if self.weight is not None:
+            return x_dot @ self.weight.t()
+        offset = self.module(x_dot.new_zeros(1, x_dot.shape[-1]))
+        output: Tensor = self.module(x_dot) - offset.reshape(-1)
+        return output
+
+    def adjoint(self, y_bar: Tensor, in_features: int) -> Tensor:
+        """`x_ = y_ W`, the vector-Jacobian product; `[..., out] -> [..., in]`."""
+        if self.weight is not None:
+            return y_bar @ self.weight
+        with torch.enable_grad():
+            x = y_bar.new_zeros(*y_bar.shape[:-1], in_features, requires_grad=True)
+            (x_bar,) = torch.autograd.grad(self.module(x), x, y_bar)
+        return x_bar.detach()
+
+    def matrix(self, in_features: int) -> Tensor:
+        """The `[out, in]` matrix of the map; for a layer that is not plain, from unit vectors."""
+        if self.weight is not None:
+            return self.weight
+        like = next(iter(self.module.parameters()), None)
+        dtype = like.dtype if like is not None and like.is_floating_point() else torch.float32
+        device = None if like is None or like.is_meta else like.device
+        return self.tangent(torch.eye(in_features, dtype=dtype, device=device)).t()

@@ -1,0 +1,166 @@
+"""The feed-forward layer, gated or plain, in four readings.
+
+    gated: h = phi(g) o u, g = x W_g', u = x W_u'      plain: h = phi(g), g = x W_g' + b
+    y = h W_down'
+
+`phi'` and `phi''` come from differentiating the model's own activation module once per context,
+element by element; every probe then shares them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from heat_fast.decoder.linear import Linear
+from heat_fast.decoder.norm import wide
+
+
+@dataclass(frozen=True)
+class MlpState:
+    """Primal pre-activations, `[S, f]`: `gate` (g) and `up` (u, None for a plain layer).
+
+    `derivatives` are `phi, phi', phi''` at `g` where they are kept for many probes.
+    """
+
+    gate: Tensor
+    up: Tensor | None
+    derivatives: tuple[Tensor, ...] | None = None
+
+    def rows(self, rows: slice) -> MlpState:
+        """The same state for some of its rows."""
+        kept = self.derivatives
+        return MlpState(
+            self.gate[rows],
+            None if self.up is None else self.up[rows],
+            None if kept is None else tuple(value[rows] for value in kept),
+        )
+
+
+@dataclass(frozen=True)
+class MlpTangent:
+    """Tangents of the pre-activations, `[B, S, f]`."""
+
+    gate: Tensor
+    up: Tensor | None
+
+    def rows(self, rows: slice) -> MlpTangent:
+        """The same tangents for some of their rows."""
+        return MlpTangent(self.gate[:, rows], None if self.up is None else self.up[:, rows])
+
+
+class Mlp:
+    """A feed-forward layer over the model's own linear and activation modules.
+
+    Either `gate` and `up` are separate (`up=None`: plain layer), or `fused=True` and `gate` yields
+    both halves side by side, the gate first.
+    """
+
+    def __init__(
+        self,
+        gate: Linear,
+        up: Linear | None,
+        down: Linear,
+        activation: nn.Module | Callable[[Tensor], Tensor],
+        *,
+        fused: bool = False,
+    ) -> None:
+        self.gate = gate
+        self.up = up
+        self.down = down
+        self.activation = activation
+        self.fused = fused
+
+    def _split(self, read: Callable[[Linear], Tensor]) -> tuple[Tensor, Tensor | None]:
+        """Gate and up values from one reading (`forward` or `tangent`) of the input layers."""
+        gate = read(self.gate)
+        if self.fused:
+            left, right = gate.chunk(2, dim=-1)
+            return left, right
+        return gate, None if self.up is None else read(self.up)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, MlpState]:
+        """`y [..., S, d]` and the pre-activations."""
+        gate, up = self._split(lambda linear: linear.forward(x))
+        hidden = self.activation(gate)
+        y = self.down.forward(hidden if up is None else hidden * up)
+        return y, MlpState(gate, up)
+
+    def derivatives(self, state: MlpState, order: int) -> tuple[Tensor, ...]:
+        """`(phi, phi', ..)` at the gate up to `order`, element by element, in the gate's dtype."""
+        if state.derivatives is not None:
+            return state.derivatives[: order + 1]
+        gate = state.gate
+        with torch.enable_grad():
+            x = gate.detach().to(wide(gate.dtype)).requires_grad_()
+            values = [self.activation(x)]
+            for step in range(order):
+                total = values[-1].sum()
+                if not total.requires_grad:  # e.g. the second derivative of a ReLU
+                    values.append(torch.zeros_like(x))
+                    continue
+                (slope,) = torch.autograd.grad(total, x, create_graph=step + 1 < order)
+                values.append(slope)
+        return tuple(value.detach().to(gate.dtype) for value in values)
+
+    def with_derivatives(self, state: MlpState) -> MlpState:
+        """The state with `phi, phi', phi''` kept: worth their memory when many probes follow."""
+        return replace(state, derivatives=self.derivatives(state, 2))
+
+    def tangent(self, state: MlpState, x_dot: Tensor) -> tuple[Tensor, MlpTangent]:
+        """`h. = phi' g. u + phi u.`, `y. = h. W_down'`."""
+        gate, up = self._split(lambda linear: linear.tangent(x_dot))
+        value, slope = self.derivatives(state, 1)
+        if up is None or state.up is None:
+            hidden = slope * gate
+        else:
+            hidden = torch.addcmul(value * up, slope * state.up, gate)
+        return self.down.tangent(hidden), MlpTangent(gate, up)
+
+    def adjoint(self, state: MlpState, y_bar: Tensor, width: int) -> tuple[Tensor, Tensor]:
+        """`x_` and the hidden adjoint `h_ = y_ W_down`; `g_ = h_ u phi'`, `u_ = h_ phi`."""
+        hidden = self.down.adjoint(y_bar, state.gate.shape[-1])
+        value, slope = self.derivatives(state, 1)
+        if state.up is None:
+            x_bar = self._pull(hidden * slope, None, width)
+        else:
+            x_bar = self._pull(hidden * state.up * slope, hidden * value, width)
+        return x_bar, hidden
+
+    def adjoint_tangent(
+        self,
+        state: MlpState,
+        tangent: MlpTangent,
+        hidden_bar: Tensor,
+        y_bar_dot: Tensor,
+        width: int,
+    ) -> Tensor:
+        """`x_.`, with
+
+        g_. = h_. u phi' + h_ u. phi' + h_ u phi'' g.,   u_. = h_. phi + h_ phi' g.
+        """
+        hidden_dot = self.down.adjoint(y_bar_dot, state.gate.shape[-1])
+        value, slope, bend = self.derivatives(state, 2)
+        if state.up is None or tangent.up is None:
+            return self._pull(
+                torch.addcmul(hidden_dot * slope, hidden_bar * bend, tangent.gate), None, width
+            )
+        pulled_slope = hidden_bar * slope
+        up_bar = torch.addcmul(hidden_dot * value, pulled_slope, tangent.gate)
+        gate_bar = hidden_dot.mul_(state.up * slope)
+        gate_bar.addcmul_(pulled_slope, tangent.up)
+        gate_bar.addcmul_(hidden_bar * state.up * bend, tangent.gate)
+        return self._pull(gate_bar, up_bar, width)
+
+    def _pull(self, gate: Tensor, up: Tensor | None, width: int) -> Tensor:
+        """Adjoint of the input layers, `[..., S, f] -> [..., S, d]`."""
+        if self.fused:
+            assert up is not None
+            return self.gate.adjoint(torch.cat((gate, up), dim=-1), width)
+        x_bar = self.gate.adjoint(gate, width)
+        if up is not None and self.up is not None:
+            x_bar = x_bar + self.up.adjoint(up, width)
+        return x_bar

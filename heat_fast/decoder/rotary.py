@@ -1,0 +1,42 @@
+"""Rotary position embedding: a linear map of each head, so it needs no state of its own.
+
+For a pair `(u, v)` of one head's dimensions at one position, with angle `t` and scale `s`:
+`(u, v) -> s (u cos t - v sin t, v cos t + u sin t)`. Pairs are `(j, j + n/2)` ("half", Llama and
+kin) or `(2j, 2j + 1)` ("interleaved", GPT-J). Dimensions beyond the table's width pass unchanged.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class Rotary:
+    """Tables `cos`, `sin` of shape `[positions, rotary_dim]`, one column per rotated dimension."""
+
+    def __init__(self, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> None:
+        self.cos = cos
+        self.sin = sin
+        self.interleaved = interleaved
+
+    def _quarter_turn(self, x: Tensor) -> Tensor:
+        if self.interleaved:
+            return torch.stack((-x[..., 1::2], x[..., ::2]), dim=-1).flatten(-2)
+        half = x.shape[-1] // 2
+        return torch.cat((-x[..., half:], x[..., :half]), dim=-1)
+
+    def _turn(self, x: Tensor, start: int, sign: int) -> Tensor:
+        rows = slice(start, start + x.shape[-2])
+        cos, sin = self.cos[rows].to(x.device), self.sin[rows].to(x.device)
+        width = cos.shape[-1]
+        turned = x[..., :width]
+        turned = turned * cos + sign * (self._quarter_turn(turned) * sin)
+        return turned if width == x.shape[-1] else torch.cat((turned, x[..., width:]), dim=-1)
+
+    def forward(self, x: Tensor, start: int) -> Tensor:
+        """Rotate `x [..., S, D]`, whose first row stands at position `start`; also the tangent."""
+        return self._turn(x, start, 1)
+
+    def adjoint(self, y_bar: Tensor, start: int) -> Tensor:
+        """The transposed map: the same angles turned back, the same scale."""
+        return self._turn(y_bar, start, -1)

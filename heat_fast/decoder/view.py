@@ -1,0 +1,131 @@
+"""The uniform view of a decoder-only language model, and the registry of families."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from heat_fast.decoder.block import Block
+from heat_fast.decoder.head import Head
+from heat_fast.decoder.linear import Linear
+from heat_fast.errors import UnsupportedModelError
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """A causal LM as its input, its blocks and its head, over the model's own submodules.
+
+    The residual stream starts as `x = X + positions`: `X [T, d]` are the input embeddings (what
+    Hugging Face calls `inputs_embeds`), `positions [T, d]` the learned position embeddings or None.
+    A view is made for a context of `length` tokens, because rotary tables may depend on it.
+    """
+
+    model: nn.Module
+    length: int
+    blocks: tuple[Block, ...]
+    head: Head
+    positions: Tensor | None
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the residual stream, d."""
+        model: Any = self.model
+        return int(model.get_input_embeddings().weight.shape[-1])
+
+    def enter(self, embeddings: Tensor, start: int) -> Tensor:
+        """The residual stream `[B, S, d]` of embeddings whose first row stands at `start`."""
+        if self.positions is None:
+            return embeddings
+        return embeddings + self.positions[start : start + embeddings.shape[-2]]
+
+
+Builder = Callable[[nn.Module, int], Decoder]
+_FAMILIES: dict[str, Builder] = {}
+
+
+def family(*class_names: str) -> Callable[[Builder], Builder]:
+    """Register a builder for the Hugging Face classes of these names."""
+
+    def register(builder: Builder) -> Builder:
+        for name in class_names:
+            _FAMILIES[name] = builder
+        return builder
+
+    return register
+
+
+def supported_classes() -> tuple[str, ...]:
+    """Names of the model classes that have a view, sorted."""
+    import heat_fast.decoder.families  # noqa: F401  (fills the registry)
+
+    return tuple(sorted(_FAMILIES))
+
+
+def _base_model(model: nn.Module) -> nn.Module:
+    """Look through an adapter wrapper (PEFT) at the causal LM inside."""
+    inner = getattr(model, "get_base_model", None)
+    base = inner() if callable(inner) else model
+    assert isinstance(base, nn.Module)
+    return base
+
+
+def check_supported(model: nn.Module) -> str:
+    """The registered class name that serves `model`, or a clear error."""
+    known = supported_classes()
+    base = _base_model(model)
+    config = getattr(base, "config", None)
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(
+            f"{type(base).__name__} is an encoder-decoder; attribution is defined for decoder-only "
+            "language models. Load a causal language model (AutoModelForCausalLM)."
+        )
+    for ancestor in type(base).__mro__:
+        if ancestor.__name__ in known:
+            return ancestor.__name__
+    raise UnsupportedModelError(
+        f"there is no view of {type(base).__name__}; known are {', '.join(known)}. "
+        "Add a file for it in heat_fast/decoder/families/ (CONTRIBUTING.md tells how)."
+    )
+
+
+def view(model: nn.Module, length: int) -> Decoder:
+    """View a Hugging Face causal LM for contexts of `length` tokens.
+
+    Raises `UnsupportedModelError` naming the model's class if no family knows it, or if the family
+    cannot serve a setting of its config.
+
+    Example:
+        >>> from heat_fast import load_demo_model
+        >>> len(view(load_demo_model().model, 16).blocks) > 0
+        True
+    """
+    name = check_supported(model)
+    with torch.no_grad():
+        return _FAMILIES[name](_base_model(model), length)
+
+
+def module_device(module: nn.Module) -> torch.device | None:
+    """Where a submodule computes: its hook's execution device, else its first parameter's."""
+    hook = getattr(module, "_hf_hook", None)
+    device = getattr(hook, "execution_device", None)
+    if device is not None:
+        return torch.device(device if not isinstance(device, int) else f"cuda:{device}")
+    for parameter in module.parameters():
+        if not parameter.is_meta:
+            return parameter.device
+    return None
+
+
+__all__ = [
+    "Decoder",
+    "Linear",
+    "check_supported",
+    "family",
+    "module_device",
+    "supported_classes",
+    "view",
+]

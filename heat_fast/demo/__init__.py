@@ -1,0 +1,110 @@
+"""The embedded model: a tiny Llama that answers questions about generated passages.
+
+It ships with the package, so that everything can be tried without a download. See the README in
+this folder for its data, accuracy and limits, and :mod:`heat_fast.demo.corpus` for the prompts.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from heat_fast.demo.corpus import Example, make_example, tokens_in_spans
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+__all__ = [
+    "WEIGHTS",
+    "Demo",
+    "Example",
+    "demo",
+    "load_demo_model",
+    "make_example",
+    "tokens_in_spans",
+]
+
+WEIGHTS = Path(__file__).parent / "weights"
+"""Folder of the trained files, in the layout of ``transformers``."""
+
+
+@dataclass(frozen=True)
+class Demo:
+    """The embedded model with prompts it was not trained on.
+
+    Attributes:
+        model: the model, float32, in eval mode, on the CPU.
+        tokenizer: its tokenizer; ``tokenizer(text)`` puts ``<s>`` in front.
+        examples: held-out examples, seeds 0, 1, 2, ...
+    """
+
+    model: LlamaForCausalLM
+    tokenizer: PreTrainedTokenizerFast
+    examples: tuple[Example, ...]
+
+
+def load_demo_model(
+    directory: str | Path = WEIGHTS,
+) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
+    """The embedded model and its tokenizer, read from local files only.
+
+    The model is float32, on the CPU and in eval mode.
+
+    Raises:
+        FileNotFoundError: ``directory`` does not hold the trained files.
+
+    Example:
+        >>> from heat_fast.demo import load_demo_model
+        >>> model, tokenizer = load_demo_model()
+        >>> tokenizer("The capital").input_ids[0] == tokenizer.bos_token_id
+        True
+    """
+    folder = Path(directory)
+    missing = [
+        name
+        for name in ("config.json", "model.safetensors", "tokenizer.json")
+        if not (folder / name).is_file()
+    ]
+    if missing:
+        raise FileNotFoundError(
+            f"{folder} has no {', '.join(missing)}; expected the files written by "
+            "`python -m heat_fast.demo.train --output DIR`. Reinstall the package or train them."
+        )
+    import torch
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+    model = LlamaForCausalLM.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
+    model.eval()
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+    return model, tokenizer
+
+
+def demo(count: int = 8) -> Demo:
+    """The embedded model, its tokenizer and ``count`` held-out examples (seeds 0 to count - 1).
+
+    Raises:
+        ValueError: ``count`` is negative.
+
+    Example:
+        >>> from heat_fast.demo import demo
+        >>> example = demo().examples[0]
+        >>> example.prompt.endswith("Answer:")
+        True
+    """
+    if count < 0:
+        raise ValueError(f"count is {count}; expected the number of examples, zero or more")
+    model, tokenizer = load_demo_model()
+    return Demo(model, tokenizer, tuple(make_example(seed) for seed in range(count)))
+
+
+class _CallableModule(ModuleType):
+    """Lets ``heat_fast.demo()`` work: importing this package binds its module to that name."""
+
+    def __call__(self, count: int = 8) -> Demo:
+        return demo(count)
+
+
+sys.modules[__name__].__class__ = _CallableModule

@@ -1,0 +1,104 @@
+"""The information each token carries: what the prediction loses without it (paper Eq. 4).
+
+    I_i = KL( P || P with token i's embedding replaced ),   drop_i = g(X) - g(X without i)
+
+A branch is the trunk with one token replaced. By causality it differs from the trunk at positions
+>= i only, so it is run there alone, against the trunk's keys and values below; the last block runs
+at the target rows. All targets of a response come from the same branches.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from heat_fast.decoder.norm import wide
+from heat_fast.errors import InputError
+from heat_fast.kernels.masked_kl import masked_kl
+from heat_fast.planner import Budget, run_batches, slices
+from heat_fast.progress import Ledger, Step
+from heat_fast.trunk import Trunk, require_finite
+
+# Logits are made for a few rows at a time: at most this many numbers, 32 MB in float32.
+LOGIT_ELEMENTS = 1 << 23
+
+
+def replacement(embed: torch.nn.Module, masking: str, sentinel: int | None, like: Tensor) -> Tensor:
+    """The embedding `[d]` that stands in for a masked token.
+
+    `zero`: the zero vector; `mean`: the mean over the vocabulary of what the model's embedding
+    layer returns; `sentinel`: the embedding of one token.
+    """
+    if masking == "zero":
+        return torch.zeros_like(like[0])
+    weight = embed.weight
+    assert isinstance(weight, Tensor)
+    rows = weight.shape[0]
+    if masking == "sentinel":
+        if sentinel is None or not 0 <= sentinel < rows:
+            raise InputError(
+                f"sentinel_token={sentinel} is outside the model's vocabulary: expected an id from "
+                f"0 to {rows - 1}. Pass the id of a token the model knows."
+            )
+        vector: Tensor = embed(torch.tensor([sentinel], device=like.device))[0]
+        return vector
+    total = torch.zeros(like.shape[-1], dtype=torch.float64, device=like.device)
+    for part in slices(rows, 8192):
+        ids = torch.arange(part.start, part.stop, device=like.device)
+        total += embed(ids).to(torch.float64).sum(0)
+    return (total / rows).to(like.dtype)
+
+
+def information(
+    trunk: Trunk, vector: Tensor, budget: Budget, ledger: Ledger, step: Step
+) -> tuple[Tensor, Tensor]:
+    """`(KL, drop)`, `[n, N]` each, nats, in at least float32."""
+    count, targets = trunk.prompt_length, len(trunk.targets)
+    dtype = wide(trunk.embeddings.dtype)
+    divergence = torch.zeros(targets, count, dtype=dtype)
+    drop = torch.zeros(targets, count, dtype=dtype)
+
+    def size(first: int) -> int:
+        return budget.batch(trunk.length - first, count - first)
+
+    def run(first: int, stop: int) -> None:
+        last = _run_branches(trunk, vector, first, stop)
+        kl, lost = _divergences(trunk, last)
+        if not bool(torch.isfinite(kl).all()):
+            _run_branches(trunk, vector, first, stop, locate=True)
+            require_finite(kl, f"the logits with one of tokens {first}..{stop - 1} masked")
+        divergence[:, first:stop] = kl.t().cpu()
+        drop[:, first:stop] = lost.t().cpu()
+        ledger.counts["branches"] += stop - first
+        ledger.counts["branch_tokens"] += (stop - first) * (trunk.length - first)
+        step(stop - first)
+
+    run_batches(count, budget, size, run)
+    return divergence, drop
+
+
+def _run_branches(
+    trunk: Trunk, vector: Tensor, first: int, stop: int, *, locate: bool = False
+) -> Tensor:
+    """The last residual rows `[B, n, d]` of branches `first..stop-1`, run from position `first`."""
+    decoder, batch = trunk.decoder, stop - first
+    embeddings = trunk.embeddings[first:].repeat(batch, 1, 1)
+    index = torch.arange(batch, device=embeddings.device)
+    embeddings[index, index] = vector
+    x = decoder.enter(embeddings, first)
+    for layer, block in enumerate(decoder.blocks):
+        x, _ = block.forward(x, trunk.rows(layer, first), trunk.states[layer])
+        if locate:
+            require_finite(x, f"block {layer} with one of tokens {first}..{stop - 1} masked")
+    return x
+
+
+def _divergences(trunk: Trunk, last: Tensor) -> tuple[Tensor, Tensor]:
+    """KL and drop `[B, n]` from the last residual rows, a few branches' logits at a time."""
+    targets, vocabulary = trunk.log_probs.shape
+    ids = torch.tensor(trunk.targets, device=trunk.log_probs.device)
+    parts = [
+        masked_kl(trunk.log_probs, trunk.decoder.head.logits(last[part]), ids)
+        for part in slices(last.shape[0], LOGIT_ELEMENTS // (targets * vocabulary))
+    ]
+    return torch.cat([kl for kl, _ in parts]), torch.cat([lost for _, lost in parts])

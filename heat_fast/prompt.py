@@ -1,0 +1,435 @@
+"""What was asked, as token ids: prompts (text, ids or chat messages) and targets.
+
+Nothing is padded, truncated or batched here: a prompt is one sequence, exactly as the model will
+read it, together with what a report needs to show it to a person.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import numbers
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from heat_fast.errors import InputError
+
+__all__ = [
+    "EncodedPrompt",
+    "check_length",
+    "encode_prompt",
+    "encode_target",
+    "readable_tokens",
+]
+
+# What a tokenizer may return beside the ids without changing what the model computes.
+_HARMLESS_KEYS = frozenset(
+    {"input_ids", "attention_mask", "token_type_ids", "offset_mapping", "special_tokens_mask"}
+    | {"length"}
+)
+_BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+
+@dataclasses.dataclass(frozen=True)
+class EncodedPrompt:
+    """One prompt as the model reads it.
+
+    token_ids: the N ids.
+    tokens: each id as a person would read it (``" the"``, not ``"Ġthe"``); bytes that are no
+        whole character as ``<0xE4>``, special tokens by their name; ``#17`` without a tokenizer.
+    offsets: half-open character positions of each token in `text`; an empty range for a token
+        that was added and is not in the text. None where ids were given, and with tokenizers
+        that do not report positions (those written in Python, "slow" ones).
+    text: the text that was tokenised (for chat messages the rendered template), or None where
+        ids were given.
+    special: which tokens are special or template tokens.
+    """
+
+    token_ids: tuple[int, ...]
+    tokens: tuple[str, ...]
+    offsets: tuple[tuple[int, int], ...] | None
+    text: str | None
+    special: tuple[bool, ...]
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+
+def encode_prompt(
+    prompt: Any,
+    tokenizer: Any,
+    vocabulary_size: int,
+    max_length: int | None = None,
+) -> EncodedPrompt:
+    """Turn a prompt into the ids the model will read.
+
+    Parameters
+    ----------
+    prompt: text (tokenised with the tokenizer's usual special tokens); token ids as a list, a
+        1-D integer array or tensor, or a tokenizer's output; or chat messages, a list of dicts
+        with ``role`` and ``content``, rendered by the tokenizer's chat template with the
+        generation prompt appended.
+    tokenizer: a Hugging Face tokenizer; may be None where ids are given.
+    vocabulary_size: rows of the model's embedding matrix; ids lie in ``[0, vocabulary_size)``.
+    max_length: most tokens the model can read, or None for no limit.
+
+    Raises
+    ------
+    InputError: empty prompt, several prompts, padding, ids outside the vocabulary or not whole
+        numbers, no tokenizer or no chat template where one is needed, too many tokens.
+
+    >>> encode_prompt([3, 1, 2], None, vocabulary_size=10).token_ids
+    (3, 1, 2)
+    """
+    text: str | None = None
+    offsets: tuple[tuple[int, int], ...] | None = None
+    if isinstance(prompt, str):
+        text = prompt
+        token_ids, offsets = _tokenize(prompt, tokenizer, add_special_tokens=True)
+    elif _is_chat(prompt):
+        text = _render_chat(prompt, tokenizer)
+        # The template has written the special tokens into the text already.
+        token_ids, offsets = _tokenize(text, tokenizer, add_special_tokens=False)
+    elif isinstance(prompt, Mapping):
+        token_ids = _ids_of_mapping(prompt)
+    else:
+        token_ids = _ids_of_sequence(prompt, "prompt")
+    if not token_ids:
+        raise InputError(
+            "the prompt is empty: expected at least one token, because the target is predicted "
+            "from the last one. Pass some text or token ids."
+        )
+    _check_vocabulary(token_ids, vocabulary_size, "prompt", made_by_tokenizer=text is not None)
+    if max_length is not None:
+        check_length(len(token_ids), 1, max_length)
+    return EncodedPrompt(
+        token_ids=token_ids,
+        tokens=readable_tokens(token_ids, tokenizer),
+        offsets=offsets,
+        text=text,
+        special=_special_flags(token_ids, tokenizer),
+    )
+
+
+def encode_target(target: Any, tokenizer: Any, vocabulary_size: int) -> tuple[int, ...] | None:
+    """Turn a target into ids; None (the model's own next token) stays None.
+
+    Text is tokenised by itself, without special tokens, and its tokens follow the prompt's; a
+    tokenizer that writes the space into the next word wants it here (``" Paris"``). A single id
+    is a target of one token.
+
+    Raises
+    ------
+    InputError: a target with no tokens, ids outside the vocabulary or not whole numbers, text
+        without a tokenizer.
+
+    >>> encode_target(4, None, vocabulary_size=10)
+    (4,)
+    """
+    if target is None:
+        return None
+    if isinstance(target, str):
+        token_ids, _ = _tokenize(target, tokenizer, add_special_tokens=False, what="target")
+    elif isinstance(target, Mapping):
+        token_ids = _ids_of_mapping(target)
+    elif _is_scalar(target):
+        token_ids = (_whole_number(_unwrap(target), "target", None),)
+    else:
+        token_ids = _ids_of_sequence(target, "target")
+    if not token_ids:
+        raise InputError(
+            f"the target {target!r} has no tokens: expected at least one. Pass some text, a token "
+            "id or a list of ids, or None for the model's own next token."
+        )
+    _check_vocabulary(
+        token_ids, vocabulary_size, "target", made_by_tokenizer=isinstance(target, str)
+    )
+    return token_ids
+
+
+def check_length(prompt_tokens: int, target_tokens: int, max_length: int | None) -> None:
+    """Raise InputError where prompt and target together exceed the model's context.
+
+    The last target token is only predicted, never read, so ``prompt_tokens + target_tokens - 1``
+    positions are needed.
+    """
+    needed = prompt_tokens + target_tokens - 1
+    if max_length is None or needed <= max_length:
+        return
+    parts = f"the prompt has {prompt_tokens} tokens"
+    if target_tokens > 1:
+        parts += (
+            f" and the target {target_tokens}, which needs {needed} positions (the last target "
+            "token is not read)"
+        )
+    raise InputError(
+        f"{parts}: expected at most {max_length}, the length of the model's context. "
+        f"Shorten the input by {needed - max_length} tokens, or use a model with a longer context."
+    )
+
+
+def readable_tokens(token_ids: Sequence[int], tokenizer: Any) -> tuple[str, ...]:
+    """Each id as the piece of text a person would read; `tokenizer` may be None."""
+    if tokenizer is None:
+        return tuple(f"#{token_id}" for token_id in token_ids)
+    special = _special_ids(tokenizer)
+    readable = {
+        token_id: _readable_token(token_id, tokenizer, token_id in special)
+        for token_id in set(token_ids)
+    }
+    return tuple(readable[token_id] for token_id in token_ids)
+
+
+# --- text ---------------------------------------------------------------------------------------
+
+
+def _tokenize(
+    text: str, tokenizer: Any, *, add_special_tokens: bool, what: str = "prompt"
+) -> tuple[tuple[int, ...], tuple[tuple[int, int], ...] | None]:
+    if tokenizer is None:
+        raise InputError(
+            f"the {what} is text but there is no tokenizer: expected one to turn it into token "
+            "ids. Pass the model's tokenizer, or token ids instead of text."
+        )
+    if not text:
+        return (), None
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"the {what} is not valid Unicode at character {error.start}: expected text without "
+            "lone surrogates. Decode it with the encoding it was written in."
+        ) from error
+    with_offsets = bool(getattr(tokenizer, "is_fast", False))
+    encoding = tokenizer(
+        text,
+        add_special_tokens=add_special_tokens,
+        padding=False,
+        truncation=False,
+        return_attention_mask=False,
+        return_offsets_mapping=with_offsets,
+        verbose=False,
+    )
+    token_ids = tuple(int(token_id) for token_id in encoding["input_ids"])
+    if add_special_tokens and not text.strip():
+        # Some tokenizers drop white space; what is left would be special tokens alone.
+        bare = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        token_ids = token_ids if len(bare) else ()
+    if not with_offsets:
+        return token_ids, None
+    return token_ids, tuple((int(start), int(end)) for start, end in encoding["offset_mapping"])
+
+
+def _is_chat(prompt: Any) -> bool:
+    return isinstance(prompt, (list, tuple)) and any(isinstance(item, Mapping) for item in prompt)
+
+
+def _render_chat(messages: Sequence[Any], tokenizer: Any) -> str:
+    for position, message in enumerate(messages):
+        role = message.get("role") if isinstance(message, Mapping) else None
+        if not isinstance(role, str) or not ("content" in message or "tool_calls" in message):
+            raise InputError(
+                f"chat message {position} is {message!r}: expected a dict with 'role' (text) and "
+                "'content'. Write it as {'role': 'user', 'content': '...'}."
+            )
+    if tokenizer is None:
+        raise InputError(
+            "the prompt is a list of chat messages but there is no tokenizer: expected one whose "
+            "chat template renders them. Pass the model's tokenizer, or token ids."
+        )
+    if not getattr(tokenizer, "chat_template", None):
+        raise InputError(
+            "the prompt is a list of chat messages but the tokenizer has no chat template: "
+            "expected tokenizer.chat_template to be set. Set it, or pass the prompt as text."
+        )
+    try:
+        rendered = tokenizer.apply_chat_template(
+            [dict(message) for message in messages], tokenize=False, add_generation_prompt=True
+        )
+    except Exception as error:  # a template may raise anything, on purpose or not
+        raise InputError(
+            f"the tokenizer's chat template rejected the messages: {error}. Expected roles and "
+            "contents in the order the template asks for; change the messages accordingly."
+        ) from error
+    if not isinstance(rendered, str):
+        raise InputError(
+            "the tokenizer's chat template gave several texts: expected the messages of one "
+            "conversation. Attribute one conversation at a time."
+        )
+    return rendered
+
+
+# --- ids ----------------------------------------------------------------------------------------
+
+
+def _ids_of_mapping(encoding: Mapping[str, Any]) -> tuple[int, ...]:
+    """The ids of a tokenizer's output, after checking that nothing else in it matters."""
+    if "role" in encoding:
+        raise InputError(
+            "the prompt is a single chat message: expected a list of messages. Put it in a list."
+        )
+    if "input_ids" not in encoding:
+        raise InputError(
+            f"the prompt is a mapping with {sorted(map(str, encoding))}: expected a tokenizer's "
+            "output with 'input_ids'. Pass text, token ids or chat messages."
+        )
+    unknown = sorted(str(key) for key in encoding if key not in _HARMLESS_KEYS)
+    if unknown:
+        raise InputError(
+            f"the tokenizer's output also has {unknown}, which would be ignored: expected "
+            "input_ids and attention_mask alone. Pass the ids by themselves."
+        )
+    token_ids = _ids_of_sequence(encoding["input_ids"], "prompt")
+    if "attention_mask" in encoding:
+        mask = _ids_of_sequence(encoding["attention_mask"], "attention_mask")
+        if len(mask) != len(token_ids):
+            raise InputError(
+                f"attention_mask has {len(mask)} entries for {len(token_ids)} tokens: expected as "
+                "many as tokens. Tokenise one prompt without padding."
+            )
+        holes = [position for position, value in enumerate(mask) if value != 1]
+        if holes:
+            raise InputError(
+                f"attention_mask is not 1 at position {holes[0]} ({len(holes)} such positions): "
+                "expected a prompt without padding or holes, because every token is attributed. "
+                "Tokenise it with padding=False, or pass the unmasked ids alone."
+            )
+    if any(_ids_of_sequence(encoding.get("token_type_ids", ()), "token_type_ids")):
+        raise InputError(
+            "token_type_ids are not all 0: expected a single-segment prompt, because the model is "
+            "run without them. Pass the ids by themselves."
+        )
+    return token_ids
+
+
+def _ids_of_sequence(values: Any, what: str) -> tuple[int, ...]:
+    """A flat tuple of whole numbers from a list, array or tensor; a batch of one is unwrapped."""
+    values = _unwrap(values)
+    if isinstance(values, (str, bytes)) or not isinstance(values, Sequence):
+        raise InputError(
+            f"the {what} is of type {type(values).__name__}: expected text, token ids or chat "
+            "messages. Pass one of these."
+        )
+    if values and any(_is_nested(value) for value in values):
+        if len(values) > 1:
+            raise InputError(
+                f"the {what} is a batch of {len(values)}: expected a single one. Attribute them "
+                "one after the other (one Attributor serves them all)."
+            )
+        return _ids_of_sequence(values[0], what)
+    if any(isinstance(value, str) for value in values):
+        raise InputError(
+            f"the {what} is a list of texts: expected a single text, or a list of token ids. "
+            "Join the texts, or attribute them one after the other."
+        )
+    return tuple(_whole_number(value, what, position) for position, value in enumerate(values))
+
+
+def _is_nested(value: Any) -> bool:
+    return not isinstance(value, (str, bytes)) and isinstance(_unwrap(value), Sequence)
+
+
+def _is_scalar(value: Any) -> bool:
+    return isinstance(_unwrap(value), numbers.Number)
+
+
+def _unwrap(values: Any) -> Any:
+    """Python numbers and lists from an array or tensor, anything else as it is."""
+    return values.tolist() if hasattr(values, "tolist") else values
+
+
+def _whole_number(value: Any, what: str, position: int | None) -> int:
+    value = _unwrap(value)
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        where = "" if position is None else f" at position {position}"
+        raise InputError(
+            f"the {what} holds {value!r} of type {type(value).__name__}{where}: expected integer "
+            "token ids. Pass ids as ints (or an integer tensor)."
+        )
+    return int(value)
+
+
+def _check_vocabulary(
+    token_ids: Sequence[int], vocabulary_size: int, what: str, *, made_by_tokenizer: bool
+) -> None:
+    for position, token_id in enumerate(token_ids):
+        if not 0 <= token_id < vocabulary_size:
+            do = (
+                "The tokenizer does not belong to this model; load both from the same place."
+                if made_by_tokenizer
+                else "Check that the ids were made by this model's tokenizer."
+            )
+            raise InputError(
+                f"token id {token_id} at position {position} of the {what} is outside the model's "
+                f"vocabulary: expected 0 to {vocabulary_size - 1}. {do}"
+            )
+
+
+# --- what a person reads ------------------------------------------------------------------------
+
+
+def _special_ids(tokenizer: Any) -> frozenset[int]:
+    added = getattr(tokenizer, "added_tokens_decoder", None) or {}
+    marked = {token_id for token_id, token in added.items() if getattr(token, "special", False)}
+    return frozenset(marked.union(getattr(tokenizer, "all_special_ids", None) or ()))
+
+
+def _special_flags(token_ids: Sequence[int], tokenizer: Any) -> tuple[bool, ...]:
+    special = frozenset() if tokenizer is None else _special_ids(tokenizer)
+    return tuple(token_id in special for token_id in token_ids)
+
+
+def _readable_token(token_id: int, tokenizer: Any, special: bool) -> str:
+    # A model's embedding may have more rows than its tokenizer has tokens.
+    piece = tokenizer.convert_ids_to_tokens(token_id) if token_id < len(tokenizer) else None
+    if piece is None:
+        return f"#{token_id}"
+    piece = str(piece)
+    if special:
+        return piece
+    # Decoders strip the space before a first word, so a token's own text is what a second copy
+    # of it adds to the first.
+    once = _decode(tokenizer, [token_id])
+    twice = _decode(tokenizer, [token_id, token_id])
+    if "\N{REPLACEMENT CHARACTER}" not in once and twice.startswith(once):
+        return twice[len(once) :]
+    raw = _bytes_of_piece(piece)
+    return once if raw is None else _show_bytes(raw)
+
+
+def _decode(tokenizer: Any, token_ids: list[int]) -> str:
+    return str(
+        tokenizer.decode(token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    )
+
+
+def _bytes_of_piece(piece: str) -> bytes | None:
+    """The bytes behind a byte-fallback piece (``<0xE4>``) or a byte-level one, else None."""
+    match = _BYTE_PIECE.fullmatch(piece)
+    if match:
+        return bytes([int(match.group(1), 16)])
+    if all(character in _BYTE_OF_CHARACTER for character in piece):
+        return bytes(_BYTE_OF_CHARACTER[character] for character in piece)
+    return None
+
+
+def _byte_level_alphabet() -> dict[str, int]:
+    """The printable stand-in of each byte in byte-level BPE vocabularies, the other way round.
+
+    Bytes that are visible Latin-1 characters stand for themselves; the others, in order, are
+    written as the characters from U+0100 on.
+    """
+    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = [byte for byte in range(0x100) if byte not in visible]
+    alphabet = {chr(byte): byte for byte in visible}
+    alphabet.update({chr(0x100 + index): byte for index, byte in enumerate(hidden)})
+    return alphabet
+
+
+_BYTE_OF_CHARACTER = _byte_level_alphabet()
+
+
+def _show_bytes(raw: bytes) -> str:
+    """Whole characters as they are, every other byte as ``<0xE4>``."""
+    shown = raw.decode("utf-8", errors="surrogateescape")
+    return re.sub(r"[\udc80-\udcff]", lambda match: f"<0x{ord(match.group()) - 0xDC00:02X}>", shown)

@@ -1,0 +1,275 @@
+"""A result as text on a terminal: the prompt coloured by score, and the numbers beneath it.
+
+With colour, a token's background goes from pale yellow to dark brown in steps of equal perceived
+lightness (distinguishable in every form of colour blindness), each with its own black or white
+text, so that dark and light terminals show the same. Without colour (piped, or NO_COLOR) the
+tokens of the table are marked ``[rank:token]`` in the prompt instead.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import unicodedata
+from typing import Any, Final
+
+from rich.console import Console, Group, RenderableType
+from rich.style import Style
+from rich.table import Table
+from rich.text import Text
+
+from heat_fast.result import Attribution
+
+__all__ = ["print_result", "prompt_text", "render", "top_table"]
+
+# Eight steps of OKLCH lightness from 0.96 to 0.40; the text colour is the one of higher contrast
+# (at least 4.9 : 1 throughout).
+_PALETTE: Final = (
+    ("#fff2af", "black"),
+    ("#fad278", "black"),
+    ("#f0b047", "black"),
+    ("#e28f22", "black"),
+    ("#cc7216", "black"),
+    ("#b05923", "white"),
+    ("#8e462d", "white"),
+    ("#693830", "white"),
+)
+_STYLES: Final = tuple(
+    Style(color="#000000" if ink == "black" else "#ffffff", bgcolor=paper)
+    for paper, ink in _PALETTE
+)
+_BAR_WIDTH: Final = 10
+_TARGETS_SHOWN: Final = 12
+# Characters that reorder the text around them; harmless in a page, misleading in a terminal.
+_BIDIRECTIONAL_CONTROLS: Final = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+
+
+@dataclasses.dataclass
+class _Segment:
+    """A stretch of the prompt that is shown as one: usually a token, at least a character."""
+
+    text: str
+    score: float | None = None
+    rank: int | None = None
+
+    def add(self, score: float, rank: int | None) -> None:
+        self.score = score if self.score is None else max(self.score, score)
+        if rank is not None:
+            self.rank = rank if self.rank is None else min(self.rank, rank)
+
+
+def print_result(result: Attribution, console: Console | None = None, *, top: int = 10) -> None:
+    """Print a result to `console`, by default standard output."""
+    console = Console() if console is None else console
+    console.print(render(result, console, top=top))
+
+
+def render(result: Attribution, console: Console, *, top: int = 10) -> RenderableType:
+    """The whole view of a result as one rich renderable, for the abilities of `console`."""
+    colour = _has_colour(console)
+    ascii_only = _is_ascii(console)
+    return Group(
+        prompt_text(result, colour=colour, ascii_only=ascii_only, top=top),
+        Text(),
+        _legend(colour, ascii_only),
+        Text(),
+        top_table(result, top, colour=colour, ascii_only=ascii_only, width=console.width),
+        _targets(result, ascii_only),
+        _facts(result),
+    )
+
+
+def prompt_text(
+    result: Attribution, *, colour: bool = True, ascii_only: bool = False, top: int = 10
+) -> Text:
+    """The prompt as flowing text, each token coloured by its score (or marked by its rank)."""
+    highest = max(result.scores.tolist(), default=0.0)
+    text = Text(overflow="fold")
+    for segment in _segments(result, top):
+        ranked = segment.rank is not None and not colour
+        level = _level(segment.score or 0.0, highest) if colour else 0
+        shown = _flowing(segment.text, ascii_only, mark_spaces=ranked or level > 0)
+        if ranked:
+            body = shown.lstrip(" ")
+            text.append(shown[: len(shown) - len(body)])
+            text.append(f"[{segment.rank}:{body}]", style="bold")
+        else:
+            text.append(shown, style=_STYLES[level - 1] if level else None)
+    return text
+
+
+def top_table(
+    result: Attribution,
+    k: int = 10,
+    *,
+    colour: bool = True,
+    ascii_only: bool = False,
+    width: int = 80,
+) -> Table:
+    """The k highest-scoring tokens with their score, its share of the total and components."""
+    rows = result.top(k)
+    total = math.fsum(result.scores.tolist())
+    highest = rows[0].score
+    with_bars = width >= 78
+    table = Table(box=None, padding=(0, 1), header_style="bold")
+    table.add_column("#", justify="right")
+    table.add_column("pos", justify="right")
+    table.add_column("token", overflow="fold", max_width=max(8, width - 66))
+    table.add_column("score", justify="right", no_wrap=True)
+    table.add_column("share", justify="right", no_wrap=True)
+    if with_bars:
+        table.add_column("", no_wrap=True, width=_BAR_WIDTH)
+    for name in ("gate", "curvature", "information"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for rank, row in enumerate(rows, start=1):
+        level = _level(row.score, highest) if colour else 0
+        bar = round(_BAR_WIDTH * row.score / highest) if highest > 0 else 0
+        cells = [
+            Text(str(rank)),
+            Text(str(row.index)),
+            Text(visible(row.token, ascii_only), style=_STYLES[level - 1] if level else ""),
+            Text(_number(row.score)),
+            Text(f"{row.score / total:.1%}" if total > 0 else "-"),
+            *([Text(("#" if ascii_only else "█") * bar)] if with_bars else []),
+            Text(_number(row.gate)),
+            Text(_number(row.curvature)),
+            Text(_number(row.information)),
+        ]
+        table.add_row(*cells)
+    return table
+
+
+def visible(token: str, ascii_only: bool = False) -> str:
+    """A token on one line, its white space and control characters visible."""
+    space, newline, tab = (" ", r"\n", r"\t") if ascii_only else ("·", "↵", "⇥")
+    shown = _escape(token, ascii_only).replace("\n", newline).replace("\t", tab)
+    body = shown.strip(" ")
+    if not ascii_only:
+        start = len(shown) - len(shown.lstrip(" "))
+        return space * start + body + space * (len(shown) - start - len(body))
+    # ASCII has no unobtrusive visible space, so quotes show where the token begins and ends.
+    return f"'{shown}'" if body != shown or not body else shown
+
+
+# --- parts ----------------------------------------------------------------------------------------
+
+
+def _segments(result: Attribution, top: int) -> list[_Segment]:
+    scores = result.scores.tolist()
+    ranks = {row.index: rank for rank, row in enumerate(result.top(top), start=1)}
+    if result.offsets is None or result.prompt_text is None:
+        return [
+            _Segment(token, score, ranks.get(index))
+            for index, (token, score) in enumerate(zip(result.tokens, scores, strict=True))
+        ]
+    segments: list[_Segment] = []
+    done = 0
+    last: _Segment | None = None
+    for index, (start, end) in enumerate(result.offsets):
+        if start == end:  # added by the tokenizer, not in the text
+            segments.append(_Segment(result.tokens[index], scores[index], ranks.get(index)))
+            continue
+        if end <= done and last is not None:  # another piece of a character already shown
+            last.add(scores[index], ranks.get(index))
+            continue
+        if start > done:
+            segments.append(_Segment(result.prompt_text[done:start]))
+        last = _Segment(result.prompt_text[max(start, done) : end])
+        last.add(scores[index], ranks.get(index))
+        segments.append(last)
+        done = end
+    segments.append(_Segment(result.prompt_text[done:]))
+    return segments
+
+
+def _legend(colour: bool, ascii_only: bool) -> Text:
+    if not colour:
+        return Text("[rank:token] marks the tokens of the table.", style="italic")
+    legend = Text("low ", style="italic")
+    for style in _STYLES:
+        legend.append("  ", style=style)
+    legend.append(" high (square root of the score, relative to the highest)", style="italic")
+    return legend
+
+
+def _targets(result: Attribution, ascii_only: bool) -> Text:
+    log_probs = result.target_log_probs.tolist()
+    shown = list(zip(result.target_tokens, log_probs, strict=True))[:_TARGETS_SHOWN]
+    text = Text("\nTarget " if len(log_probs) == 1 else "\nTargets ", style="")
+    for position, (token, log_prob) in enumerate(shown):
+        text.append(", " if position else "")
+        text.append(visible(token, ascii_only), style="bold")
+        text.append(f" (log-probability {log_prob:.3f}" if len(log_probs) == 1 else " (")
+        text.append(f", p = {math.exp(min(log_prob, 0.0)):.3g})" if len(log_probs) == 1 else "")
+        text.append(f"{log_prob:.3f})" if len(log_probs) > 1 else "")
+    if len(log_probs) > len(shown):
+        text.append(f", and {len(log_probs) - len(shown)} more")
+    if len(log_probs) > 1:
+        text.append(f"; log-probability of all {math.fsum(log_probs):.3f}")
+        text.append(f", scores aggregated by {result.aggregate}")
+    return text
+
+
+def _facts(result: Attribution) -> Text:
+    metadata: Any = result.metadata
+    seconds = metadata.get("seconds", {}).get("total")
+    counts = metadata.get("counts", {})
+    facts = [
+        metadata.get("model"),
+        f"variant {metadata.get('config', {}).get('variant', 'unknown')}",
+        " ".join(str(metadata[key]) for key in ("device", "dtype") if key in metadata),
+        None if seconds is None else f"{seconds:.2f} s",
+        f"{counts['hvp']:,} HVPs" if "hvp" in counts else None,
+        f"{counts['branch_tokens']:,} branch tokens" if "branch_tokens" in counts else None,
+    ]
+    return Text(_escape(" | ".join(str(fact) for fact in facts if fact)), style="dim")
+
+
+# --- small things ---------------------------------------------------------------------------------
+
+
+def _has_colour(console: Console) -> bool:
+    return console.color_system is not None and not console.no_color
+
+
+def _is_ascii(console: Console) -> bool:
+    return not console.encoding.lower().startswith("utf")
+
+
+def _level(score: float, highest: float) -> int:
+    """0 (no colour) to 8. The square root keeps middling scores visible beside a dominant one."""
+    if highest <= 0 or score <= 0:
+        return 0
+    return round(len(_STYLES) * math.sqrt(score / highest))
+
+
+def _number(value: float) -> str:
+    """Three significant digits, in plain notation where that stays short."""
+    if value == 0 or 1e-4 <= abs(value) < 1e5:
+        return f"{value:#.3g}".rstrip(".") if abs(value) < 1000 else f"{value:,.0f}"
+    return f"{value:.2e}"
+
+
+def _escape(text: str, ascii_only: bool = False) -> str:
+    """Control characters, lone surrogates and reordering marks as escapes; \\n and \\t stay."""
+    escaped = "".join(
+        character
+        if character in "\n\t" or not _is_dangerous(character)
+        else character.encode("unicode_escape").decode("ascii")
+        for character in text
+    )
+    return escaped.encode("ascii", "backslashreplace").decode() if ascii_only else escaped
+
+
+def _is_dangerous(character: str) -> bool:
+    return unicodedata.category(character) in ("Cc", "Cs") or character in _BIDIRECTIONAL_CONTROLS
+
+
+def _flowing(text: str, ascii_only: bool, *, mark_spaces: bool) -> str:
+    """A piece of the prompt as it reads, with its line breaks kept and made visible."""
+    shown = _escape(text, ascii_only)
+    if mark_spaces and shown and not shown.strip(" "):
+        shown = ("_" if ascii_only else "·") * len(shown)
+    shown = re.sub(r"\t", r"\\t" if ascii_only else "⇥", shown)
+    return re.sub(r"\n", r"\\n" + "\n" if ascii_only else "↵\n", shown)

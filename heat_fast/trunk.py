@@ -1,0 +1,131 @@
+"""The trunk: the only place where the unmodified context is run.
+
+It keeps, per block, what gate, information and curvature need of the context (see `BlockState`),
+the logits of the target rows alone, and on demand the primal adjoints of one target: the
+gradient of `g(X) = log p(target | X)` at every nonlinear step.
+
+Positions `0..M-1` are the `N` prompt tokens and the first `n - 1` of the `n` target tokens; target
+`t` is predicted at position `N - 1 + t`. The last block and the head see these rows only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from heat_fast.decoder import Decoder, Rows
+from heat_fast.decoder.block import BlockAdjoint, BlockState
+from heat_fast.errors import NumericalError
+
+
+@dataclass(frozen=True)
+class Trunk:
+    """The unmodified context, run once.
+
+    `embeddings [M, d]`: X; `states`: one per block; `last [n, d]`: the residual stream leaving the
+    last block at the target rows; `log_probs [n, V]` (nats, at least float32).
+    """
+
+    decoder: Decoder
+    embeddings: Tensor
+    states: tuple[BlockState, ...]
+    last: Tensor
+    log_probs: Tensor
+    targets: tuple[int, ...]
+
+    @property
+    def length(self) -> int:
+        """Number of positions that were run, `M = N + n - 1`."""
+        return self.embeddings.shape[0]
+
+    @property
+    def prompt_length(self) -> int:
+        """Number of prompt tokens, `N`."""
+        return self.length - len(self.targets) + 1
+
+    @property
+    def bytes(self) -> int:
+        """What the kept values occupy."""
+        return sum(state.bytes for state in self.states)
+
+    def with_derivatives(self) -> Trunk:
+        """The trunk with the activations' derivatives kept, for many probes to share."""
+        pairs = zip(self.decoder.blocks, self.states, strict=True)
+        return replace(self, states=tuple(block.with_derivatives(state) for block, state in pairs))
+
+    def rows(self, layer: int, start: int) -> Rows:
+        """The rows that a sweep from position `start` touches in a block, for all targets."""
+        last = layer == len(self.decoder.blocks) - 1
+        return Rows(start, self.prompt_length - 1 if last else start, self.length)
+
+    def target_rows(self, layer: int, start: int, target: int) -> Rows:
+        """The same for one target: positions up to its own, in the last block its row alone."""
+        stop = self.prompt_length + target
+        last = layer == len(self.decoder.blocks) - 1
+        return Rows(start, stop - 1 if last else start, stop)
+
+    @property
+    def target_log_probs(self) -> Tensor:
+        """`g` of each target, `[n]`, nats."""
+        index = torch.tensor(self.targets, device=self.log_probs.device)
+        return self.log_probs.gather(-1, index[:, None])[:, 0]
+
+
+@dataclass(frozen=True)
+class TargetAdjoint:
+    """The primal adjoint of one target: `gradient [p + 1, d]` of g, and every block's adjoints."""
+
+    target: int
+    gradient: Tensor
+    blocks: tuple[BlockAdjoint, ...]
+
+
+def run_trunk(decoder: Decoder, embeddings: Tensor, targets: tuple[int, ...]) -> Trunk:
+    """Run the context `embeddings [M, d]` once and keep what the components need.
+
+    Raises `NumericalError` naming the block where a non-finite value first appears.
+    """
+    trunk = Trunk(decoder, embeddings, (), embeddings, embeddings, targets)
+    x = decoder.enter(embeddings[None], 0)
+    require_finite(x, "the input embeddings")
+    states = []
+    for layer, block in enumerate(decoder.blocks):
+        x, state = block.forward(x, trunk.rows(layer, 0))
+        require_finite(x, f"block {layer} of the unmodified context")
+        states.append(state)
+    logits = decoder.head.logits(x[0])
+    require_finite(logits, "the logits of the unmodified context")
+    return Trunk(
+        decoder, embeddings, tuple(states), x[0], torch.log_softmax(logits, dim=-1), targets
+    )
+
+
+def run_adjoint(trunk: Trunk, target: int, logits_bar: Tensor | None = None) -> TargetAdjoint:
+    """The gradient of one target's log-probability, with the adjoints the sweeps need.
+
+    With `logits_bar [1, V]`, the vector-Jacobian product of the logits at the target's row instead.
+    """
+    decoder = trunk.decoder
+    row = trunk.last[target : target + 1]
+    if logits_bar is None:
+        x_bar = decoder.head.gradient(row, trunk.targets[target])
+    else:
+        x_bar = decoder.head.adjoint(row, logits_bar)
+    adjoints = []
+    for layer in reversed(range(len(decoder.blocks))):
+        rows = trunk.target_rows(layer, 0, target)
+        x_bar, adjoint = decoder.blocks[layer].adjoint(trunk.states[layer], x_bar, rows)
+        require_finite(x_bar, f"the gradient at block {layer}")
+        adjoints.append(adjoint)
+    return TargetAdjoint(target, x_bar, tuple(reversed(adjoints)))
+
+
+def require_finite(values: Tensor, where: str) -> None:
+    """Raise `NumericalError` naming `where` if any value is NaN or infinite."""
+    if not bool(torch.isfinite(values).all()):
+        raise NumericalError(
+            f"non-finite values in {where} (dtype {values.dtype}). The model overflows or holds "
+            "broken weights there: load it in bfloat16 or float32 and check the checkpoint."
+        )

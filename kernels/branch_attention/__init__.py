@@ -1,0 +1,7 @@
+"""Attention of many branches over a shared trunk; see `reference.py` for the mathematics."""
+
+from __future__ import annotations
+
+from heat_fast.kernels.branch_attention.reference import Masking, branch_attention
+
+__all__ = ["Masking", "branch_attention"]

@@ -1,0 +1,83 @@
+"""What every test shares: no network, few threads, fixed seeds, and the models to test on."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+# Read by the hub client when it is imported, so before anything imports transformers.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import hypothesis
+import numpy
+import pytest
+import torch
+
+if TYPE_CHECKING:
+    from heat_fast.demo import Demo
+
+pytest.register_assert_rewrite("assertions", "families")
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+MODELS = Path(os.environ.get("HEAT_FAST_MODELS", REPOSITORY.parent / "shared" / "data" / "models"))
+SEED = 20240517
+
+# The same examples in every run, however loaded the machine is.
+hypothesis.settings.register_profile(
+    "fixed", derandomize=True, deadline=None, database=None, max_examples=50
+)
+hypothesis.settings.load_profile("fixed")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # The matrices of the tests are too small to gain from more threads.
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        skip = pytest.mark.skip(reason="needs a CUDA device")
+        for item in items:
+            if item.get_closest_marker("gpu") is not None:
+                item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def fixed_seeds() -> None:
+    """Every test starts from the same random state, whichever tests ran before it."""
+    random.seed(SEED)
+    numpy.random.seed(SEED)
+    torch.manual_seed(SEED)
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The root of the working tree."""
+    return REPOSITORY
+
+
+@pytest.fixture(scope="session")
+def local_model() -> Callable[[str], Path]:
+    """``local_model(name)`` is the folder of a model on disk, or skips the test without it."""
+
+    def find(name: str) -> Path:
+        path = MODELS / name
+        if not (path / "config.json").is_file():
+            pytest.skip(f"no model at {path} (HEAT_FAST_MODELS names the folder to look in)")
+        return path
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def demo() -> Demo:
+    """The embedded model with its tokenizer and example prompts; not to be modified."""
+    # Here and not above: a session that runs none of these tests need not load it.
+    from heat_fast.demo import demo as load
+
+    return load()

@@ -1,0 +1,462 @@
+"""Tiny random language models, one per family and quirk, and full-size single blocks of real ones.
+
+A view of a family is only trusted where a test exercises what makes that family different, so
+every configuration here turns on the quirks of its family: odd widths and head counts, grouped
+queries, windows shorter than the test prompts, rotary scaling whose thresholds fall inside the test
+prompts. All weights, biases and norm weights are drawn anew from a seeded generator: attentions
+are far from uniform and the Hessian of the log-probability is not negligible.
+
+The same seed gives the same float32 weights whatever `dtype` is asked for; they are then cast.
+Buffers (rotary frequencies, embedding scales) keep their own dtype, as when a checkpoint is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.initialization import no_init_weights
+
+ConfigBuilder = Callable[[], transformers.PretrainedConfig]
+
+
+def _llama() -> transformers.PretrainedConfig:
+    """Grouped queries; Llama 3 rotary scaling with one frequency in each of its three regimes."""
+    return transformers.LlamaConfig(
+        vocab_size=83,
+        hidden_size=48,
+        intermediate_size=61,
+        num_hidden_layers=3,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        rms_norm_eps=1e-5,
+        rope_parameters={
+            "rope_type": "llama3",
+            "rope_theta": 100.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 32,
+        },
+        tie_word_embeddings=True,
+    )
+
+
+def _llama_bias() -> transformers.PretrainedConfig:
+    """Biases in attention and MLP, untied head, odd width, head size set by hand."""
+    return transformers.LlamaConfig(
+        vocab_size=67,
+        hidden_size=45,
+        intermediate_size=53,
+        num_hidden_layers=3,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        head_dim=6,
+        max_position_embeddings=64,
+        attention_bias=True,
+        mlp_bias=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 50.0},
+        tie_word_embeddings=False,
+    )
+
+
+def _mistral() -> transformers.PretrainedConfig:
+    """A window of 5 (the position itself and 4 before it) in every layer; one key-value head."""
+    return transformers.MistralConfig(
+        vocab_size=71,
+        hidden_size=40,
+        intermediate_size=57,
+        num_hidden_layers=3,
+        num_attention_heads=5,
+        num_key_value_heads=1,
+        sliding_window=5,
+        max_position_embeddings=64,
+        rope_parameters={"rope_type": "default", "rope_theta": 100.0},
+    )
+
+
+def _qwen2() -> transformers.PretrainedConfig:
+    """Biases on q, k, v only; tied head; full and windowed layers mixed."""
+    return transformers.Qwen2Config(
+        vocab_size=79,
+        hidden_size=48,
+        intermediate_size=59,
+        num_hidden_layers=3,
+        num_attention_heads=6,
+        num_key_value_heads=3,
+        max_position_embeddings=64,
+        use_sliding_window=True,
+        sliding_window=4,
+        layer_types=["full_attention", "sliding_attention", "full_attention"],
+        rope_parameters={"rope_type": "default", "rope_theta": 100.0},
+        tie_word_embeddings=True,
+    )
+
+
+def _qwen3() -> transformers.PretrainedConfig:
+    """Norms on each query and key head; head size unrelated to the (odd) width."""
+    return transformers.Qwen3Config(
+        vocab_size=73,
+        hidden_size=35,
+        intermediate_size=51,
+        num_hidden_layers=3,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=64,
+        rope_parameters={"rope_type": "default", "rope_theta": 100.0},
+        tie_word_embeddings=False,
+    )
+
+
+def _phi3(**changes: Any) -> transformers.PretrainedConfig:
+    """Fused qkv and gate-up projections, partial rotary."""
+    settings: dict[str, Any] = {
+        "vocab_size": 89,
+        "hidden_size": 48,
+        "intermediate_size": 55,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "original_max_position_embeddings": 64,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 100.0,
+            "partial_rotary_factor": 0.5,
+        },
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
+    return transformers.Phi3Config(**(settings | changes))
+
+
+def _phi3_longrope(original_length: int) -> transformers.PretrainedConfig:
+    """Long-rope: contexts over `original_length` use the long factors, others the short ones."""
+    return _phi3(
+        max_position_embeddings=96,
+        original_max_position_embeddings=original_length,
+        sliding_window=7,
+        rope_parameters={
+            "rope_type": "longrope",
+            "rope_theta": 100.0,
+            "partial_rotary_factor": 0.75,
+            "short_factor": [1.0, 1.3, 1.7],
+            "long_factor": [1.5, 3.0, 7.0],
+            "original_max_position_embeddings": original_length,
+            "factor": 96 / original_length,
+        },
+    )
+
+
+def _gpt2(**changes: Any) -> transformers.PretrainedConfig:
+    """Conv1D weights (stored transposed), learned positions, fused qkv, tied head."""
+    return transformers.GPT2Config(
+        vocab_size=61,
+        n_positions=64,
+        n_embd=40,
+        n_layer=3,
+        n_head=5,
+        n_inner=67,
+        bos_token_id=0,
+        eos_token_id=0,
+        **changes,
+    )
+
+
+def _gptj() -> transformers.PretrainedConfig:
+    """Parallel residual under one norm, interleaved partial rotary, a bias on the head."""
+    return transformers.GPTJConfig(
+        vocab_size=97,
+        n_positions=64,
+        n_embd=40,
+        n_layer=3,
+        n_head=5,
+        rotary_dim=4,
+        n_inner=63,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+
+
+def _gpt_neox(**changes: Any) -> transformers.PretrainedConfig:
+    """Parallel residual under two norms, qkv fused head by head, partial rotary."""
+    settings: dict[str, Any] = {
+        "vocab_size": 77,
+        "hidden_size": 40,
+        "intermediate_size": 65,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 5,
+        "max_position_embeddings": 64,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 100.0,
+            "partial_rotary_factor": 0.5,
+        },
+    }
+    return transformers.GPTNeoXConfig(**(settings | changes))
+
+
+def _opt(**changes: Any) -> transformers.PretrainedConfig:
+    """Learned positions shifted by two, ReLU, queries scaled before the product."""
+    settings: dict[str, Any] = {
+        "vocab_size": 69,
+        "hidden_size": 40,
+        "ffn_dim": 63,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 5,
+        "max_position_embeddings": 64,
+        "activation_function": "relu",
+    }
+    return transformers.OPTConfig(**(settings | changes))
+
+
+def _gemma2() -> transformers.PretrainedConfig:
+    """Soft-caps low enough to bend, double norms (1 + weight), windows in layers 0 and 2."""
+    return transformers.Gemma2Config(
+        vocab_size=75,
+        hidden_size=42,
+        intermediate_size=57,
+        num_hidden_layers=3,
+        num_attention_heads=6,
+        num_key_value_heads=3,
+        head_dim=8,
+        query_pre_attn_scalar=11,
+        attn_logit_softcapping=3.0,
+        final_logit_softcapping=4.0,
+        sliding_window=4,
+        max_position_embeddings=64,
+        rope_parameters={"rope_type": "default", "rope_theta": 100.0},
+    )
+
+
+def _gemma3_text() -> transformers.PretrainedConfig:
+    """Norms on queries and keys, own rotary base for local and global layers, windows."""
+    return transformers.Gemma3TextConfig(
+        vocab_size=81,
+        hidden_size=42,
+        intermediate_size=57,
+        num_hidden_layers=3,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=8,
+        query_pre_attn_scalar=13,
+        sliding_window=4,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        max_position_embeddings=64,
+        rope_parameters={
+            "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+            "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 200.0},
+        },
+    )
+
+
+def _gpt_neo() -> transformers.PretrainedConfig:
+    """Unscaled attention, a window of 4 in the middle layer, a bias on out_proj alone."""
+    return transformers.GPTNeoConfig(
+        vocab_size=63,
+        max_position_embeddings=64,
+        hidden_size=40,
+        num_layers=3,
+        num_heads=5,
+        attention_types=[[["global", "local"], 1], [["global"], 1]],
+        window_size=4,
+        intermediate_size=61,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+
+
+CONFIGS: dict[str, ConfigBuilder] = {
+    "llama": _llama,
+    "llama_bias": _llama_bias,
+    "mistral": _mistral,
+    "qwen2": _qwen2,
+    "qwen3": _qwen3,
+    "phi3": _phi3,
+    "phi3_longrope_short": lambda: _phi3_longrope(48),
+    "phi3_longrope_long": lambda: _phi3_longrope(4),
+    "gpt2": _gpt2,
+    # `reorder_and_upcast_attn` stays off: Hugging Face's eager path for it refuses float64.
+    "gpt2_scaled": lambda: _gpt2(scale_attn_by_inverse_layer_idx=True),
+    "gptj": _gptj,
+    "gpt_neox": _gpt_neox,
+    "gpt_neox_sequential": lambda: _gpt_neox(use_parallel_residual=False, attention_bias=False),
+    "opt": _opt,
+    "opt_gelu": lambda: _opt(activation_function="gelu", enable_bias=False),
+    "gemma2": _gemma2,
+    "gemma3_text": _gemma3_text,
+    "gpt_neo": _gpt_neo,
+}
+"""Configurations by name; the two long-rope names say which factors 5 to 48 tokens use."""
+
+FAMILIES: tuple[str, ...] = tuple(CONFIGS)
+"""Names accepted by `build`."""
+
+MAX_TEST_CONTEXT = 48
+"""Longest context (prompt and targets) for which every family's name stays true."""
+
+
+def _randomise(model: PreTrainedModel, seed: int) -> None:
+    """Redraw all parameters: matrices N(0, 1/fan_in), embeddings N(0, 0.2^2), norms and biases near
+    their defaults."""
+    generator = torch.Generator().manual_seed(seed)
+    embeddings = {
+        id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)
+    }
+    convolutions = {
+        id(module.weight) for module in model.modules() if type(module).__name__ == "Conv1D"
+    }
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if id(parameter) in embeddings:
+                parameter.copy_(0.2 * noise)
+            elif parameter.ndim == 2:
+                fan_in = parameter.shape[0 if id(parameter) in convolutions else 1]
+                parameter.copy_(1.2 * noise / fan_in**0.5)
+            else:
+                # Norm weights start at 1 (at 0 in Gemma) and biases at 0: stay around that default.
+                parameter.add_(0.25 * noise)
+
+
+def build(
+    name: str, dtype: torch.dtype = torch.float32, seed: int = 0, attn: str = "eager"
+) -> PreTrainedModel:
+    """A tiny random model of the family `name`, in eval mode on the CPU.
+
+    `attn` is the Hugging Face attention implementation; GPT-J, GPT-Neo and Gemma 2 know "eager"
+    only. The global random state is left alone.
+    """
+    with torch.random.fork_rng(devices=[]):
+        model = AutoModelForCausalLM.from_config(CONFIGS[name](), attn_implementation=attn)
+    _randomise(model, seed)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model.eval()
+
+
+def prompt_ids(name: str, length: int, seed: int = 0) -> list[int]:
+    """`length` random token ids of the family's vocabulary, none of them 0, 1 or 2."""
+    generator = torch.Generator().manual_seed(1_000 + seed)
+    vocabulary = int(CONFIGS[name]().vocab_size)
+    return torch.randint(3, vocabulary, (length,), generator=generator).tolist()
+
+
+def _gpt_j_6b() -> transformers.PretrainedConfig:
+    return transformers.GPTJConfig(
+        vocab_size=128,
+        n_positions=2048,
+        n_embd=4096,
+        n_layer=1,
+        n_head=16,
+        rotary_dim=64,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+
+
+def _phi_3_medium_4k() -> transformers.PretrainedConfig:
+    return transformers.Phi3Config(
+        vocab_size=128,
+        hidden_size=5120,
+        intermediate_size=17920,
+        num_hidden_layers=1,
+        num_attention_heads=40,
+        num_key_value_heads=10,
+        max_position_embeddings=4096,
+        original_max_position_embeddings=4096,
+        sliding_window=2047,
+        rms_norm_eps=1e-5,
+        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+
+
+def _qwen_2_5_3b() -> transformers.PretrainedConfig:
+    return transformers.Qwen2Config(
+        vocab_size=128,
+        hidden_size=2048,
+        intermediate_size=11008,
+        num_hidden_layers=2,
+        num_attention_heads=16,
+        num_key_value_heads=2,
+        max_position_embeddings=32768,
+        max_window_layers=70,
+        use_sliding_window=False,
+        sliding_window=32768,
+        rms_norm_eps=1e-6,
+        rope_parameters={"rope_type": "default", "rope_theta": 1_000_000.0},
+        tie_word_embeddings=True,
+    )
+
+
+def _llama_3_1_70b() -> transformers.PretrainedConfig:
+    return transformers.LlamaConfig(
+        vocab_size=128,
+        hidden_size=8192,
+        intermediate_size=28672,
+        num_hidden_layers=1,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+        max_position_embeddings=131072,
+        rms_norm_eps=1e-5,
+        rope_parameters={
+            "rope_type": "llama3",
+            "rope_theta": 500_000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+        tie_word_embeddings=False,
+    )
+
+
+FULL_SIZE: dict[str, tuple[ConfigBuilder, torch.dtype]] = {
+    "gpt-j-6b": (_gpt_j_6b, torch.float32),
+    "phi-3-medium-4k": (_phi_3_medium_4k, torch.float32),
+    "qwen2.5-3b": (_qwen_2_5_3b, torch.float32),
+    "llama-3.1-70b": (_llama_3_1_70b, torch.bfloat16),
+}
+"""Published configurations with few layers and 128 tokens, and the dtype to build each one in."""
+
+
+def build_full_size(name: str, attn: str = "eager") -> PreTrainedModel:
+    """The real widths and heads of a published model in one or two layers, with random weights.
+
+    The largest take 1.4 GB (Phi-3-medium, float32) and 1.7 GB (Llama-3.1-70B, bfloat16).
+    """
+    config_builder, dtype = FULL_SIZE[name]
+    with torch.random.fork_rng(devices=[]), no_init_weights():
+        model = AutoModelForCausalLM.from_config(
+            config_builder(), attn_implementation=attn, dtype=dtype
+        )
+    # One block of noise of prime length, laid end to end, begun elsewhere for each parameter:
+    # drawing a billion normals takes far longer than the tests that use them, and no two rows and
+    # no two matrices come out alike.
+    noise = torch.randn(1_000_003, generator=torch.Generator().manual_seed(0))
+    norm_weights = {
+        id(module.weight)
+        for module in model.modules()
+        if type(module).__name__.endswith(("RMSNorm", "LayerNorm"))
+    }
+    with torch.no_grad():
+        for index, parameter in enumerate(model.parameters()):
+            flat = parameter.view(-1)
+            is_norm_weight = id(parameter) in norm_weights
+            scale = 0.1 if parameter.ndim == 1 else parameter.shape[-1] ** -0.5
+            block = (noise.roll(77_777 * index) * scale + (1.0 if is_norm_weight else 0.0)).to(
+                parameter.dtype
+            )
+            for start in range(0, flat.numel(), block.numel()):
+                piece = flat[start : start + block.numel()]
+                piece.copy_(block[: piece.numel()])
+    return model.eval()

@@ -1,0 +1,145 @@
+"""Settings: defaults, presets, checks and messages."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+
+from heat_fast import config as config_module
+from heat_fast.config import PRESETS, HeatConfig
+from heat_fast.errors import ConfigError, HeatError
+
+
+def test_defaults_are_the_papers() -> None:
+    config = HeatConfig()
+    assert (config.variant, config.beta, config.gamma, config.alpha) == ("full", 0.5, 0.5, 0.0)
+    assert (config.rollout, config.curvature, config.estimator) == (
+        "value_path",
+        "hessian",
+        "block",
+    )
+    assert (config.probes, config.masking, config.normalize) == (10, "zero", None)
+    assert (config.aggregate, config.seed, config.token_budget) == ("mean", 0, None)
+
+
+def test_is_frozen_and_hashable() -> None:
+    config = HeatConfig()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.beta = 1.0  # type: ignore[misc]
+    assert {config: 1}[HeatConfig()] == 1
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_preset_equals_naming_the_variant(name: str) -> None:
+    config = HeatConfig.preset(name)
+    assert config == HeatConfig(variant=name)
+    for field, value in PRESETS[name].items():
+        assert getattr(config, field) == value
+
+
+def test_gs_preset_changes_the_curvature_and_can_be_overridden() -> None:
+    assert HeatConfig.preset("gs").curvature == "grad_squared"
+    assert HeatConfig.preset("gs", curvature="hessian").curvature == "hessian"
+    assert HeatConfig.preset("gs", probes=3).probes == 3
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *[(name, value) for name in ("beta", "gamma", "alpha") for value in (-0.1, math.nan)],
+        ("beta", math.inf),
+        ("beta", 10**400),
+        ("beta", True),
+        ("beta", "0.5"),
+        ("beta", None),
+        ("beta", 1 + 0j),
+        ("probes", 0),
+        ("probes", 2.0),
+        ("probes", True),
+        ("codes", 0),
+        ("seed", -1),
+        ("seed", 2**63),
+        ("token_budget", 0),
+        ("sentinel_token", -1),
+        ("rollout", "paths"),
+        ("rollout", ["value_path"]),
+        ("curvature", None),
+        ("estimator", "blocks"),
+        ("masking", "Zero"),
+        ("normalize", "mean"),
+        ("aggregate", "median"),
+    ],
+)
+def test_bad_value_names_the_field_and_what_was_expected(field: str, value: object) -> None:
+    with pytest.raises(ConfigError, match="expected") as caught:
+        HeatConfig(**{field: value})  # type: ignore[arg-type]
+    assert str(caught.value).startswith(f"{field}=")
+    assert isinstance(caught.value, ValueError)
+    assert isinstance(caught.value, HeatError)
+
+
+@pytest.mark.parametrize("variant", ["ful", "lr+wim", "", None, 3, ["full"]])
+def test_unknown_variant_lists_what_exists(variant: object) -> None:
+    with pytest.raises(ConfigError, match="unknown variant") as caught:
+        HeatConfig.preset(variant)  # type: ignore[arg-type]
+    for name in PRESETS:
+        assert name in str(caught.value)
+
+
+def test_unknown_name_suggests_the_close_one() -> None:
+    for make in (HeatConfig().replace, lambda **o: HeatConfig.preset("full", **o)):
+        with pytest.raises(ConfigError, match=r"'probs'.*Did you mean 'probes'\?"):
+            make(probs=3)
+    with pytest.raises(ConfigError, match=r"Known names: .*variant"):
+        HeatConfig.from_dict({"zzzzzz": 1})
+
+
+def test_useless_combinations_are_rejected() -> None:
+    with pytest.raises(ConfigError, match="all 0"):
+        HeatConfig(beta=0, gamma=0)
+    with pytest.raises(ConfigError, match="nothing to score"):
+        HeatConfig(curvature="none", gamma=0)
+    with pytest.raises(ConfigError, match="sentinel_token"):
+        HeatConfig(masking="sentinel")
+    with pytest.raises(ConfigError, match="at least 2 codes"):
+        HeatConfig(estimator="coded", codes=1)
+    with pytest.raises(ConfigError, match="one name"):
+        HeatConfig.preset("full", variant="gs")
+    assert HeatConfig(beta=0, gamma=0, alpha=1).alpha == 1.0
+    assert HeatConfig(masking="sentinel", sentinel_token=0).sentinel_token == 0
+
+
+def test_numbers_become_plain_python_numbers() -> None:
+    config = HeatConfig(beta=1, gamma=np.float32(0.25), probes=np.int64(3))  # type: ignore[arg-type]
+    assert (type(config.beta), type(config.gamma), type(config.probes)) == (float, float, int)
+    json.dumps(config.to_dict(), allow_nan=False)
+
+
+def test_replace_keeps_choices_and_follows_a_new_variant() -> None:
+    config = HeatConfig(probes=3)
+    assert config.replace(beta=1.0) == HeatConfig(probes=3, beta=1.0)
+    assert config.replace(variant="gs") == HeatConfig(variant="gs", probes=3)
+    assert config.replace(variant="gs").replace(variant="full") == config
+    assert HeatConfig(curvature="none").replace(variant="gs").curvature == "none"
+    with pytest.raises(ConfigError):
+        config.replace(beta=-1)
+
+
+def test_dict_round_trip_is_exact() -> None:
+    config = HeatConfig.preset("gs", seed=2**63 - 1, beta=0.1, sentinel_token=4)
+    assert HeatConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert HeatConfig.from_dict({}) == HeatConfig()
+    with pytest.raises(ConfigError, match="mapping"):
+        HeatConfig.from_dict([("beta", 1)])  # type: ignore[arg-type]
+
+
+def test_every_field_has_a_check_and_every_preset_names_fields() -> None:
+    fields = {field.name: field for field in dataclasses.fields(HeatConfig)}
+    for name, field in fields.items():
+        assert name == "variant" or callable(field.metadata["check"])
+    for preset in config_module.PRESETS.values():
+        assert set(preset) <= set(fields)
