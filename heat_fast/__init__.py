@@ -9,7 +9,7 @@ torch nor transformers.
 
 Example:
     >>> import heat_fast
-    >>> demo = heat_fast.demo.demo(count=1)
+    >>> demo = heat_fast.load_demo_model()
     >>> result = heat_fast.attribute(demo.model, demo.tokenizer, demo.examples[0].prompt)
     >>> result.scores.shape == (len(result.tokens),)
     True

@@ -109,7 +109,8 @@ class Attributor:
         encoded = encode_prompt(prompt, self.tokenizer, vocabulary, longest)
         targets = encode_target(target, self.tokenizer, vocabulary)
         check_length(len(encoded), len(targets or (0,)), longest)
-        with torch.no_grad(), _evaluation_mode(self.model):
+        # Within inference mode autograd could not differentiate the activations.
+        with torch.inference_mode(False), torch.no_grad(), _evaluation_mode(self.model):
             return self._run(encoded, targets, embed, progress)
 
     def _run(
@@ -175,7 +176,9 @@ class Attributor:
         total = len(trunk.targets) * max(1, products)
         with ledger.component("curvature", total) as step:
             for group in slices(len(trunk.targets), targets_at_once(trunk.bytes)):
-                adjoints = [run_adjoint(trunk, index) for index in range(group.start, group.stop)]
+                adjoints = [
+                    run_adjoint(trunk, index, products) for index in range(group.start, group.stop)
+                ]
                 rows.append(curvature(trunk, adjoints, config, budget, ledger, step))
                 for adjoint in adjoints:
                     gradient = adjoint.gradient[:count].to(wide(trunk.embeddings.dtype))

@@ -279,10 +279,10 @@ def _device(name: str) -> Any:
 def _load_embedded(device: Any, dtype: str) -> tuple[Any, Any, str]:
     import torch
 
-    from heat_fast.demo import demo
+    from heat_fast.demo import load_demo_model
 
     try:
-        embedded = demo(1)
+        embedded = load_demo_model(1)
     except FileNotFoundError as error:
         raise _LoadError(str(error)) from error
     model: Any = embedded.model

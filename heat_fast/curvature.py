@@ -30,7 +30,7 @@ from heat_fast.kernels.rademacher import counter_words, rademacher, walsh
 from heat_fast.planner import Budget, run_batches
 from heat_fast.progress import Ledger, Step
 from heat_fast.sweeps import hessian_rows, tangent_sweep
-from heat_fast.trunk import TargetAdjoint, Trunk, require_finite, run_adjoint
+from heat_fast.trunk import TargetAdjoint, Trunk, pull_logits, require_finite
 
 # Streams of the counter-based generator beside the probes' own.
 _CODE_STREAM = 0x636F6465
@@ -262,8 +262,8 @@ def _gauss_newton(
                 p.dtype,
             )
             u = root * sign - p * (root @ sign)
-            pulled = run_adjoint(trunk, adjoint.target, u[None])
-            factors[sample] = pulled.gradient[:tokens].to(dtype).cpu()
+            pulled = pull_logits(trunk, adjoint.target, u[None])
+            factors[sample] = pulled[:tokens].to(dtype).cpu()
             step(1)
         for token in range(tokens):
             signs = rademacher(

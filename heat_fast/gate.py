@@ -46,7 +46,8 @@ def _norms(trunk: Trunk, layer: int, dtype: torch.dtype) -> Tensor:
     """`| V[h,i] W_O^h |_1`, `[Hk, G, M]`."""
     state = trunk.states[layer].attention
     heads, group, _, width = state.query.shape
-    weight = trunk.decoder.blocks[layer].attention.output.matrix(heads * group * width)
+    output = trunk.decoder.blocks[layer].attention.output
+    weight = output.matrix(heads * group * width, state.value)
     return value_output_norms(state.value, weight, dtype)
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from heat_fast.decoder.norm import wide
 from heat_fast.errors import InputError
 from heat_fast.kernels.masked_kl import masked_kl
 from heat_fast.planner import Budget, run_batches, slices
@@ -53,28 +52,28 @@ def information(
     trunk: Trunk, vector: Tensor, budget: Budget, ledger: Ledger, step: Step
 ) -> tuple[Tensor, Tensor]:
     """`(KL, drop)`, `[n, N]` each, nats, in at least float32."""
-    count, targets = trunk.prompt_length, len(trunk.targets)
-    dtype = wide(trunk.embeddings.dtype)
-    divergence = torch.zeros(targets, count, dtype=dtype)
-    drop = torch.zeros(targets, count, dtype=dtype)
+    count = trunk.prompt_length
+    last = trunk.last.new_empty(count, *trunk.last.shape)
 
     def size(first: int) -> int:
         return budget.batch(trunk.length - first, count - first)
 
     def run(first: int, stop: int) -> None:
-        last = _run_branches(trunk, vector, first, stop)
-        kl, lost = _divergences(trunk, last)
-        if not bool(torch.isfinite(kl).all()):
-            _run_branches(trunk, vector, first, stop, locate=True)
-            require_finite(kl, f"the logits with one of tokens {first}..{stop - 1} masked")
-        divergence[:, first:stop] = kl.t().cpu()
-        drop[:, first:stop] = lost.t().cpu()
+        last[first:stop] = _run_branches(trunk, vector, first, stop)
         ledger.counts["branches"] += stop - first
         ledger.counts["branch_tokens"] += (stop - first) * (trunk.length - first)
         step(stop - first)
 
     run_batches(count, budget, size, run)
-    return divergence, drop
+    # The logits of all branches together: the vocabulary's weights are read a few times, not once
+    # for every batch.
+    divergence, drop = _divergences(trunk, last)
+    finite = torch.isfinite(divergence).all(-1)
+    if not bool(finite.all()):
+        token = int((~finite).nonzero()[0])
+        _run_branches(trunk, vector, token, token + 1, locate=True)
+        require_finite(divergence, f"the logits with token {token} masked")
+    return divergence.t().cpu(), drop.t().cpu()
 
 
 def _run_branches(

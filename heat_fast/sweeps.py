@@ -1,7 +1,7 @@
 """Hessian-vector products against the trunk: one tangent sweep up, one tangent of adjoint down.
 
-For directions `r [B, S, d]` that vanish below position `start`, the product `z = (H r)[start:]` with
-the Hessian of `g(X)` is the tangent of the gradient (Pearlmutter 1994, forward over reverse):
+For directions `r [B, S, d]` that vanish below position `start`, the product `z = (H r)[start:]`
+with the Hessian of `g(X)` is the tangent of the gradient (Pearlmutter 1994, forward over reverse):
 
     up:    x_0. = r;  x_{l+1}. = J_l x_l.                       (kept per block)
     head:  x_L_. = d^2 g / dx^2 . x_L.
@@ -53,9 +53,7 @@ def hessian_rows(
     """Finish the products of one target: `(H r) [B, p + 1 - start, d]` at `start..p`."""
     decoder, target = trunk.decoder, adjoint.target
     row = slice(target, target + 1)
-    x_bar_dot = decoder.head.adjoint_tangent(
-        trunk.last[row], sweep.last[:, row], trunk.targets[target]
-    )
+    x_bar_dot = decoder.head.adjoint_tangent(adjoint.head, sweep.last[:, row])
     for layer in reversed(range(len(decoder.blocks))):
         x_bar_dot = decoder.blocks[layer].adjoint_tangent(
             trunk.states[layer],

@@ -111,7 +111,8 @@ def top_table(
     rows = result.top(k)
     total = math.fsum(result.scores.tolist())
     highest = rows[0].score
-    with_bars = width >= 78
+    longest = max(len(visible(row.token, ascii_only)) for row in rows)
+    with_bars = width >= 70 + max(8, longest)
     table = Table(box=None, padding=(0, 1), header_style="bold")
     table.add_column("#", justify="right")
     table.add_column("pos", justify="right")

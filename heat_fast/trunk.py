@@ -17,6 +17,7 @@ from torch import Tensor
 
 from heat_fast.decoder import Decoder, Rows
 from heat_fast.decoder.block import BlockAdjoint, BlockState
+from heat_fast.decoder.head import HeadAdjoint
 from heat_fast.errors import NumericalError
 
 
@@ -75,10 +76,11 @@ class Trunk:
 
 @dataclass(frozen=True)
 class TargetAdjoint:
-    """The primal adjoint of one target: `gradient [p + 1, d]` of g, and every block's adjoints."""
+    """The primal adjoint of one target: `gradient [p + 1, d]` of g, the head's and the blocks'."""
 
     target: int
     gradient: Tensor
+    head: HeadAdjoint
     blocks: tuple[BlockAdjoint, ...]
 
 
@@ -102,24 +104,29 @@ def run_trunk(decoder: Decoder, embeddings: Tensor, targets: tuple[int, ...]) ->
     )
 
 
-def run_adjoint(trunk: Trunk, target: int, logits_bar: Tensor | None = None) -> TargetAdjoint:
-    """The gradient of one target's log-probability, with the adjoints the sweeps need.
-
-    With `logits_bar [1, V]`, the vector-Jacobian product of the logits at the target's row instead.
-    """
-    decoder = trunk.decoder
+def run_adjoint(trunk: Trunk, target: int, probes: int = 0) -> TargetAdjoint:
+    """The gradient of one target's log-probability, with all that `probes` sweeps need of it."""
     row = trunk.last[target : target + 1]
-    if logits_bar is None:
-        x_bar = decoder.head.gradient(row, trunk.targets[target])
-    else:
-        x_bar = decoder.head.adjoint(row, logits_bar)
+    x_bar, head = trunk.decoder.head.gradient(row, trunk.targets[target], probes)
+    gradient, blocks = _pull(trunk, target, x_bar)
+    return TargetAdjoint(target, gradient, head, blocks)
+
+
+def pull_logits(trunk: Trunk, target: int, logits_bar: Tensor) -> Tensor:
+    """Vector-Jacobian product of a target row's logits `[1, V]` with X, `[p + 1, d]`."""
+    x_bar = trunk.decoder.head.adjoint(trunk.last[target : target + 1], logits_bar)
+    return _pull(trunk, target, x_bar)[0]
+
+
+def _pull(trunk: Trunk, target: int, x_bar: Tensor) -> tuple[Tensor, tuple[BlockAdjoint, ...]]:
+    """From the adjoint of a target's last residual row down to the embeddings."""
     adjoints = []
-    for layer in reversed(range(len(decoder.blocks))):
+    for layer in reversed(range(len(trunk.states))):
         rows = trunk.target_rows(layer, 0, target)
-        x_bar, adjoint = decoder.blocks[layer].adjoint(trunk.states[layer], x_bar, rows)
+        x_bar, adjoint = trunk.decoder.blocks[layer].adjoint(trunk.states[layer], x_bar, rows)
         require_finite(x_bar, f"the gradient at block {layer}")
         adjoints.append(adjoint)
-    return TargetAdjoint(target, x_bar, tuple(reversed(adjoints)))
+    return x_bar, tuple(reversed(adjoints))
 
 
 def require_finite(values: Tensor, where: str) -> None:

@@ -34,9 +34,8 @@ hypothesis.settings.load_profile("fixed")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # The matrices of the tests are too small to gain from more threads.
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(min(2, os.cpu_count() or 1))
+    # The matrices of the tests are too small to gain from more threads, and lose on a busy machine.
+    torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -45,6 +44,33 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu") is not None:
                 item.add_marker(skip)
+
+
+class Figures:
+    """Measured figures that tests report without demanding them; printed after the run."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def add(self, line: str) -> None:
+        """Keep a line for the end of the run."""
+        self.lines.append(line)
+
+
+_FIGURES = Figures()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if _FIGURES.lines:
+        terminalreporter.section("figures")
+        for line in _FIGURES.lines:
+            terminalreporter.line(line)
+
+
+@pytest.fixture(scope="session")
+def figures() -> Figures:
+    """Where a test leaves a figure to be printed after the run."""
+    return _FIGURES
 
 
 @pytest.fixture(autouse=True)
@@ -78,6 +104,6 @@ def local_model() -> Callable[[str], Path]:
 def demo() -> Demo:
     """The embedded model with its tokenizer and example prompts; not to be modified."""
     # Here and not above: a session that runs none of these tests need not load it.
-    from heat_fast.demo import demo as load
+    from heat_fast.demo import load_demo_model
 
-    return load()
+    return load_demo_model()

@@ -4,22 +4,34 @@ from __future__ import annotations
 
 import re
 import socket
+from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
 
-import heat_fast.demo
-from heat_fast.demo import WEIGHTS, Demo, demo, load_demo_model, make_example, tokens_in_spans
+import heat_fast
+from heat_fast.demo import (
+    WEIGHTS,
+    Demo,
+    Example,
+    load_demo_model,
+    load_files,
+    make_example,
+    tokens_in_spans,
+)
 from heat_fast.demo.corpus import Difficulty, lexicon, make_document, split_of
 from heat_fast.demo.train import accuracy, train_tokenizer
 from heat_fast.demo.words import ENTITIES, NAMES, RELATIONS, THINGS
 
 SEEDS = range(200)
+PINNED_START = "Two riders passed the forest without a word."
+PINNED_FACT = ("Mirmora", "mountain", " Fenston")
 
 
 @pytest.fixture(scope="module")
 def embedded() -> Demo:
-    return demo(count=300)
+    return load_demo_model(300)
 
 
 def piece(text: str, span: tuple[int, int]) -> str:
@@ -78,7 +90,7 @@ def test_parts_cover_the_passage_without_overlap() -> None:
         parts = sorted([example.fact, *example.competing, *example.distractor])
         assert parts[0][0] == 0
         assert parts[-1][1] == passage
-        for (_, end), (start, _) in zip(parts, parts[1:], strict=False):
+        for (_, end), (start, _) in pairwise(parts):
             assert start == end + 1
             assert example.prompt[end] == " "
 
@@ -102,8 +114,7 @@ def test_splits_are_disjoint() -> None:
     seen = 0
     for seed in SEEDS:
         document = make_document(seed, questions=5)
-        asked = len(document.answers)
-        assert asked >= 3
+        assert len(document.asked) == 5
         for text in sentence.findall(document.text.split("\nQuestion:")[0]):
             found = [
                 [word for word in pool if re.search(rf"\b{word}\b", text)]
@@ -119,9 +130,19 @@ def test_splits_are_disjoint() -> None:
 def test_training_answers_are_where_the_document_says() -> None:
     for seed in SEEDS:
         document = make_document(seed, questions=3)
-        for start, end in document.answers:
+        for mention in document.asked:
+            start, end = mention.span
             assert document.text[:start].endswith("\nAnswer:")
-            assert piece(document.text, (start, end)).strip() in NAMES + THINGS
+            question = document.text[:start].rsplit("\nQuestion:", 1)[1]
+            assert mention.entity in question
+            assert mention.relation in question
+            facts = [
+                fact
+                for fact in document.stated
+                if (fact.entity, fact.relation) == (mention.entity, mention.relation)
+            ]
+            assert len(facts) == 1
+            assert piece(document.text, facts[0].span) == document.text[start:end]
 
 
 def test_difficulty_is_respected() -> None:
@@ -168,8 +189,8 @@ def test_any_text_survives_the_tokenizer(embedded: Demo, text: str) -> None:
     assert embedded.tokenizer.decode(ids, skip_special_tokens=True) == text
 
 
-def test_tokenizer_is_what_its_script_trains(embedded: Demo, tmp_path: object) -> None:
-    again = train_tokenizer(tmp_path)  # type: ignore[arg-type]
+def test_tokenizer_is_what_its_script_trains(embedded: Demo, tmp_path: Path) -> None:
+    again = train_tokenizer(tmp_path)
     assert again.get_vocab() == embedded.tokenizer.get_vocab()
 
 
@@ -178,8 +199,8 @@ def test_held_out_accuracy(embedded: Demo) -> None:
     right = accuracy(embedded.model, embedded.tokenizer, embedded.examples)
     assert right >= 0.99
     moved = [
-        heat_fast.demo.Example(**{**vars(example), "answer": other.answer})
-        for example, other in zip(embedded.examples, embedded.examples[1:], strict=False)
+        Example(**{**vars(example), "answer": other.answer})
+        for example, other in pairwise(embedded.examples)
     ]
     assert accuracy(embedded.model, embedded.tokenizer, moved) < 0.1
 
@@ -224,16 +245,16 @@ def test_loading_touches_no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    model, tokenizer = load_demo_model()
-    assert len(tokenizer) == model.config.vocab_size
+    loaded = load_demo_model()
+    assert len(loaded.tokenizer) == loaded.model.config.vocab_size
 
 
-def test_missing_files_are_named(tmp_path: object) -> None:
+def test_missing_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"model\.safetensors"):
-        load_demo_model(tmp_path)  # type: ignore[arg-type]
+        load_files(tmp_path)
 
 
-def test_package_is_callable() -> None:
-    assert heat_fast.demo(count=2).examples == demo(count=2).examples  # type: ignore[operator]
+def test_the_number_of_examples_is_asked_for() -> None:
+    assert heat_fast.load_demo_model(2).examples == load_demo_model().examples[:2]
     with pytest.raises(ValueError, match="-1"):
-        demo(count=-1)
+        load_demo_model(-1)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from heat_fast.decoder.linear import Linear
-from heat_fast.decoder.norm import Identity, Norm
+from heat_fast.decoder.norm import AnyNorm, Identity, NormAdjoint, NormState, kept
 from heat_fast.decoder.rotary import Rotary
 from heat_fast.kernels.branch_attention import Masking, branch_attention
 from heat_fast.kernels.second_order_attention import (
@@ -130,38 +130,6 @@ class FusedProjection:
 
 
 @dataclass(frozen=True)
-class AttentionState:
-    """Primal heads of all rows, head-major, after rotation.
-
-    `query`, `output [Hk, G, S, D]`, `key`, `value [Hk, S, D]`, `normaliser [Hk, G, S]`; the raw
-    heads before head norms are kept only where there are such norms. `output_rows` are the rows
-    for which queries exist (all, or the last few in the last block).
-    """
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    normaliser: Tensor
-    output: Tensor
-    raw_query: Tensor | None
-    raw_key: Tensor | None
-    first_query: int
-
-    def primal(self, rows: Rows, masking: Masking) -> Primal:
-        """The part that concerns some rows, as the softmax core wants it."""
-        queries = slice(rows.first_query - self.first_query, rows.stop - self.first_query)
-        return Primal(
-            query=self.query[:, :, queries],
-            key=self.key[:, : rows.stop],
-            value=self.value[:, : rows.stop],
-            normaliser=self.normaliser[:, :, queries],
-            output=self.output[:, :, queries],
-            start=rows.start,
-            masking=masking,
-        )
-
-
-@dataclass(frozen=True)
 class Rows:
     """Which positions a sweep touches: keys `[start, stop)`, queries `[first_query, stop)`."""
 
@@ -181,22 +149,84 @@ class Rows:
 
 
 @dataclass(frozen=True)
+class AttentionState:
+    """Primal heads of all rows, head-major, after rotation.
+
+    `query`, `output [Hk, G, Q, D]`, `key`, `value [Hk, S, D]`, `normaliser [Hk, G, Q]`; queries
+    begin at position `first_query` (0, or the last few rows in the last block). `query_norm`,
+    `key_norm` are the head norms' states.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    normaliser: Tensor
+    output: Tensor
+    query_norm: NormState
+    key_norm: NormState
+    first_query: int
+
+    def queries(self, rows: Rows) -> slice:
+        """Where the query rows of a sweep lie among the kept ones."""
+        return slice(rows.first_query - self.first_query, rows.stop - self.first_query)
+
+    def primal(self, rows: Rows, masking: Masking) -> Primal:
+        """The part that concerns some rows, as the softmax core wants it."""
+        queries = self.queries(rows)
+        return Primal(
+            query=self.query[:, :, queries],
+            key=self.key[:, : rows.stop],
+            value=self.value[:, : rows.stop],
+            normaliser=self.normaliser[:, :, queries],
+            output=self.output[:, :, queries],
+            start=rows.start,
+            masking=masking,
+        )
+
+    def norms(self, rows: Rows) -> tuple[NormState, NormState]:
+        """The head norms' states over some rows, with a dimension for the batch."""
+        query = self.query_norm.rows(self.queries(rows)).select(None, 1)
+        key = self.key_norm.rows(slice(rows.start, rows.stop)).select(None, 1)
+        return query, key
+
+
+@dataclass(frozen=True)
 class AttentionTangent:
-    """Tangents going up, head-major: after rotation, and (with head norms) before the norms."""
+    """Tangents going up, head-major: `heads` after rotation, the raw ones before head norms."""
 
     heads: Heads
     output: Tensor
-    raw_query: Tensor | None
-    raw_key: Tensor | None
+    raw_query: Tensor
+    raw_key: Tensor
+
+    def rows(self, keys: slice, queries: slice) -> AttentionTangent:
+        """The same tangents for some of their rows."""
+        heads = Heads(
+            self.heads.query[..., queries, :],
+            self.heads.key[..., keys, :],
+            self.heads.value[..., keys, :],
+        )
+        return AttentionTangent(
+            heads,
+            self.output[..., queries, :],
+            self.raw_query[..., queries, :],
+            self.raw_key[..., keys, :],
+        )
 
 
 @dataclass(frozen=True)
 class AttentionAdjoint:
-    """Primal adjoints going down: of the heads' outputs and, with head norms, of their results."""
+    """Primal adjoints going down: of the heads' outputs `[Hk, G, Q, D]` and of the head norms."""
 
     output: Tensor
-    normed_query: Tensor | None
-    normed_key: Tensor | None
+    query_norm: NormAdjoint
+    key_norm: NormAdjoint
+
+    def rows(self, keys: slice, queries: slice) -> AttentionAdjoint:
+        """The same adjoints for some of their rows."""
+        return AttentionAdjoint(
+            self.output[..., queries, :], self.query_norm.rows(queries), self.key_norm.rows(keys)
+        )
 
 
 class Attention:
@@ -209,17 +239,16 @@ class Attention:
         rotary: Rotary | None,
         masking: Masking,
         groups: int,
-        query_norm: Norm | Identity | None = None,
-        key_norm: Norm | Identity | None = None,
+        query_norm: AnyNorm | None = None,
+        key_norm: AnyNorm | None = None,
     ) -> None:
         self.projection = projection
         self.output = output
         self.rotary = rotary
         self.masking = masking
         self.groups = groups
-        self.query_norm: Norm | Identity = query_norm or Identity()
-        self.key_norm: Norm | Identity = key_norm or Identity()
-        self.normed = isinstance(self.query_norm, Norm) or isinstance(self.key_norm, Norm)
+        self.query_norm: AnyNorm = query_norm or Identity()
+        self.key_norm: AnyNorm = key_norm or Identity()
 
     # Between flat features [B, S, H, D] and head-major [Hk, B, (G,) S, D].
 
@@ -239,6 +268,11 @@ class Attention:
     def _merge_key(x: Tensor) -> Tensor:
         return x.permute(1, 2, 0, 3)
 
+    def _split(self, flat: Heads) -> Heads:
+        return Heads(
+            self._split_query(flat.query), self._split_key(flat.key), self._split_key(flat.value)
+        )
+
     def _turn(self, heads: Heads, rows: Rows) -> Heads:
         if self.rotary is None:
             return heads
@@ -246,134 +280,6 @@ class Attention:
             self.rotary.forward(heads.query, rows.first_query),
             self.rotary.forward(heads.key, rows.start),
             heads.value,
-        )
-
-    def forward(
-        self, x: Tensor, rows: Rows, prefix: AttentionState | None = None
-    ) -> tuple[Tensor, AttentionState]:
-        """`y [B, Q, d]` from normed rows `x [B, S, d]`, attending to the prefix below them.
-
-        The returned state is meaningful as a primal for `B = 1`, `rows.start = 0`.
-        """
-        flat = self.projection.forward(x, rows.queries)
-        raw = Heads(
-            self._split_query(flat.query), self._split_key(flat.key), self._split_key(flat.value)
-        )
-        normed = Heads(
-            self.query_norm.forward(raw.query), self.key_norm.forward(raw.key), raw.value
-        )
-        heads = self._turn(normed, rows)
-        if prefix is None:
-            below_key = below_value = heads.key[:, 0, :0]
-        else:
-            below_key = prefix.key[:, : rows.start]
-            below_value = prefix.value[:, : rows.start]
-        output, normaliser = branch_attention(
-            heads.query, heads.key, heads.value, below_key, below_value, self.masking
-        )
-        y = self.output.forward(self._merge_query(output).flatten(2))
-        state = AttentionState(
-            query=heads.query[:, 0],
-            key=heads.key[:, 0],
-            value=heads.value[:, 0],
-            normaliser=normaliser[:, 0],
-            output=output[:, 0],
-            raw_query=raw.query[:, 0] if self.normed else None,
-            raw_key=raw.key[:, 0] if self.normed else None,
-            first_query=rows.first_query,
-        )
-        return y, state
-
-    def tangent(
-        self, state: AttentionState, x_dot: Tensor, rows: Rows
-    ) -> tuple[Tensor, AttentionTangent]:
-        """`y. [B, Q, d]` from `x. [B, S, d]`."""
-        flat = self.projection.tangent(x_dot, rows.queries)
-        raw = Heads(
-            self._split_query(flat.query), self._split_key(flat.key), self._split_key(flat.value)
-        )
-        normed = raw
-        if self.normed:
-            raw_query, raw_key = self._raw(state, rows)
-            normed = Heads(
-                self.query_norm.tangent(raw_query[:, None], raw.query),
-                self.key_norm.tangent(raw_key[:, None], raw.key),
-                raw.value,
-            )
-        heads = self._turn(normed, rows)
-        primal = state.primal(rows, self.masking)
-        output = attention_tangent(primal, heads.query, heads.key, heads.value)
-        y = self.output.tangent(self._merge_query(output).flatten(2))
-        kept = (raw.query, raw.key) if self.normed else (None, None)
-        return y, AttentionTangent(heads, output, *kept)
-
-    def adjoint(
-        self, state: AttentionState, y_bar: Tensor, rows: Rows
-    ) -> tuple[Tensor, AttentionAdjoint]:
-        """`x_ [S, d]` from `y_ [Q, d]`; `rows.start` must be 0."""
-        width = y_bar.shape[-1]
-        pulled = self._pull_output(y_bar[None], state)
-        primal = state.primal(rows, self.masking)
-        query, key, value = attention_adjoint(primal, pulled[:, 0])
-        normed = self._turn_back(Heads(query[:, None], key[:, None], value[:, None]), rows)
-        raw = normed
-        if self.normed:
-            raw_query, raw_key = self._raw(state, rows)
-            raw = Heads(
-                self.query_norm.adjoint(raw_query[:, None], normed.query),
-                self.key_norm.adjoint(raw_key[:, None], normed.key),
-                normed.value,
-            )
-        kept = (normed.query[:, 0], normed.key[:, 0]) if self.normed else (None, None)
-        return self._pull_heads(raw, width)[0], AttentionAdjoint(pulled[:, 0], *kept)
-
-    def adjoint_tangent(
-        self,
-        state: AttentionState,
-        tangent: AttentionTangent,
-        bar: AttentionAdjoint,
-        y_bar_dot: Tensor,
-        rows: Rows,
-    ) -> Tensor:
-        """`x_. [B, S, d]` from `y_. [B, Q, d]`, the tangents going up and the primal adjoints."""
-        width = y_bar_dot.shape[-1]
-        pulled = self._pull_output(y_bar_dot, state)
-        heads = tangent.heads
-        query, key, value = attention_adjoint_tangent(
-            state.primal(rows, self.masking),
-            heads.query,
-            heads.key,
-            heads.value,
-            tangent.output,
-            bar.output,
-            pulled,
-        )
-        raw = normed = self._turn_back(Heads(query, key, value), rows)
-        if self.normed:
-            assert tangent.raw_query is not None and tangent.raw_key is not None
-            assert bar.normed_query is not None and bar.normed_key is not None
-            raw_query, raw_key = self._raw(state, rows)
-            raw = Heads(
-                self.query_norm.adjoint_tangent(
-                    raw_query[:, None], tangent.raw_query, bar.normed_query[:, None], normed.query
-                ),
-                self.key_norm.adjoint_tangent(
-                    raw_key[:, None],
-                    tangent.raw_key,
-                    bar.normed_key[:, None, rows.start : rows.stop],
-                    normed.key,
-                ),
-                normed.value,
-            )
-        return self._pull_heads(raw, width)
-
-    def _raw(self, state: AttentionState, rows: Rows) -> tuple[Tensor, Tensor]:
-        """Heads before their norms: queries `[Hk, G, Q, D]`, keys `[Hk, S, D]`."""
-        assert state.raw_query is not None and state.raw_key is not None
-        first = rows.first_query - state.first_query
-        return (
-            state.raw_query[:, :, first : rows.stop - state.first_query],
-            state.raw_key[:, rows.start : rows.stop],
         )
 
     def _turn_back(self, heads: Heads, rows: Rows) -> Heads:
@@ -397,3 +303,97 @@ class Attention:
             self._merge_query(bar.query), self._merge_key(bar.key), self._merge_key(bar.value)
         )
         return self.projection.adjoint(flat, width)
+
+    def forward(
+        self, x: Tensor, rows: Rows, prefix: AttentionState | None = None
+    ) -> tuple[Tensor, AttentionState]:
+        """`y [B, Q, d]` from normed rows `x [B, S, d]`, attending to the prefix below them.
+
+        The returned state is a primal for `B = 1`, `rows.start = 0`.
+        """
+        raw = self._split(self.projection.forward(x, rows.queries))
+        query, query_norm = self.query_norm.forward(raw.query)
+        key, key_norm = self.key_norm.forward(raw.key)
+        heads = self._turn(Heads(query, key, raw.value), rows)
+        if prefix is None:
+            below_key = below_value = heads.key[:, 0, :0]
+        else:
+            below_key = prefix.key[:, : rows.start]
+            below_value = prefix.value[:, : rows.start]
+        output, normaliser = branch_attention(
+            heads.query, heads.key, heads.value, below_key, below_value, self.masking
+        )
+        y = self.output.forward(self._merge_query(output).flatten(2))
+        return y, AttentionState(
+            query=heads.query[:, 0],
+            key=heads.key[:, 0],
+            value=heads.value[:, 0],
+            normaliser=normaliser[:, 0],
+            output=output[:, 0],
+            query_norm=query_norm.select(0, 1),
+            key_norm=key_norm.select(0, 1),
+            first_query=rows.first_query,
+        )
+
+    def tangent(
+        self, state: AttentionState, x_dot: Tensor, rows: Rows
+    ) -> tuple[Tensor, AttentionTangent]:
+        """`y. [B, Q, d]` from `x. [B, S, d]`."""
+        raw = self._split(self.projection.tangent(x_dot, rows.queries))
+        query_norm, key_norm = state.norms(rows)
+        normed = Heads(
+            self.query_norm.tangent(query_norm, raw.query),
+            self.key_norm.tangent(key_norm, raw.key),
+            raw.value,
+        )
+        heads = self._turn(normed, rows)
+        primal = state.primal(rows, self.masking)
+        output = attention_tangent(primal, heads.query, heads.key, heads.value)
+        y = self.output.tangent(self._merge_query(output).flatten(2))
+        return y, AttentionTangent(
+            heads, output, kept(self.query_norm, raw.query), kept(self.key_norm, raw.key)
+        )
+
+    def adjoint(
+        self, state: AttentionState, y_bar: Tensor, rows: Rows
+    ) -> tuple[Tensor, AttentionAdjoint]:
+        """`x_ [S, d]` from `y_ [Q, d]`; `rows.start` must be 0."""
+        pulled = self._pull_output(y_bar[None], state)
+        primal = state.primal(rows, self.masking)
+        query, key, value = attention_adjoint(primal, pulled[:, 0])
+        normed = self._turn_back(Heads(query[:, None], key[:, None], value[:, None]), rows)
+        query_norm, key_norm = state.norms(rows)
+        query, query_bar = self.query_norm.adjoint(query_norm, normed.query)
+        key, key_bar = self.key_norm.adjoint(key_norm, normed.key)
+        x_bar = self._pull_heads(Heads(query, key, normed.value), y_bar.shape[-1])
+        return x_bar[0], AttentionAdjoint(pulled[:, 0], query_bar, key_bar)
+
+    def adjoint_tangent(
+        self,
+        state: AttentionState,
+        tangent: AttentionTangent,
+        bar: AttentionAdjoint,
+        y_bar_dot: Tensor,
+        rows: Rows,
+    ) -> Tensor:
+        """`x_. [B, S, d]` from `y_. [B, Q, d]`, the tangents going up and the primal adjoints."""
+        heads = tangent.heads
+        query, key, value = attention_adjoint_tangent(
+            state.primal(rows, self.masking),
+            heads.query,
+            heads.key,
+            heads.value,
+            tangent.output,
+            bar.output,
+            self._pull_output(y_bar_dot, state),
+        )
+        normed = self._turn_back(Heads(query, key, value), rows)
+        query_norm, key_norm = state.norms(rows)
+        raw = Heads(
+            self.query_norm.adjoint_tangent(
+                query_norm, tangent.raw_query, bar.query_norm, normed.query
+            ),
+            self.key_norm.adjoint_tangent(key_norm, tangent.raw_key, bar.key_norm, normed.key),
+            normed.value,
+        )
+        return self._pull_heads(raw, y_bar_dot.shape[-1])

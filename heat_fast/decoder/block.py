@@ -16,7 +16,8 @@ stream that leaves the block, for the last `Q` of these only. In all blocks but 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, is_dataclass, replace
 
 import torch
 from torch import Tensor
@@ -28,35 +29,42 @@ from heat_fast.decoder.attention import (
     AttentionTangent,
     Rows,
 )
-from heat_fast.decoder.mlp import Mlp, MlpState, MlpTangent
-from heat_fast.decoder.norm import Identity, Norm
-
-AnyNorm = Norm | Identity
+from heat_fast.decoder.mlp import Mlp, MlpAdjoint, MlpState, MlpTangent
+from heat_fast.decoder.norm import AnyNorm, Identity, Norm, NormAdjoint, NormState, kept
 
 
 @dataclass(frozen=True)
 class BlockState:
     """Primal values of one block for the rows of the trunk.
 
-    `entry [S, d]`: the residual stream entering; `middle [Q, d]`: after the attention;
-    `attended`, `fed [Q, d]`: the layers' outputs before their post-norms (kept only if there is
-    such a norm).
+    `entry [S, d]`: the residual stream entering, normalised for the attention; `mlp_entry [Q, d]`:
+    the one entering the feed-forward layer, normalised; `attended`, `fed [Q, d]`: the layers'
+    outputs, normalised, where post-norms follow.
     """
 
-    entry: Tensor
-    middle: Tensor
+    entry: NormState
     attention: AttentionState
+    attended: NormState
+    mlp_entry: NormState
     mlp: MlpState
-    attended: Tensor | None
-    fed: Tensor | None
+    fed: NormState
 
     @property
     def bytes(self) -> int:
         """What the kept values occupy."""
-        own = (self.entry, self.middle, self.attended, self.fed)
-        parts = (vars(self.attention).values(), vars(self.mlp).values())
-        tensors = [value for part in (own, *parts) for value in part if isinstance(value, Tensor)]
-        return sum(value.numel() * value.element_size() for value in tensors)
+        return sum(value.numel() * value.element_size() for value in _tensors(self))
+
+    def rows(self, rows: Rows) -> BlockState:
+        """The primal values that a sweep over `rows` meets (the attention's stay whole)."""
+        queries = self.attention.queries(rows)
+        return BlockState(
+            entry=self.entry.rows(slice(rows.start, rows.stop)),
+            attention=self.attention,
+            attended=self.attended.rows(queries),
+            mlp_entry=self.mlp_entry.rows(queries),
+            mlp=self.mlp.rows(queries),
+            fed=self.fed.rows(queries),
+        )
 
 
 @dataclass(frozen=True)
@@ -65,11 +73,27 @@ class BlockTangent:
 
     rows: Rows
     entry: Tensor
-    middle: Tensor
     attention: AttentionTangent
+    attended: Tensor
+    mlp_entry: Tensor
     mlp: MlpTangent
-    attended: Tensor | None
-    fed: Tensor | None
+    fed: Tensor
+
+    def cut(self, rows: Rows) -> BlockTangent:
+        """Tangents of a wider sweep, restricted to `rows` with the same start."""
+        if rows == self.rows:
+            return self
+        first = self.rows.first_query
+        keys, queries = slice(0, rows.keys), slice(rows.first_query - first, rows.stop - first)
+        return BlockTangent(
+            rows=rows,
+            entry=self.entry[:, keys],
+            attention=self.attention.rows(keys, queries),
+            attended=self.attended[:, queries],
+            mlp_entry=self.mlp_entry[:, queries],
+            mlp=self.mlp.rows(queries),
+            fed=self.fed[:, queries],
+        )
 
 
 @dataclass(frozen=True)
@@ -77,17 +101,30 @@ class BlockAdjoint:
     """Primal adjoints of one block for one target, wherever a nonlinear step ends.
 
     `rows`: `start` is 0, queries as in the trunk (in the last block the target's row alone).
-    `normed [S, d]`, `mlp_normed [Q, d]`: at the norms' outputs; `attended`, `fed [Q, d]`: at the
-    post-norms' outputs; `hidden [Q, f]`: inside the feed-forward layer.
     """
 
     rows: Rows
-    normed: Tensor
-    mlp_normed: Tensor
-    attended: Tensor
-    fed: Tensor
-    hidden: Tensor
+    norm: NormAdjoint
     attention: AttentionAdjoint
+    post_attention: NormAdjoint
+    mlp_norm: NormAdjoint
+    mlp: MlpAdjoint
+    post_mlp: NormAdjoint
+
+    def cut(self, rows: Rows) -> BlockAdjoint:
+        """The same adjoints for the rows of a sweep."""
+        first = self.rows.first_query
+        keys = slice(rows.start, rows.stop)
+        queries = slice(rows.first_query - first, rows.stop - first)
+        return BlockAdjoint(
+            rows=rows,
+            norm=self.norm.rows(keys),
+            attention=self.attention.rows(keys, queries),
+            post_attention=self.post_attention.rows(queries),
+            mlp_norm=self.mlp_norm.rows(queries),
+            mlp=self.mlp.rows(queries),
+            post_mlp=self.post_mlp.rows(queries),
+        )
 
 
 class Block:
@@ -123,87 +160,70 @@ class Block:
     ) -> tuple[Tensor, BlockState]:
         """`y [B, Q, d]` from `x [B, S, d]`; the state is a primal for `B = 1`, `start = 0`."""
         x = self._here(x)
-        attended, attention_state = self.attention.forward(
-            self.norm.forward(x), rows, None if prefix is None else prefix.attention
+        normed, entry = self.norm.forward(x)
+        attended, attention = self.attention.forward(
+            normed, rows, None if prefix is None else prefix.attention
         )
-        entry = x[:, -rows.queries :]
-        middle = entry + self.post_attention.forward(attended)
-        fed, mlp_state = self.mlp.forward(self.mlp_norm.forward(entry if self.parallel else middle))
-        y = middle + self.post_mlp.forward(fed)
-        state = BlockState(
-            entry=x[0],
-            middle=middle[0],
-            attention=attention_state,
-            mlp=MlpState(mlp_state.gate[0], None if mlp_state.up is None else mlp_state.up[0]),
-            attended=attended[0] if isinstance(self.post_attention, Norm) else None,
-            fed=fed[0] if isinstance(self.post_mlp, Norm) else None,
+        attended, post_attention = self.post_attention.forward(attended)
+        stay = x[:, -rows.queries :]
+        middle = attended + stay
+        normed, mlp_entry = self.mlp_norm.forward(stay if self.parallel else middle)
+        fed, mlp = self.mlp.forward(normed)
+        fed, post_mlp = self.post_mlp.forward(fed)
+        return middle + fed, BlockState(
+            entry=entry.select(0, 0),
+            attention=attention,
+            attended=post_attention.select(0, 0),
+            mlp_entry=mlp_entry.select(0, 0),
+            mlp=MlpState(mlp.gate[0], None if mlp.up is None else mlp.up[0]),
+            fed=post_mlp.select(0, 0),
         )
-        return y, state
 
     def with_derivatives(self, state: BlockState) -> BlockState:
         """The state with the activation's derivatives kept for many probes."""
         return replace(state, mlp=self.mlp.with_derivatives(state.mlp))
 
-    def _view(self, state: BlockState, rows: Rows) -> _PrimalRows:
-        """The primal values that a sweep over `rows` meets."""
-        first = state.attention.first_query
-        queries = slice(rows.first_query - first, rows.stop - first)
-        entry = state.entry[rows.start : rows.stop]
-        middle = state.middle[queries]
-        return _PrimalRows(
-            entry=entry,
-            mlp_entry=entry[entry.shape[0] - rows.queries :] if self.parallel else middle,
-            mlp=state.mlp.rows(queries),
-            attended=middle if state.attended is None else state.attended[queries],
-            fed=middle if state.fed is None else state.fed[queries],
-        )
-
     def tangent(self, state: BlockState, x_dot: Tensor, rows: Rows) -> tuple[Tensor, BlockTangent]:
         """`y. [B, Q, d]` from `x. [B, S, d]`."""
         x_dot = self._here(x_dot)
-        primal = self._view(state, rows)
-        attended, attention_tangent = self.attention.tangent(
-            state.attention, self.norm.tangent(primal.entry, x_dot), rows
+        state = state.rows(rows)
+        attended, attention = self.attention.tangent(
+            state.attention, self.norm.tangent(state.entry, x_dot), rows
         )
-        entry = x_dot[:, -rows.queries :]
-        middle = entry + self.post_attention.tangent(primal.attended, attended)
-        fed, mlp_tangent = self.mlp.tangent(
-            primal.mlp,
-            self.mlp_norm.tangent(primal.mlp_entry, entry if self.parallel else middle),
-        )
-        y_dot = middle + self.post_mlp.tangent(primal.fed, fed)
-        return y_dot, BlockTangent(
+        stay = x_dot[:, -rows.queries :]
+        middle = self.post_attention.tangent(state.attended, attended) + stay
+        mlp_entry = stay if self.parallel else middle
+        fed, mlp = self.mlp.tangent(state.mlp, self.mlp_norm.tangent(state.mlp_entry, mlp_entry))
+        return middle + self.post_mlp.tangent(state.fed, fed), BlockTangent(
             rows=rows,
             entry=x_dot,
-            middle=middle,
-            attention=attention_tangent,
-            mlp=mlp_tangent,
-            attended=attended if isinstance(self.post_attention, Norm) else None,
-            fed=fed if isinstance(self.post_mlp, Norm) else None,
+            attention=attention,
+            attended=kept(self.post_attention, attended),
+            mlp_entry=mlp_entry,
+            mlp=mlp,
+            fed=kept(self.post_mlp, fed),
         )
 
     def adjoint(self, state: BlockState, y_bar: Tensor, rows: Rows) -> tuple[Tensor, BlockAdjoint]:
         """`x_ [S, d]` from `y_ [Q, d]`; `rows.start` must be 0."""
         y_bar = self._here(y_bar)
-        primal = self._view(state, rows)
-        mlp_normed, hidden = self.mlp.adjoint(
-            primal.mlp, self.post_mlp.adjoint(primal.fed, y_bar), y_bar.shape[-1]
-        )
-        mlp_entry = self.mlp_norm.adjoint(primal.mlp_entry, mlp_normed)
+        state = state.rows(rows)
+        fed, post_mlp = self.post_mlp.adjoint(state.fed, y_bar)
+        normed, mlp = self.mlp.adjoint(state.mlp, fed, y_bar.shape[-1])
+        mlp_entry, mlp_norm = self.mlp_norm.adjoint(state.mlp_entry, normed)
         middle = y_bar if self.parallel else y_bar + mlp_entry
-        normed, attention_bar = self.attention.adjoint(
-            state.attention, self.post_attention.adjoint(primal.attended, middle), rows
-        )
-        x_bar = self.norm.adjoint(primal.entry, normed)
+        attended, post_attention = self.post_attention.adjoint(state.attended, middle)
+        normed, attention = self.attention.adjoint(state.attention, attended, rows)
+        x_bar, norm = self.norm.adjoint(state.entry, normed)
         x_bar[-rows.queries :] += middle + mlp_entry if self.parallel else middle
         return x_bar, BlockAdjoint(
             rows=rows,
-            normed=normed,
-            mlp_normed=mlp_normed,
-            attended=middle,
-            fed=y_bar,
-            hidden=hidden,
-            attention=attention_bar,
+            norm=norm,
+            attention=attention,
+            post_attention=post_attention,
+            mlp_norm=mlp_norm,
+            mlp=mlp,
+            post_mlp=post_mlp,
         )
 
     def adjoint_tangent(
@@ -217,81 +237,32 @@ class Block:
         """`x_. [B, S, d]` from `y_. [B, Q, d]`.
 
         `rows` may end earlier than the tangents' (a target in the middle of the response) and, in
-        the last block, hold a single query row; the stored tangents are cut to fit.
+        the last block, hold a single query row; tangents and adjoints are cut to fit.
         """
         y_bar_dot = self._here(y_bar_dot)
-        primal = self._view(state, rows)
-        moved = _cut(tangent, rows)
+        state, tangent, bar = state.rows(rows), tangent.cut(rows), bar.cut(rows)
         width = y_bar_dot.shape[-1]
-        keys = slice(rows.start, rows.stop)
-        queries = slice(rows.first_query - bar.rows.first_query, rows.stop - bar.rows.first_query)
-
-        fed = moved.fed if moved.fed is not None else y_bar_dot
-        pulled = self.post_mlp.adjoint_tangent(primal.fed, fed, bar.fed[queries], y_bar_dot)
-        mlp_normed = self.mlp.adjoint_tangent(
-            primal.mlp, moved.mlp, bar.hidden[queries], pulled, width
-        )
-        mlp_moved = moved.entry[:, -rows.queries :] if self.parallel else moved.middle
+        fed = self.post_mlp.adjoint_tangent(state.fed, tangent.fed, bar.post_mlp, y_bar_dot)
+        normed = self.mlp.adjoint_tangent(state.mlp, tangent.mlp, bar.mlp, fed, width)
         mlp_entry = self.mlp_norm.adjoint_tangent(
-            primal.mlp_entry, mlp_moved, bar.mlp_normed[queries], mlp_normed
+            state.mlp_entry, tangent.mlp_entry, bar.mlp_norm, normed
         )
         middle = y_bar_dot if self.parallel else y_bar_dot + mlp_entry
-        attended = moved.attended if moved.attended is not None else middle
-        pulled = self.post_attention.adjoint_tangent(
-            primal.attended, attended, bar.attended[queries], middle
-        )
-        attention_bar = AttentionAdjoint(
-            bar.attention.output[:, :, queries],
-            None
-            if bar.attention.normed_query is None
-            else bar.attention.normed_query[:, :, queries],
-            bar.attention.normed_key,
+        attended = self.post_attention.adjoint_tangent(
+            state.attended, tangent.attended, bar.post_attention, middle
         )
         normed = self.attention.adjoint_tangent(
-            state.attention, moved.attention, attention_bar, pulled, rows
+            state.attention, tangent.attention, bar.attention, attended, rows
         )
-        x_bar_dot = self.norm.adjoint_tangent(primal.entry, moved.entry, bar.normed[keys], normed)
+        x_bar_dot = self.norm.adjoint_tangent(state.entry, tangent.entry, bar.norm, normed)
         x_bar_dot[:, -rows.queries :] += middle + mlp_entry if self.parallel else middle
         return x_bar_dot
 
 
-@dataclass(frozen=True)
-class _PrimalRows:
-    """Primal values over some rows; unused entries alias `middle`."""
-
-    entry: Tensor
-    mlp_entry: Tensor
-    mlp: MlpState
-    attended: Tensor
-    fed: Tensor
-
-
-def _cut(tangent: BlockTangent, rows: Rows) -> BlockTangent:
-    """Tangents of a wider sweep, restricted to `rows` (same start)."""
-    if rows == tangent.rows:
-        return tangent
-    keys = slice(0, rows.keys)
-    first = tangent.rows.first_query
-    queries = slice(rows.first_query - first, rows.stop - first)
-    attention = tangent.attention
-    heads = replace(
-        attention.heads,
-        query=attention.heads.query[:, :, :, queries],
-        key=attention.heads.key[:, :, keys],
-        value=attention.heads.value[:, :, keys],
-    )
-    raw_query, raw_key = attention.raw_query, attention.raw_key
-    return BlockTangent(
-        rows=rows,
-        entry=tangent.entry[:, keys],
-        middle=tangent.middle[:, queries],
-        attention=AttentionTangent(
-            heads,
-            attention.output[:, :, :, queries],
-            None if raw_query is None else raw_query[:, :, :, queries],
-            None if raw_key is None else raw_key[:, :, keys],
-        ),
-        mlp=tangent.mlp.rows(queries),
-        attended=None if tangent.attended is None else tangent.attended[:, queries],
-        fed=None if tangent.fed is None else tangent.fed[:, queries],
-    )
+def _tensors(record: object) -> Iterator[Tensor]:
+    """All tensors kept in a record of records."""
+    for value in vars(record).values():
+        if isinstance(value, Tensor):
+            yield value
+        elif is_dataclass(value):
+            yield from _tensors(value)

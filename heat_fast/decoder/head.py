@@ -6,11 +6,32 @@ l_ = e_y - p,   l_. = -(p o l. - p (p . l.))                       (one row, one
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 import torch
 from torch import Tensor
 
 from heat_fast.decoder.linear import Linear
-from heat_fast.decoder.norm import Identity, Norm, wide
+from heat_fast.decoder.norm import AnyNorm, NormAdjoint, NormState, wide
+
+
+@dataclass(frozen=True)
+class HeadAdjoint:
+    """What the second derivative of one row's `g` needs of the primal; shared by all probes.
+
+    `state`, `bar`: the final norm's statistics and adjoint; `probabilities [1, V]`: p; `slope`,
+    `bend [1, V]`: the soft-cap's `w` and `w' o l_` (None without a cap). `curvature [d, d]` is the
+    Hessian of g with respect to the normed row, formed where so many probes follow that this is
+    cheaper than two products with the vocabulary for each.
+    """
+
+    target: int
+    state: NormState
+    bar: NormAdjoint
+    probabilities: Tensor
+    slope: Tensor | None
+    bend: Tensor | None
+    curvature: Tensor | None
 
 
 class Head:
@@ -18,7 +39,7 @@ class Head:
 
     def __init__(
         self,
-        norm: Norm | Identity,
+        norm: AnyNorm,
         projection: Linear,
         softcap: float | None = None,
         device: torch.device | None = None,
@@ -31,61 +52,79 @@ class Head:
     def _here(self, x: Tensor) -> Tensor:
         return x if self.device is None or x.device == self.device else x.to(self.device)
 
+    def _logits(self, x: Tensor) -> tuple[Tensor, NormState]:
+        normed, state = self.norm.forward(x)
+        raw = self.projection.forward(normed)
+        raw = raw.to(wide(raw.dtype))
+        if self.softcap is not None:
+            raw = self.softcap * torch.tanh(raw / self.softcap)
+        return raw, state
+
     def logits(self, x: Tensor) -> Tensor:
         """Logits `[..., V]` of residual rows `x [..., d]`, in at least float32."""
-        raw = self.projection.forward(self.norm.forward(self._here(x)))
-        raw = raw.to(wide(raw.dtype))
-        return raw if self.softcap is None else self.softcap * torch.tanh(raw / self.softcap)
-
-    def _slopes(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Probabilities `p`, and the cap's first and second derivative (None without a cap)."""
-        logits = self.logits(x)
-        if self.softcap is None:
-            return torch.softmax(logits, dim=-1), None, None
-        ratio = logits / self.softcap
-        slope = 1 - ratio.square()
-        return torch.softmax(logits, dim=-1), slope, (-2 / self.softcap) * ratio * slope
+        return self._logits(self._here(x))[0]
 
     def adjoint(self, x: Tensor, logits_bar: Tensor) -> Tensor:
         """`x_ [..., d]` from an adjoint of the logits `[..., V]`, for rows `x [..., d]`."""
         x = self._here(x)
-        _, slope, _ = self._slopes(x)
-        pulled = logits_bar if slope is None else logits_bar * slope
-        return self.norm.adjoint(x, self.projection.adjoint(pulled.to(x.dtype), x.shape[-1]))
+        logits, state = self._logits(x)
+        if self.softcap is not None:
+            logits_bar = logits_bar * (1 - (logits / self.softcap).square())
+        normed = self.projection.adjoint(logits_bar.to(x.dtype), x.shape[-1])
+        return self.norm.adjoint(state, normed)[0]
 
-    def gradient(self, x: Tensor, target: int) -> Tensor:
-        """`d g / d x`, `[1, d]`, for one row `x [1, d]`."""
+    def gradient(self, x: Tensor, target: int, probes: int) -> tuple[Tensor, HeadAdjoint]:
+        """`d g / d x [1, d]` of one row `x [1, d]`, and what `probes` second-order sweeps need."""
         x = self._here(x)
-        probabilities, _, _ = self._slopes(x)
+        logits, state = self._logits(x)
+        probabilities = torch.softmax(logits, dim=-1)
+        # 1 - p_y as the sum of the others: for a confident prediction the difference would cancel.
         logits_bar = -probabilities
-        logits_bar[..., target] += 1
-        return self.adjoint(x, logits_bar)
-
-    def tangent(self, x: Tensor, x_dot: Tensor) -> Tensor:
-        """`l. [B, 1, V]` for one row `x [1, d]`, in at least float32."""
-        x, x_dot = self._here(x), self._here(x_dot)
-        _, slope, _ = self._slopes(x)
-        moved = self.projection.tangent(self.norm.tangent(x, x_dot))
-        moved = moved.to(wide(moved.dtype))
-        return moved if slope is None else moved * slope
-
-    def adjoint_tangent(self, x: Tensor, x_dot: Tensor, target: int) -> Tensor:
-        """`x_. [B, 1, d]` of one row's `d g / d x` along `x_dot [B, 1, d]`."""
-        x, x_dot = self._here(x), self._here(x_dot)
+        logits_bar[..., target] = 0
+        logits_bar[..., target] = -logits_bar.sum(-1)
+        slope = bend = None
+        if self.softcap is not None:
+            ratio = logits / self.softcap
+            slope = 1 - ratio.square()
+            bend = (-2 / self.softcap) * ratio * slope * logits_bar
+            logits_bar = logits_bar * slope
         width = x.shape[-1]
-        probabilities, slope, bend = self._slopes(x)
-        raw_dot = self.projection.tangent(self.norm.tangent(x, x_dot)).to(probabilities.dtype)
-        moved = raw_dot if slope is None else raw_dot * slope
-        mean = (probabilities * moved).sum(-1, keepdim=True)
-        pulled_dot = probabilities * (mean - moved)
-        pulled = -probabilities
-        pulled[..., target] += 1
-        if slope is not None and bend is not None:
-            pulled_dot = pulled_dot * slope + pulled * bend * raw_dot
-            pulled = pulled * slope
-        return self.norm.adjoint_tangent(
-            x,
-            x_dot,
-            self.projection.adjoint(pulled.to(x.dtype), width),
-            self.projection.adjoint(pulled_dot.to(x.dtype), width),
-        )
+        normed = self.projection.adjoint(logits_bar.to(x.dtype), width)
+        x_bar, bar = self.norm.adjoint(state, normed)
+        result = HeadAdjoint(target, state, bar, probabilities, slope, bend, None)
+        # Two products with [V, d] for each probe, against d of them once.
+        if 2 * probes > width:
+            unit = torch.eye(width, dtype=x.dtype, device=x.device)
+            parts = [self._curve(result, unit[part]) for part in _unit_rows(width)]
+            result = replace(result, curvature=torch.cat(parts))
+        return x_bar, result
+
+    def _curve(self, bar: HeadAdjoint, normed_dot: Tensor) -> Tensor:
+        """Hessian of g with respect to the normed row, times directions `[..., d]`.
+
+        `W' [w o (-(diag p - p p')) (w o z.) + w' o l_ o z.]`, `z. = W n.`.
+        """
+        raw_dot = self.projection.tangent(normed_dot).to(bar.probabilities.dtype)
+        moved = raw_dot if bar.slope is None else raw_dot * bar.slope
+        # Relative to the target's own, lest a confident prediction's differences cancel.
+        moved = moved - moved[..., bar.target : bar.target + 1]
+        mean = (bar.probabilities * moved).sum(-1, keepdim=True)
+        pulled = (mean - moved).mul_(bar.probabilities)
+        if bar.slope is not None and bar.bend is not None:
+            pulled = pulled.mul_(bar.slope).addcmul_(bar.bend, raw_dot)
+        return self.projection.adjoint(pulled.to(normed_dot.dtype), normed_dot.shape[-1])
+
+    def adjoint_tangent(self, bar: HeadAdjoint, x_dot: Tensor) -> Tensor:
+        """`x_. [B, 1, d]`: the tangent of one row's `d g / d x` along `x_dot [B, 1, d]`."""
+        x_dot = self._here(x_dot)
+        normed_dot = self.norm.tangent(bar.state, x_dot)
+        if bar.curvature is None:
+            curved = self._curve(bar, normed_dot)
+        else:
+            curved = normed_dot @ bar.curvature
+        return self.norm.adjoint_tangent(bar.state, x_dot, bar.bar, curved)
+
+
+def _unit_rows(width: int) -> list[slice]:
+    """Slices of at most 64 rows: what is multiplied by the vocabulary at once."""
+    return [slice(low, min(low + 64, width)) for low in range(0, width, 64)]

@@ -14,14 +14,16 @@ from torch import Tensor, nn
 def dense_weight(module: nn.Module) -> Tensor | None:
     """Return the `[out, in]` weight of a plain matrix layer, or None for anything else.
 
-    A layer counts as plain only if its class is known exactly: a subclass may dequantise, add an
-    adapter or fetch its weight from elsewhere, and then only calling it is right.
+    A layer counts as plain only if its class is known exactly and nothing hooks into its call: a
+    subclass may dequantise, add an adapter or fetch its weight from elsewhere, a hook may change
+    what comes out, and then only calling the module is right.
     """
     kind = f"{type(module).__module__}.{type(module).__qualname__}"
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.is_meta:
         return None
-    if hasattr(module, "_hf_hook") or hasattr(module, "parametrizations"):
+    hooked = module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook")
+    if hooked or hasattr(module, "parametrizations"):
         return None
     if type(module) is nn.Linear:
         return weight.detach()
@@ -63,11 +65,11 @@ class Linear:
             (x_bar,) = torch.autograd.grad(self.module(x), x, y_bar)
         return x_bar.detach()
 
-    def matrix(self, in_features: int) -> Tensor:
-        """The `[out, in]` matrix of the map; for a layer that is not plain, from unit vectors."""
+    def matrix(self, in_features: int, like: Tensor) -> Tensor:
+        """The `[out, in]` matrix of the map; for a layer that is not plain, from unit vectors.
+
+        The unit vectors take the dtype and device of `like`.
+        """
         if self.weight is not None:
             return self.weight
-        like = next(iter(self.module.parameters()), None)
-        dtype = like.dtype if like is not None and like.is_floating_point() else torch.float32
-        device = None if like is None or like.is_meta else like.device
-        return self.tangent(torch.eye(in_features, dtype=dtype, device=device)).t()
+        return self.tangent(torch.eye(in_features, dtype=like.dtype, device=like.device)).t()

@@ -3,8 +3,8 @@
     gated: h = phi(g) o u, g = x W_g', u = x W_u'      plain: h = phi(g), g = x W_g' + b
     y = h W_down'
 
-`phi'` and `phi''` come from differentiating the model's own activation module once per context,
-element by element; every probe then shares them.
+`phi'` and `phi''` come from differentiating the model's own activation module, element by element;
+they and their products with primal values are made once and shared by every probe.
 """
 
 from __future__ import annotations
@@ -23,21 +23,33 @@ from heat_fast.decoder.norm import wide
 class MlpState:
     """Primal pre-activations, `[S, f]`: `gate` (g) and `up` (u, None for a plain layer).
 
-    `derivatives` are `phi, phi', phi''` at `g` where they are kept for many probes.
+    `value` (phi) and `slope` (phi' o u; plain: phi') are kept where many probes will share them.
     """
 
     gate: Tensor
     up: Tensor | None
-    derivatives: tuple[Tensor, ...] | None = None
+    value: Tensor | None = None
+    slope: Tensor | None = None
 
     def rows(self, rows: slice) -> MlpState:
         """The same state for some of its rows."""
-        kept = self.derivatives
-        return MlpState(
-            self.gate[rows],
-            None if self.up is None else self.up[rows],
-            None if kept is None else tuple(value[rows] for value in kept),
-        )
+
+        def cut(part: Tensor | None) -> Tensor | None:
+            return None if part is None else part[rows]
+
+        return MlpState(self.gate[rows], cut(self.up), cut(self.value), cut(self.slope))
+
+
+@dataclass(frozen=True)
+class MlpAdjoint:
+    """Primal adjoints inside the layer, `[S, f]`: `h_ o phi'` and `h_ o u o phi''`."""
+
+    slope: Tensor
+    bend: Tensor
+
+    def rows(self, rows: slice) -> MlpAdjoint:
+        """The same adjoint for some of its rows."""
+        return MlpAdjoint(self.slope[rows], self.bend[rows])
 
 
 @dataclass(frozen=True)
@@ -89,11 +101,8 @@ class Mlp:
         y = self.down.forward(hidden if up is None else hidden * up)
         return y, MlpState(gate, up)
 
-    def derivatives(self, state: MlpState, order: int) -> tuple[Tensor, ...]:
-        """`(phi, phi', ..)` at the gate up to `order`, element by element, in the gate's dtype."""
-        if state.derivatives is not None:
-            return state.derivatives[: order + 1]
-        gate = state.gate
+    def derivatives(self, gate: Tensor, order: int) -> tuple[Tensor, ...]:
+        """`(phi, phi', ..)` at `gate` up to `order`, element by element, in its dtype."""
         with torch.enable_grad():
             x = gate.detach().to(wide(gate.dtype)).requires_grad_()
             values = [self.activation(x)]
@@ -107,34 +116,41 @@ class Mlp:
         return tuple(value.detach().to(gate.dtype) for value in values)
 
     def with_derivatives(self, state: MlpState) -> MlpState:
-        """The state with `phi, phi', phi''` kept: worth their memory when many probes follow."""
-        return replace(state, derivatives=self.derivatives(state, 2))
+        """The state with `phi` and `phi' o u` kept: worth their memory when many probes follow."""
+        value, slope = self._slopes(state)
+        return replace(state, value=value, slope=slope)
+
+    def _slopes(self, state: MlpState) -> tuple[Tensor, Tensor]:
+        """`phi` and `phi' o u` (plain: `phi'`)."""
+        if state.value is not None and state.slope is not None:
+            return state.value, state.slope
+        value, slope = self.derivatives(state.gate, 1)
+        return value, slope if state.up is None else slope * state.up
 
     def tangent(self, state: MlpState, x_dot: Tensor) -> tuple[Tensor, MlpTangent]:
-        """`h. = phi' g. u + phi u.`, `y. = h. W_down'`."""
+        """`h. = phi' u g. + phi u.`, `y. = h. W_down'`."""
         gate, up = self._split(lambda linear: linear.tangent(x_dot))
-        value, slope = self.derivatives(state, 1)
-        if up is None or state.up is None:
-            hidden = slope * gate
-        else:
-            hidden = torch.addcmul(value * up, slope * state.up, gate)
+        value, slope = self._slopes(state)
+        hidden = slope * gate
+        if up is not None:
+            hidden = hidden.addcmul_(value, up)
         return self.down.tangent(hidden), MlpTangent(gate, up)
 
-    def adjoint(self, state: MlpState, y_bar: Tensor, width: int) -> tuple[Tensor, Tensor]:
-        """`x_` and the hidden adjoint `h_ = y_ W_down`; `g_ = h_ u phi'`, `u_ = h_ phi`."""
+    def adjoint(self, state: MlpState, y_bar: Tensor, width: int) -> tuple[Tensor, MlpAdjoint]:
+        """`x_`, by `h_ = y_ W_down`, `g_ = h_ u phi'`, `u_ = h_ phi`."""
         hidden = self.down.adjoint(y_bar, state.gate.shape[-1])
-        value, slope = self.derivatives(state, 1)
+        value, slope, bend = self.derivatives(state.gate, 2)
+        kept = MlpAdjoint(hidden * slope, hidden * bend)
         if state.up is None:
-            x_bar = self._pull(hidden * slope, None, width)
-        else:
-            x_bar = self._pull(hidden * state.up * slope, hidden * value, width)
-        return x_bar, hidden
+            return self._pull(kept.slope, None, width), kept
+        kept = MlpAdjoint(kept.slope, kept.bend * state.up)
+        return self._pull(kept.slope * state.up, hidden * value, width), kept
 
     def adjoint_tangent(
         self,
         state: MlpState,
         tangent: MlpTangent,
-        hidden_bar: Tensor,
+        bar: MlpAdjoint,
         y_bar_dot: Tensor,
         width: int,
     ) -> Tensor:
@@ -143,16 +159,12 @@ class Mlp:
         g_. = h_. u phi' + h_ u. phi' + h_ u phi'' g.,   u_. = h_. phi + h_ phi' g.
         """
         hidden_dot = self.down.adjoint(y_bar_dot, state.gate.shape[-1])
-        value, slope, bend = self.derivatives(state, 2)
-        if state.up is None or tangent.up is None:
-            return self._pull(
-                torch.addcmul(hidden_dot * slope, hidden_bar * bend, tangent.gate), None, width
-            )
-        pulled_slope = hidden_bar * slope
-        up_bar = torch.addcmul(hidden_dot * value, pulled_slope, tangent.gate)
-        gate_bar = hidden_dot.mul_(state.up * slope)
-        gate_bar.addcmul_(pulled_slope, tangent.up)
-        gate_bar.addcmul_(hidden_bar * state.up * bend, tangent.gate)
+        value, slope = self._slopes(state)
+        gate_bar = (hidden_dot * slope).addcmul_(bar.bend, tangent.gate)
+        if tangent.up is None:
+            return self._pull(gate_bar, None, width)
+        gate_bar = gate_bar.addcmul_(bar.slope, tangent.up)
+        up_bar = hidden_dot.mul_(value).addcmul_(bar.slope, tangent.gate)
         return self._pull(gate_bar, up_bar, width)
 
     def _pull(self, gate: Tensor, up: Tensor | None, width: int) -> Tensor:

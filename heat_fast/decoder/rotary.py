@@ -16,21 +16,26 @@ class Rotary:
 
     def __init__(self, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> None:
         self.cos = cos
-        self.sin = sin
         self.interleaved = interleaved
 
-    def _quarter_turn(self, x: Tensor) -> Tensor:
+        # The first of a pair meets -sin, the second sin: partners are swapped and never negated.
+        signed = sin.clone()
+        first = signed[..., ::2] if interleaved else signed[..., : signed.shape[-1] // 2]
+        first.neg_()
+        self.signed_sin = signed
+
+    def _partners(self, x: Tensor) -> Tensor:
         if self.interleaved:
-            return torch.stack((-x[..., 1::2], x[..., ::2]), dim=-1).flatten(-2)
-        half = x.shape[-1] // 2
-        return torch.cat((-x[..., half:], x[..., :half]), dim=-1)
+            swapped: Tensor = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+            return swapped
+        return x.roll(x.shape[-1] // 2, -1)
 
     def _turn(self, x: Tensor, start: int, sign: int) -> Tensor:
         rows = slice(start, start + x.shape[-2])
-        cos, sin = self.cos[rows].to(x.device), self.sin[rows].to(x.device)
+        cos, sin = self.cos[rows].to(x.device), self.signed_sin[rows].to(x.device)
         width = cos.shape[-1]
         turned = x[..., :width]
-        turned = turned * cos + sign * (self._quarter_turn(turned) * sin)
+        turned = torch.addcmul(turned * cos, self._partners(turned), sin, value=sign)
         return turned if width == x.shape[-1] else torch.cat((turned, x[..., width:]), dim=-1)
 
     def forward(self, x: Tensor, start: int) -> Tensor:

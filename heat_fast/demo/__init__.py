@@ -6,10 +6,8 @@ this folder for its data, accuracy and limits, and :mod:`heat_fast.demo.corpus` 
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING
 
 from heat_fast.demo.corpus import Example, make_example, tokens_in_spans
@@ -21,8 +19,8 @@ __all__ = [
     "WEIGHTS",
     "Demo",
     "Example",
-    "demo",
     "load_demo_model",
+    "load_files",
     "make_example",
     "tokens_in_spans",
 ]
@@ -46,21 +44,11 @@ class Demo:
     examples: tuple[Example, ...]
 
 
-def load_demo_model(
-    directory: str | Path = WEIGHTS,
-) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
-    """The embedded model and its tokenizer, read from local files only.
-
-    The model is float32, on the CPU and in eval mode.
+def load_files(directory: str | Path) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
+    """The trained model and tokenizer of a folder, read from local files only.
 
     Raises:
         FileNotFoundError: ``directory`` does not hold the trained files.
-
-    Example:
-        >>> from heat_fast.demo import load_demo_model
-        >>> model, tokenizer = load_demo_model()
-        >>> tokenizer("The capital").input_ids[0] == tokenizer.bos_token_id
-        True
     """
     folder = Path(directory)
     missing = [
@@ -75,36 +63,36 @@ def load_demo_model(
         )
     import torch
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers.utils import logging
 
-    model = LlamaForCausalLM.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
+    # A progress bar for a few megabytes would only litter the terminal.
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        model = LlamaForCausalLM.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
+    finally:
+        if shown:
+            logging.enable_progress_bar()
     model.eval()
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
     return model, tokenizer
 
 
-def demo(count: int = 8) -> Demo:
+def load_demo_model(count: int = 8) -> Demo:
     """The embedded model, its tokenizer and ``count`` held-out examples (seeds 0 to count - 1).
+
+    Nothing is downloaded. The model is float32, on the CPU and in eval mode.
 
     Raises:
         ValueError: ``count`` is negative.
 
     Example:
-        >>> from heat_fast.demo import demo
-        >>> example = demo().examples[0]
-        >>> example.prompt.endswith("Answer:")
+        >>> from heat_fast.demo import load_demo_model
+        >>> demo = load_demo_model()
+        >>> demo.examples[0].prompt.endswith("Answer:")
         True
     """
     if count < 0:
         raise ValueError(f"count is {count}; expected the number of examples, zero or more")
-    model, tokenizer = load_demo_model()
+    model, tokenizer = load_files(WEIGHTS)
     return Demo(model, tokenizer, tuple(make_example(seed) for seed in range(count)))
-
-
-class _CallableModule(ModuleType):
-    """Lets ``heat_fast.demo()`` work: importing this package binds its module to that name."""
-
-    def __call__(self, count: int = 8) -> Demo:
-        return demo(count)
-
-
-sys.modules[__name__].__class__ = _CallableModule

@@ -96,15 +96,28 @@ class Example:
 
 
 @dataclass(frozen=True)
+class Mention:
+    """An answer in a training text and what it is the answer to.
+
+    ``span`` is half-open and includes the leading space, so it is the answer's token.
+    """
+
+    span: Span
+    entity: str
+    relation: str
+
+
+@dataclass(frozen=True)
 class Document:
     """Training text: a passage and several answered questions.
 
-    ``answers`` are the half-open character spans of the answers (leading space included) in
-    ``text``: the places where only the passage can tell what comes next.
+    ``stated`` are the answers in the facts of the passage. ``asked`` are the answers after it, in
+    order: the places where only the passage can tell what comes next.
     """
 
     text: str
-    answers: tuple[Span, ...]
+    stated: tuple[Mention, ...]
+    asked: tuple[Mention, ...]
 
 
 @dataclass(frozen=True)
@@ -156,9 +169,17 @@ def split_of(entity: str, relation: str, answer: str) -> Split:
     Raises:
         ValueError: a word that is not in the generator's lists.
     """
-    index = NAMES.index(answer) if answer in NAMES else THINGS.index(answer)
-    relations = tuple(RELATIONS)
-    bucket = (ENTITIES.index(entity) + 3 * relations.index(relation) + index) % _BUCKETS
+    answers = NAMES if answer in NAMES else THINGS
+    place = 0
+    for word, words, factor in (
+        (entity, ENTITIES, 1),
+        (relation, RELATIONS, 3),
+        (answer, answers, 1),
+    ):
+        if word not in words:
+            raise ValueError(f"{word!r} is not a word of the generator; see heat_fast.demo.words")
+        place += factor * tuple(words).index(word)
+    bucket = place % _BUCKETS
     if bucket == 0:
         return "validation"
     return "held_out" if bucket == 1 else "train"
@@ -212,21 +233,27 @@ def make_document(
     Example:
         >>> from heat_fast.demo.corpus import make_document
         >>> document = make_document(0, questions=2)
-        >>> len(document.answers)
+        >>> len(document.asked)
         2
     """
     rng = random.Random(f"train/{seed}")
     passage = _write_passage(rng, "train", difficulty or Difficulty())
     writer = passage.writer
-    answers: list[Span] = []
+
+    def mention(fact: _Fact, answer: Span) -> Mention:
+        return Mention((answer[0] - 1, answer[1]), fact.entity, fact.relation)
+
+    stated = [mention(fact, passage.slots[fact]["answer"]) for fact in passage.facts]
+    asked: list[Mention] = []
     for fact in rng.choices(passage.facts, k=restatements):
         writer.write(" ")
-        start, end = _write_fact(rng, writer, fact, passage.templates)["answer"]
-        answers.append((start - 1, end))
+        slots = _write_fact(rng, writer, fact, passage.templates)
+        asked.append(mention(fact, slots["answer"]))
     for fact in rng.choices(passage.facts, k=questions):
         _ask(rng, writer, fact, passage.templates)
-        answers.append(writer.write(f" {fact.answer}"))
-    return Document(writer.text, tuple(answers))
+        writer.write(" ")
+        asked.append(mention(fact, writer.write(fact.answer)))
+    return Document(writer.text, tuple(stated), tuple(asked))
 
 
 def tokens_in_spans(offsets: Sequence[tuple[int, int]], spans: Sequence[Span]) -> tuple[int, ...]:
@@ -369,7 +396,9 @@ def _arrange(rng: random.Random, narrative: list[str], facts: list[_Fact]) -> li
 def _ask(rng: random.Random, writer: _Writer, fact: _Fact, templates: int) -> Span:
     writer.write("\nQuestion: ")
     start = len(writer.text)
-    writer.fill(rng.choice(QUESTIONS[:templates]), {"entity": fact.entity, "relation": fact.relation})
+    writer.fill(
+        rng.choice(QUESTIONS[:templates]), {"entity": fact.entity, "relation": fact.relation}
+    )
     end = len(writer.text)
     writer.write("\nAnswer:")
     return start, end

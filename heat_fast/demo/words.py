@@ -7,6 +7,11 @@ state at the answer's position can already hold what the fact is about.
 
 from __future__ import annotations
 
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
 ENTITIES: tuple[str, ...] = tuple(
     start + end
     for start in ("Vel", "Ost", "Kar", "Dor", "Mir", "Tal", "Bren", "Zan")
@@ -19,7 +24,7 @@ NAMES: tuple[str, ...] = tuple(
     for end in ("wick", "dale", "by", "rook", "low", "mere", "ston", "ford")
 )
 
-THINGS: tuple[str, ...] = tuple(
+THINGS: tuple[str, ...] = _words(
     """
     acorn anchor apple arrow badger barrel basket beetle blanket bottle brick brush bucket button
     candle carpet cherry compass corset cradle crown curtain daisy drum eagle falcon feather fiddle
@@ -27,7 +32,7 @@ THINGS: tuple[str, ...] = tuple(
     marble mirror mitten needle onion otter owl parrot pearl pepper pigeon plum pumpkin rabbit
     raven ribbon rope saddle salmon shell shovel spider spoon sparrow thistle turtle violin walnut
     whistle
-    """.split()
+    """
 )
 
 RELATIONS: dict[str, str] = {
@@ -46,18 +51,18 @@ RELATIONS: dict[str, str] = {
 }
 """Each relation and the kind of its answer."""
 
-PEOPLE: tuple[str, ...] = tuple(
+PEOPLE: tuple[str, ...] = _words(
     """
     Anna Boris Clara Daniel Elena Felix Greta Henry Irene Jacob Karen Lucas Maria Nora Oscar Paula
     Robert Sofia Thomas Ursula Victor Walter
-    """.split()
+    """
 )
 
-PLACES: tuple[str, ...] = tuple(
+PLACES: tuple[str, ...] = _words(
     """
     attic bakery barn cellar chapel cottage field forest garden inn kitchen library market meadow
     mill museum orchard school station stable tower village workshop
-    """.split()
+    """
 )
 
 FACTS: tuple[str, ...] = (

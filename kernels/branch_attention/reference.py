@@ -17,8 +17,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# A tile of scores holds at most this many numbers: 4 MB in float32, about a core's share of cache.
-TILE_ELEMENTS = 1 << 20
+# A tile of scores holds at most this many numbers: 1 MB in float32, so that it stays in a core's
+# second-level cache over the passes of a softmax.
+TILE_ELEMENTS = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -83,40 +84,42 @@ def branch_attention(
         positions = torch.arange(first + low, first + high, device=query.device)
         last = first + high - start  # own keys beyond the tile's last query are never visible
         below = min(masking.first_key(first + low), start)
-        parts = []
-        if below < start:
-            scores = shared_right(tile, prefix_key[:, below:].transpose(1, 2))
-            keys = torch.arange(below, start, device=query.device)
-            parts.append(_finish_scores(scores, positions, keys, group, masking, sums))
-        scores = tile @ key[:, :, :last].transpose(2, 3)
+        scores = _cap(tile @ key[:, :, :last].transpose(2, 3), masking, sums)
         keys = torch.arange(start, start + last, device=query.device)
-        parts.append(_finish_scores(scores, positions, keys, group, masking, sums))
+        _hide(scores, positions, keys, group, masking)
+        peak = scores.detach().amax(-1, keepdim=True)  # the softmax does not depend on it
+        prefix = None
+        if below < start:
+            shared = prefix_key[:, below:].transpose(1, 2)
+            prefix = _cap(shared_right(tile, shared), masking, sums)
+            keys = torch.arange(below, start, device=query.device)
+            if masking.window is not None:
+                _hide(prefix, positions, keys, group, masking)
+            peak = torch.maximum(peak, prefix.detach().amax(-1, keepdim=True))
 
-        lse = torch.logsumexp(parts[-1], dim=-1)
-        if len(parts) == 2:
-            lse = torch.logaddexp(lse, torch.logsumexp(parts[0], dim=-1))
-        weights = [(part - lse[..., None]).exp_().to(query.dtype) for part in parts]
-        total = weights[-1] @ value[:, :, :last]
-        if len(parts) == 2:
-            total = total + shared_right(weights[0], prefix_value[:, below:])
-        output[:, :, :, low:high] = total.view(heads, batch, group, high - low, -1)
-        normaliser[:, :, :, low:high] = lse.view(heads, batch, group, high - low)
+        # The weights are normalised after the product with the values, in its fewer columns.
+        scores = scores.sub_(peak).exp_()
+        total = scores.sum(-1, keepdim=True)
+        result = scores.to(value.dtype) @ value[:, :, :last]
+        if prefix is not None:
+            prefix = prefix.sub_(peak).exp_()
+            total += prefix.sum(-1, keepdim=True)
+            result += shared_right(prefix.to(value.dtype), prefix_value[:, below:])
+        result = result / total
+        output[:, :, :, low:high] = result.view(heads, batch, group, high - low, -1)
+        normaliser[:, :, :, low:high] = (peak + total.log()).view(heads, batch, group, -1)
     return output, normaliser
 
 
-def _finish_scores(
-    products: Tensor,
-    positions: Tensor,
-    keys: Tensor,
-    group: int,
-    masking: Masking,
-    dtype: torch.dtype,
-) -> Tensor:
-    """Scale, cap and mask raw products `[Hk, B, G*Q, K]`."""
-    scores = products.to(dtype) * masking.scale
+def _cap(products: Tensor, masking: Masking, dtype: torch.dtype) -> Tensor:
+    """Scores from raw products `q.k`: scaled and, for some families, soft-capped."""
+    scores = products.to(dtype).mul_(masking.scale)
     if masking.softcap is not None:
         scores = masking.softcap * torch.tanh(scores / masking.softcap)
-    hidden = masking.hidden(positions, keys)
-    if bool(hidden.any()):
-        scores.masked_fill_(hidden.repeat(group, 1), float("-inf"))
     return scores
+
+
+def _hide(scores: Tensor, positions: Tensor, keys: Tensor, group: int, masking: Masking) -> None:
+    """Set scores `[Hk, B, G*Q, K]` that must not count to minus infinity, in place."""
+    hidden = masking.hidden(positions, keys)
+    scores.masked_fill_(hidden.repeat(group, 1), float("-inf"))

@@ -1,0 +1,1 @@
+"""What heat_fast is measured against, re-implemented for the benchmarks."""

@@ -1,0 +1,452 @@
+"""The command line: what it prints, what it writes, and how it fails."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    BartConfig,
+    BertConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    T5Config,
+    ViTConfig,
+)
+from typer.testing import CliRunner
+
+import heat_fast
+from heat_fast.cli import app
+from heat_fast.errors import NumericalError, OutputError, UnsupportedModelError
+
+PROMPT = "the red ball"
+Run = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tiny random Llama with a byte-level tokenizer, as save_pretrained() writes them."""
+    folder = tmp_path_factory.mktemp("model")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {character: number for number, character in enumerate(alphabet)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=32,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def run(model_folder: str) -> Run:
+    """``run(*options)`` is `heat-fast attribute` on the tiny model, in this process."""
+
+    def call(*options: str, model: str | None = model_folder, **keywords: Any) -> Any:
+        chosen = [] if model is None else ["--model", model]
+        return CliRunner().invoke(app, ["attribute", *chosen, *options], **keywords)
+
+    return call
+
+
+class Recorder:
+    """Stands in for the engine where only what the command line hands over is of interest."""
+
+    calls: list[dict[str, Any]]
+
+    def __init__(self, outcome: Any = None) -> None:
+        self.calls = []
+        self.outcome = outcome
+
+    def __call__(self, model: Any, tokenizer: Any, config: Any) -> Any:
+        self.calls.append({"model": model, "tokenizer": tokenizer, "config": config})
+        return self
+
+    def attribute(self, prompt: Any, target: Any, *, progress: Any) -> Any:
+        self.calls[-1] |= {"prompt": prompt, "target": target, "progress": progress}
+        if isinstance(self.outcome, BaseException):
+            raise self.outcome
+        return self.outcome
+
+
+@pytest.fixture
+def engine(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], Recorder]:
+    def install(outcome: Any) -> Recorder:
+        module: Any = ModuleType("heat_fast.attributor")
+        module.Attributor = Recorder(outcome)
+        monkeypatch.setitem(sys.modules, "heat_fast.attributor", module)
+        recorder: Recorder = module.Attributor
+        return recorder
+
+    return install
+
+
+def failed(outcome: Any, code: int, *words: str) -> None:
+    """The outcome is one line on standard error with these words, and this exit code."""
+    assert outcome.exit_code == code, outcome.output
+    assert outcome.stdout == ""
+    assert outcome.stderr.startswith("heat-fast: error: ")
+    assert "Traceback" not in outcome.stderr
+    for word in words:
+        assert word in outcome.stderr
+
+
+# --- it works -------------------------------------------------------------------------------------
+
+
+def test_prints_a_report(run: Run) -> None:
+    outcome = run("--prompt", PROMPT, "--target", "s!", "--top", "3", "--probes", "2")
+    assert outcome.exit_code == 0, outcome.output
+    assert outcome.stderr == ""
+    assert "\x1b" not in outcome.stdout
+    for rank in (1, 2, 3):
+        assert f"[{rank}:" in outcome.stdout
+    assert "[4:" not in outcome.stdout
+    for words in ("curvature", "information", "Targets s (", "LlamaForCausalLM | variant full"):
+        assert words in outcome.stdout
+
+
+def test_json_on_standard_output_is_all_there_is(run: Run) -> None:
+    outcome = run("--prompt", PROMPT, "--json", "-", "--probes", "2")
+    assert outcome.exit_code == 0, outcome.output
+    data = json.loads(outcome.stdout)
+    assert "".join(data["tokens"]) == PROMPT
+    assert len(data["scores"]) == len(PROMPT)
+    assert data["metadata"]["config"]["probes"] == 2
+
+
+def test_writes_both_files_with_the_same_result(run: Run, tmp_path: Path) -> None:
+    table, file = tmp_path / "r.json", tmp_path / "r.safetensors"
+    outcome = run(
+        "--prompt", PROMPT, "--json", str(table), "--save", str(file), "--probes", "1", "--quiet"
+    )
+    assert outcome.exit_code == 0, outcome.output
+    assert outcome.output == ""
+    assert heat_fast.load(file).to_dict() == json.loads(table.read_text())
+
+
+def test_matches_the_library_call(run: Run, model_folder: str, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    file = tmp_path / "r"
+    outcome = run("--prompt", PROMPT, "--save", str(file), "--probes", "3", "--seed", "5")
+    assert outcome.exit_code == 0, outcome.output
+    assert f"saved {file}" in outcome.stderr
+    direct = heat_fast.attribute(
+        AutoModelForCausalLM.from_pretrained(model_folder),
+        AutoTokenizer.from_pretrained(model_folder),
+        PROMPT,
+        probes=3,
+        seed=5,
+    )
+    # The same program on the same inputs: equal to the last bit.
+    assert torch.equal(heat_fast.load(file).scores, direct.scores)
+
+
+def test_options_reach_the_engine(run: Run, engine: Callable[[Any], Recorder]) -> None:
+    recorder = engine(NumericalError("stop here"))
+    options = {
+        "--variant": "gs",
+        "--probes": "3",
+        "--seed": "4",
+        "--beta": "0.1",
+        "--gamma": "0.2",
+        "--alpha": "0.3",
+        "--rollout": "input_path",
+        "--masking": "sentinel",
+        "--sentinel-token": "9",
+        "--aggregate": "max",
+        "--device": "cpu",
+        "--dtype": "float64",
+        "--target": " blue",
+        "--prompt": PROMPT,
+    }
+    run(*[part for pair in options.items() for part in pair])
+    call = recorder.calls[0]
+    assert call["config"] == heat_fast.HeatConfig.preset(
+        "gs",
+        probes=3,
+        seed=4,
+        beta=0.1,
+        gamma=0.2,
+        alpha=0.3,
+        rollout="input_path",
+        masking="sentinel",
+        sentinel_token=9,
+        aggregate="max",
+    )
+    assert (call["prompt"], call["target"]) == (PROMPT, " blue")
+    assert call["progress"] is None  # standard error is not a terminal here
+    assert call["model"].dtype == torch.float64
+    assert not call["model"].training
+
+
+@pytest.mark.parametrize(
+    ("data", "prompt"),
+    [(b"a b\n", "a b"), (b"a b\r\n", "a b"), (b"a b\n\n", "a b\n"), ("é".encode(), "é")],
+)
+def test_prompt_from_file_and_standard_input(
+    run: Run, engine: Callable[[Any], Recorder], tmp_path: Path, data: bytes, prompt: str
+) -> None:
+    recorder = engine(NumericalError("stop here"))
+    (tmp_path / "prompt").write_bytes(data)
+    run("--prompt-file", str(tmp_path / "prompt"))
+    run("--prompt-file", "-", input=data)
+    assert [call["prompt"] for call in recorder.calls] == [prompt, prompt]
+
+
+def test_without_a_model_the_embedded_one_explains_its_example(demo: Any, tmp_path: Path) -> None:
+    file = tmp_path / "r.json"
+    outcome = CliRunner().invoke(app, ["attribute", "--probes", "1", "--json", str(file)])
+    assert outcome.exit_code == 0, outcome.output
+    data = json.loads(file.read_text())
+    assert data["prompt_text"] == demo.examples[0].prompt
+    assert data["target_tokens"] == [demo.examples[0].answer]
+
+
+def test_a_real_story_model(run: Run, local_model: Callable[[str], Path]) -> None:
+    outcome = run(
+        *("--prompt", "Once upon a time there was a", "--probes", "1", "--json", "-"),
+        model=str(local_model("stories3M")),
+    )
+    assert outcome.exit_code == 0, outcome.output
+    data = json.loads(outcome.stdout)
+    assert data["tokens"][:2] == ["<s>", " Once"]
+    assert data["special"][:2] == [True, False]
+
+
+# --- wrong requests: exit code 2, before anything is loaded ---------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--prompt", "a", "--prompt-file", "b"], ["both --prompt and --prompt-file"]),
+        (["--prompt", ""], ["prompt is empty"]),
+        ([], ["--model without a prompt"]),
+        (["--prompt", "a", "--target", ""], ["--target is empty"]),
+        (["--prompt", "a", "--variant", "ful"], ["unknown variant", "Did you mean 'full'"]),
+        (["--prompt", "a", "--beta", "-1"], ["beta=-1.0", "at least 0"]),
+        (["--prompt", "a", "--beta", "nan"], ["beta=nan"]),
+        (["--prompt", "a", "--beta", "0", "--gamma", "0"], ["all 0"]),
+        (["--prompt", "a", "--probes", "0"], ["probes=0"]),
+        (["--prompt", "a", "--masking", "sentinel"], ["sentinel_token"]),
+        (["--prompt", "a", "--rollout", "value"], ["rollout='value'"]),
+        (["--prompt", "a", "--dtype", "int8"], ["--dtype int8", "bfloat16"]),
+        (["--prompt", "a", "--device", "toaster"], ["--device toaster"]),
+        (["--prompt", "a", "--device", "meta"], ["--device meta"]),
+        (["--prompt", "a", "--save", "-"], ["--save -"]),
+        (["--prompt", "a", "--save", "/"], ["is a directory"]),
+        (["--prompt", "a", "--json", "no-such-folder/r"], ["does not exist"]),
+        (["--prompt", "a", "--json", "r", "--save", "./r"], ["different files"]),
+        (["--prompt-file", "no-such-file"], ["no-such-file", "No such file"]),
+        (["--prompt-file", "/"], ["cannot read the prompt"]),
+    ],
+)
+def test_usage_errors(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], words: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    # A model that does not exist shows that none of these got as far as loading it.
+    failed(run(*options, model="./no-such-model"), 2, *words)
+    assert os.listdir(tmp_path) == []
+
+
+def test_prompt_files_must_hold_text(run: Run) -> None:
+    failed(run("--prompt-file", "-", input=b"ab\xff"), 2, "standard input is not UTF-8", "byte 2")
+    failed(run("--prompt-file", "-", input=b"\n"), 2, "prompt is empty")
+
+
+def test_option_errors_of_the_parser(run: Run) -> None:
+    for options in (["--frobnicate"], ["--top", "0"], ["--probes", "many"], ["stray"]):
+        outcome = run("--prompt", "a", *options)
+        assert outcome.exit_code == 2
+        assert "Traceback" not in outcome.output
+
+
+def test_a_prompt_the_model_cannot_read_is_a_usage_error(run: Run) -> None:
+    failed(run("--prompt", "x" * 33), 2, "33 tokens", "32")
+
+
+# --- failures: exit code 1 ------------------------------------------------------------------------
+
+
+def test_models_that_cannot_be_loaded(run: Run, tmp_path: Path, model_folder: str) -> None:
+    failed(run("--prompt", "a", model=str(tmp_path / "none")), 1, "no model folder")
+    failed(run("--prompt", "a", model=str(tmp_path)), 1, "cannot load the configuration")
+    (tmp_path / "config.json").write_text((Path(model_folder) / "config.json").read_text())
+    failed(run("--prompt", "a", model=str(tmp_path)), 1, "cannot load the tokenizer")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_text((Path(model_folder) / name).read_text())
+    failed(run("--prompt", "a", model=str(tmp_path)), 1, "cannot load the weights")
+    (tmp_path / "model.safetensors").write_bytes(b"damaged")
+    failed(run("--prompt", "a", model=str(tmp_path)), 1, "cannot load the weights")
+    # The tests forbid the network, so a hub id is out of reach.
+    failed(run("--prompt", "a", model="nobody/nothing"), 1, "nobody/nothing")
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (T5Config(), "encoder-decoder"),
+        (BartConfig(), "encoder-decoder"),
+        (ViTConfig(), "not a causal language model"),
+    ],
+)
+def test_models_of_another_kind(run: Run, tmp_path: Path, config: Any, words: str) -> None:
+    config.save_pretrained(tmp_path)
+    failed(run("--prompt", "a", model=str(tmp_path)), 1, words, "decoder-only")
+
+
+def test_an_architecture_without_a_view(run: Run, tmp_path: Path, model_folder: str) -> None:
+    from transformers import BertLMHeadModel
+
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_text((Path(model_folder) / name).read_text())
+    config = BertConfig(
+        vocab_size=256,
+        hidden_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        intermediate_size=8,
+        is_decoder=True,
+    )
+    BertLMHeadModel(config).save_pretrained(tmp_path)
+    failed(run("--prompt", "a", model=str(tmp_path)), 1, "BertLMHeadModel")
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (NumericalError("layer 3 gave nan"), ["layer 3 gave nan"]),
+        (UnsupportedModelError("no view"), ["no view"]),
+        (OutputError("disk full"), ["disk full"]),
+        (KeyboardInterrupt(), ["interrupted"]),
+        (RuntimeError("odd"), ["unexpected RuntimeError: odd", "--debug"]),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_failures_of_the_engine(
+    run: Run, engine: Callable[[Any], Recorder], error: BaseException, words: list[str]
+) -> None:
+    engine(error)
+    failed(run("--prompt", "a"), 1, *words)
+
+
+def test_debug_adds_the_traceback_and_keeps_the_exit_code(
+    run: Run, engine: Callable[[Any], Recorder]
+) -> None:
+    engine(NumericalError("layer 3"))
+    outcome = run("--prompt", "a", "--debug")
+    assert outcome.exit_code == 1
+    assert "Traceback" in outcome.stderr and "heat-fast: error: layer 3" in outcome.stderr
+    outcome = run("--prompt", "a", "--variant", "ful", "--debug")
+    assert outcome.exit_code == 2
+    assert "Traceback" in outcome.stderr
+
+
+def test_nan_weights_are_an_error_and_write_nothing(
+    run: Run, model_folder: str, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(model_folder)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight.fill_(torch.nan)
+    model.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(model_folder).save_pretrained(tmp_path)
+    file = tmp_path / "result"
+    outcome = run("--prompt", "a b", "--save", str(file), model=str(tmp_path))
+    failed(outcome, 1, "block 1")
+    assert not file.exists()
+
+
+# --- as a program ---------------------------------------------------------------------------------
+
+
+def program(*arguments: str) -> list[str]:
+    return [sys.executable, "-c", "from heat_fast.cli import main; main()", *arguments]
+
+
+def test_version_and_help_import_nothing_heavy(repository: Path) -> None:
+    code = (
+        "import sys\n"
+        "from typer.testing import CliRunner\n"
+        "from heat_fast.cli import app\n"
+        "for line in (['--version'], ['--help'], ['attribute', '--help']):\n"
+        "    outcome = CliRunner().invoke(app, line)\n"
+        "    assert outcome.exit_code == 0, outcome.output\n"
+        "    print(outcome.output)\n"
+        "assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)\n"
+    )
+    output = subprocess.run(
+        [sys.executable, "-c", code], cwd=repository, capture_output=True, text=True, check=True
+    ).stdout
+    assert output.startswith(f"heat-fast {heat_fast.__version__}\n")
+    for option in ("--model", "--prompt-file", "--target", "--variant", "--json", "--save"):
+        assert option in output
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+def test_progress_goes_to_a_terminal_on_standard_error_only(
+    repository: Path, model_folder: str
+) -> None:
+    import pty
+
+    terminal, standard_error = pty.openpty()
+    command = program(
+        *("attribute", "--model", model_folder, "--prompt", PROMPT, "--probes", "1", "--json", "-")
+    )
+    process = subprocess.Popen(
+        command,
+        cwd=repository,
+        stdout=subprocess.PIPE,
+        stderr=standard_error,
+        env={**os.environ, "TERM": "xterm", "COLUMNS": "80"},
+    )
+    os.close(standard_error)
+    shown = b""
+    try:
+        # Reading fails on Linux once the other side has closed the terminal.
+        while chunk := os.read(terminal, 4096):
+            shown += chunk
+    except OSError:
+        pass
+    finally:
+        os.close(terminal)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, shown
+    assert json.loads(output)["prompt_text"] == PROMPT
+    assert b"curvature" in shown and b"information" in shown
+
+
+def test_a_terminal_that_speaks_ascii(repository: Path, model_folder: str) -> None:
+    command = program("attribute", "--model", model_folder, "--prompt", "é 你", "--probes", "1")
+    outcome = subprocess.run(
+        command,
+        cwd=repository,
+        capture_output=True,
+        check=True,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+    )
+    assert rb"\xe9" in outcome.stdout
+    assert b"#" * 10 in outcome.stdout
