@@ -9,6 +9,7 @@ import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from heat_fast._version import __version__
 from heat_fast.combine import Components, combine
 from heat_fast.config import HeatConfig
-from heat_fast.curvature import curvature, product_count
+from heat_fast.curvature import Curvature, curvature, product_count
 from heat_fast.decoder import check_supported, view
 from heat_fast.decoder.norm import wide
 from heat_fast.errors import InputError
@@ -33,6 +34,7 @@ from heat_fast.prompt import (
     readable_tokens,
 )
 from heat_fast.result import Attribution
+from heat_fast.stopping import settled
 from heat_fast.trunk import Trunk, run_adjoint, run_trunk
 
 
@@ -136,9 +138,8 @@ class Attributor:
             with ledger.component("gate", len(trunk.states)) as step:
                 gates = gate(trunk, config.rollout, step).cpu()
             kl, drop = self._information(trunk, vector, budget, ledger)
-            curved, gradient_norm = self._curvature(trunk, budget, ledger)
+            parts, stderr = self._curvature(trunk, gates, kl, drop, budget, ledger)
             finish(1)
-        parts = Components(gates, curved, kl, drop, gradient_norm)
         score, envelope = combine(parts, config)
         readable = readable_tokens(trunk.targets, self.tokenizer)
         return Attribution(
@@ -157,6 +158,7 @@ class Attributor:
             target_ids=trunk.targets,
             target_tokens=readable,
             target_log_probs=trunk.target_log_probs.cpu(),
+            curvature_stderr=stderr,
             metadata=self._metadata(trunk, budget, ledger),
         )
 
@@ -166,26 +168,45 @@ class Attributor:
         with ledger.component("information", trunk.prompt_length) as step:
             return information(trunk, vector, budget, ledger, step)
 
-    def _curvature(self, trunk: Trunk, budget: Budget, ledger: Ledger) -> tuple[Tensor, Tensor]:
-        """`(S, |grad g|_1)`, `[n, N]` each, a group of targets at a time."""
+    def _curvature(
+        self,
+        trunk: Trunk,
+        gates: Tensor,
+        kl: Tensor,
+        drop: Tensor,
+        budget: Budget,
+        ledger: Ledger,
+    ) -> tuple[Components, Tensor | None]:
+        """All components with S and `|grad g|_1` filled in, and the standard error of S.
+
+        Targets are taken in groups whose adjoints fit into memory together.
+        """
         config, count = self.config, trunk.prompt_length
         products = product_count(config, count)
         if products:
             trunk = trunk.with_derivatives()
-        rows, norms = [], []
+        found: list[Curvature] = []
+        norms: list[Tensor] = []
         total = len(trunk.targets) * max(1, products)
         with ledger.component("curvature", total) as step:
             for group in slices(len(trunk.targets), targets_at_once(trunk.bytes)):
-                adjoints = [
-                    run_adjoint(trunk, index, products) for index in range(group.start, group.stop)
-                ]
-                rows.append(curvature(trunk, adjoints, config, budget, ledger, step))
-                for adjoint in adjoints:
-                    gradient = adjoint.gradient[:count].to(wide(trunk.embeddings.dtype))
-                    norms.append(gradient.abs().sum(-1).cpu())
+                targets = range(group.start, group.stop)
+                adjoints = [run_adjoint(trunk, target, products) for target in targets]
+                rows = [adjoint.gradient[:count] for adjoint in adjoints]
+                wide_rows = [row.to(wide(row.dtype)) for row in rows]
+                norms += [row.abs().sum(-1).cpu() for row in wide_rows]
+                others = Components(
+                    gates[group], kl[group], kl[group], drop[group], torch.stack(norms[group])
+                )
+                enough = partial(settled, others, config=config)
+                found.append(curvature(trunk, adjoints, config, budget, ledger, step, enough))
                 if not products:
                     step(len(adjoints))
-        return torch.cat(rows), torch.stack(norms)
+        errors = [part.stderr for part in found if part.stderr is not None]
+        parts = Components(
+            gates, torch.cat([part.values for part in found]), kl, drop, torch.stack(norms)
+        )
+        return parts, torch.cat(errors) if len(errors) == len(found) else None
 
     def _metadata(self, trunk: Trunk, budget: Budget, ledger: Ledger) -> dict[str, Any]:
         import transformers

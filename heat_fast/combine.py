@@ -50,3 +50,10 @@ def combine(parts: Components, config: HeatConfig) -> tuple[Tensor, Tensor]:
     drop = config.gamma * scaled(parts.log_prob_drop.clamp_min(0))
     score = parts.gate * (curvature + information + config.alpha * scaled(parts.gradient_norm))
     return score, parts.gate * (curvature + drop)
+
+
+def aggregate(scores: Tensor, config: HeatConfig) -> Tensor:
+    """Scores of several targets as one per token, `[.., T, N] -> [.., N]` (paper Eq. 23)."""
+    if config.aggregate == "max":
+        return scores.amax(dim=-2)
+    return scores.sum(dim=-2) if config.aggregate == "sum" else scores.mean(dim=-2)

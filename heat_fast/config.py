@@ -115,6 +115,20 @@ def _optional(check: _Check) -> _Check:
     return optional_check
 
 
+def _automatic(check: _Check) -> _Check:
+    def automatic_check(name: str, value: Any) -> Any:
+        return "auto" if isinstance(value, str) and value == "auto" else check(name, value)
+
+    return automatic_check
+
+
+def _fraction(name: str, value: Any) -> float:
+    number: float = _number(minimum=0)(name, value)
+    if not 0 < number < 1:
+        raise _error(name, value, "a number between 0 and 1", "Choose, say, 0.95.")
+    return number
+
+
 def _variant(name: str, value: Any) -> str:
     if not isinstance(value, str) or value not in PRESETS:
         expected = "the name of a preset, " + " or ".join(repr(preset) for preset in PRESETS)
@@ -148,8 +162,11 @@ class HeatConfig:
     rollout: ``"value_path"`` (default) or ``"input_path"``: which attention flow the gate uses.
     curvature: ``"hessian"`` (default), ``"gauss_newton"``, ``"grad_squared"`` or ``"none"``.
     estimator: ``"block"`` (default; paper Eq. 3), ``"coded"`` or ``"row"``.
-    probes: Rademacher probes of the curvature estimator, at least 1. Default 10.
-    codes: sign codes of the ``"coded"`` estimator, at least 2 there. Default 8.
+    probes: Rademacher probes of the curvature estimator, at least 1, or ``"auto"``: rounds of
+        probes, at most `probes_max`, until the order of the `top_k` highest scores is settled
+        with `confidence`. Defaults 10; 64, 10 and 0.95.
+    codes: sign codes of the ``"coded"`` estimator, at least 2 there, or ``"auto"``: as many as
+        the measured noise asks for. Default 8.
     masking: what replaces a token's embedding for its information: ``"zero"`` (default),
         ``"mean"`` (of the vocabulary's embeddings) or ``"sentinel"``.
     sentinel_token: the token id used by ``masking="sentinel"``, required there. Default None.
@@ -179,8 +196,15 @@ class HeatConfig:
     rollout: Rollout = field(default=_UNSET, metadata=_spec("value_path", _one_of(Rollout)))
     curvature: Curvature = field(default=_UNSET, metadata=_spec("hessian", _one_of(Curvature)))
     estimator: Estimator = field(default=_UNSET, metadata=_spec("block", _one_of(Estimator)))
-    probes: int = field(default=_UNSET, metadata=_spec(10, _integer(minimum=1)))
-    codes: int = field(default=_UNSET, metadata=_spec(8, _integer(minimum=1)))
+    probes: int | Literal["auto"] = field(
+        default=_UNSET, metadata=_spec(10, _automatic(_integer(minimum=1)))
+    )
+    probes_max: int = field(default=_UNSET, metadata=_spec(64, _integer(minimum=1)))
+    top_k: int = field(default=_UNSET, metadata=_spec(10, _integer(minimum=1)))
+    confidence: float = field(default=_UNSET, metadata=_spec(0.95, _fraction))
+    codes: int | Literal["auto"] = field(
+        default=_UNSET, metadata=_spec(8, _automatic(_integer(minimum=1)))
+    )
     masking: Masking = field(default=_UNSET, metadata=_spec("zero", _one_of(Masking)))
     sentinel_token: int | None = field(
         default=_UNSET, metadata=_spec(None, _optional(_integer(minimum=0)))
@@ -223,7 +247,7 @@ class HeatConfig:
                 "masking='sentinel' needs sentinel_token, got None: expected the id of the token "
                 "that replaces the masked one. Pass sentinel_token=<id>, or masking='zero'."
             )
-        if self.estimator == "coded" and self.codes < 2:
+        if self.estimator == "coded" and self.codes != "auto" and self.codes < 2:
             raise ConfigError(
                 f"estimator='coded' with codes={self.codes}: expected at least 2 codes, because "
                 "the noise correction is a variance over codes. Raise codes."

@@ -10,6 +10,9 @@ of Rademacher signs.
 Operators: `hessian`; `gauss_newton`, `H = -J' (diag p - p p') J` by sampled vector-Jacobian
 products; `grad_squared`, `S_i = |grad_i g|_2^2`; `none`.
 
+Every estimator yields one norm per token and probe; S is their mean, its standard error their
+deviation over `sqrt(probes)`. With `probes="auto"` probes are added until the ranking is settled.
+
 Signs come from a counter (seed, sample, token, dimension): batches and devices do not change them.
 Products run in the model's dtype on directions scaled by a power of two to the size of the
 embeddings, so that half precision neither overflows nor rounds the scale; norms are summed in at
@@ -19,7 +22,9 @@ least float32.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -36,16 +41,50 @@ from heat_fast.trunk import TargetAdjoint, Trunk, pull_logits, require_finite
 _CODE_STREAM = 0x636F6465
 _SKETCH_STREAM = 0x736B6574
 
+# probes="auto" starts with so many and doubles them up to `probes_max`.
+FIRST_PROBES = 8
+# codes="auto" measures the noise with so many, and never takes fewer.
+FIRST_CODES = 8
+
+#: Whether per-probe norms `[T, N, m]` settle the ranking; asked between rounds of probes.
+Settled = Callable[[Tensor], bool]
+
+
+@dataclass(frozen=True)
+class Curvature:
+    """S and its standard error, `[T, N]`; the error is None where it cannot be known.
+
+    `samples [T, N, m]` are the norms per probe (m = 0 for the operators that take none).
+    """
+
+    values: Tensor
+    stderr: Tensor | None
+    samples: Tensor
+
+    @staticmethod
+    def of(samples: Tensor) -> Curvature:
+        """Mean and standard error over probes; one probe alone has no known error."""
+        probes = samples.shape[-1]
+        stderr = samples.std(-1) / math.sqrt(probes) if probes > 1 else None
+        return Curvature(samples.mean(-1), stderr, samples)
+
+    @staticmethod
+    def exact(values: Tensor) -> Curvature:
+        """A value without sampling error."""
+        return Curvature(values, torch.zeros_like(values), values.new_zeros(*values.shape, 0))
+
 
 def product_count(config: HeatConfig, tokens: int) -> int:
-    """Hessian-vector (or vector-Jacobian) products per target, the unit of progress."""
+    """Most Hessian-vector (or vector-Jacobian) products per target, the unit of progress."""
     if config.curvature in ("none", "grad_squared"):
         return 0
+    probes = config.probes_max if config.probes == "auto" else config.probes
     if config.curvature == "gauss_newton" or config.estimator == "row":
-        return config.probes
+        return probes
     if config.estimator == "coded":
-        return config.probes * min(config.codes, code_length(tokens))
-    return config.probes * tokens
+        codes = FIRST_CODES if config.codes == "auto" else config.codes
+        return probes * min(codes, code_length(tokens))
+    return probes * tokens
 
 
 def curvature(
@@ -55,56 +94,85 @@ def curvature(
     budget: Budget,
     ledger: Ledger,
     step: Step,
-) -> Tensor:
+    settled: Settled,
+) -> Curvature:
     """S `[len(adjoints), N]` of some targets, in at least float32.
 
     One tangent sweep serves all the targets given; each target then takes its own sweep down.
     """
     if config.curvature == "none":
-        return torch.zeros(len(adjoints), trunk.prompt_length, dtype=wide(trunk.embeddings.dtype))
+        zeros = torch.zeros(len(adjoints), trunk.prompt_length)
+        return Curvature.exact(zeros.to(wide(trunk.embeddings.dtype)))
     if config.curvature == "grad_squared":
         rows = [adjoint.gradient[: trunk.prompt_length] for adjoint in adjoints]
-        return torch.stack([row.to(wide(row.dtype)).square().sum(-1).cpu() for row in rows])
+        squares = [row.to(wide(row.dtype)).square().sum(-1).cpu() for row in rows]
+        return Curvature.exact(torch.stack(squares))
     if config.curvature == "gauss_newton":
-        return _gauss_newton(trunk, adjoints, config, step)
-    products = _Products(trunk, adjoints, ledger, step)
-    estimate = {"block": _block, "coded": _coded, "row": _row}[config.estimator]
-    return estimate(products, config, budget)
+        values = _gauss_newton(trunk, adjoints, config, step)
+        # The probes share one sketch of J, whose error their spread does not show.
+        return Curvature(values, None, values.new_zeros(*values.shape, 0))
+    products = _Products(trunk, adjoints, config.seed, budget, ledger, step)
+    estimator: _Estimator
+    if config.estimator == "coded":
+        estimator = _Coded(products, config.codes)
+    elif config.estimator == "row":
+        estimator = _Row(products)
+    else:
+        estimator = _Block(products)
+    if config.probes != "auto":
+        estimator.add(0, config.probes)
+        return Curvature.of(estimator.samples())
+    done, more = 0, min(FIRST_PROBES, config.probes_max)
+    while more:
+        estimator.add(done, done + more)
+        done += more
+        more = 0 if settled(estimator.samples()) else min(done, config.probes_max - done)
+    return Curvature.of(estimator.samples())
 
 
 class _Products:
     """Hessian-vector products of several targets against one trunk."""
 
     def __init__(
-        self, trunk: Trunk, adjoints: Sequence[TargetAdjoint], ledger: Ledger, step: Step
+        self,
+        trunk: Trunk,
+        adjoints: Sequence[TargetAdjoint],
+        seed: int,
+        budget: Budget,
+        ledger: Ledger,
+        step: Step,
     ) -> None:
         self.trunk = trunk
         self.adjoints = adjoints
-        self.ledger = ledger
-        self.step = step
+        self.seed = seed
+        self.budget = budget
         self.tokens = trunk.prompt_length
+        self.length = trunk.length
         self.width = trunk.embeddings.shape[-1]
+        self.device = trunk.embeddings.device
         self.dtype = wide(trunk.embeddings.dtype)
+        self._ledger = ledger
+        self._step = step
         size = float(trunk.embeddings.to(self.dtype).square().mean().sqrt())
-        self.scale = 2.0 ** round(math.log2(size)) if size > 0 else 1.0
+        self._scale = 2.0 ** round(math.log2(size)) if size > 0 else 1.0
 
-    def signs(self, seed: int, samples: Tensor, tokens: Tensor) -> Tensor:
-        device, dtype = self.trunk.embeddings.device, self.trunk.embeddings.dtype
-        return rademacher(seed, samples.to(device), tokens.to(device), self.width, dtype)
+    def signs(self, samples: Tensor, tokens: Tensor) -> Tensor:
+        """Probe entries of some (sample, token) pairs, `[..., d]`, in the model's dtype."""
+        dtype = self.trunk.embeddings.dtype
+        return rademacher(
+            self.seed, samples.to(self.device), tokens.to(self.device), self.width, dtype
+        )
 
     def __call__(self, directions: Tensor, start: int) -> list[Tensor]:
-        """`H r` at positions `start..p` of each target, `[B, p + 1 - start, d]`, unscaled dtype.
-
-        The directions are taken times `scale`; whoever reduces the result divides by it.
-        """
-        directions = directions * self.scale
+        """`H r` at positions `start..p` of each target, `[B, p + 1 - start, d]`, summing dtype."""
+        directions = directions * self._scale
         sweep = tangent_sweep(self.trunk, directions, start)
         results = [hessian_rows(self.trunk, sweep, adjoint) for adjoint in self.adjoints]
         for result in results:
             if not bool(torch.isfinite(result).all()):
                 self._locate(directions, start)
                 require_finite(result, "a Hessian-vector product")
-        return results
+        return [result.to(self.dtype) / self._scale for result in results]
 
     def _locate(self, directions: Tensor, start: int) -> None:
         """Repeat a product that went wrong, checking block by block."""
@@ -118,55 +186,88 @@ class _Products:
 
     def done(self, products: int) -> None:
         """Count products that are finished, for every target."""
-        self.ledger.counts["hvp"] += products * len(self.adjoints)
-        self.step(products * len(self.adjoints))
+        self._ledger.counts["hvp"] += products * len(self.adjoints)
+        self._step(products * len(self.adjoints))
 
 
-def _block(products: _Products, config: HeatConfig, budget: Budget) -> Tensor:
-    """One product per token and probe, run from the probed token on."""
-    tokens, probes = products.tokens, config.probes
-    norms = torch.zeros(len(products.adjoints), tokens * probes, dtype=products.dtype)
-    length = products.trunk.length
+class _Estimator(Protocol):
+    """One norm per target, token and probe, from any number of rounds of probes."""
 
-    def size(first: int) -> int:
-        return budget.batch(length - first // probes, tokens * probes - first)
+    def add(self, first: int, stop: int) -> None:
+        """Take probes `first..stop-1`."""
 
-    def run(first: int, stop: int) -> None:
-        items = torch.arange(first, stop)
-        token, sample = items // probes, items % probes
-        start = first // probes
-        signs = products.signs(config.seed, sample, token)
-        batch = torch.arange(stop - first, device=signs.device)
-        own = (token - start).to(signs.device)
-        directions = signs.new_zeros(stop - first, length - start, products.width)
-        directions[batch, own] = signs
-        found = [
-            rows[batch, own].to(products.dtype).abs().sum(-1)
-            for rows in products(directions, start)
-        ]
-        norms[:, first:stop] = torch.stack(found).cpu() / products.scale
-        products.done(stop - first)
-
-    run_batches(tokens * probes, budget, size, run)
-    return norms.view(-1, tokens, probes).mean(-1)
+    def samples(self) -> Tensor:
+        """Norms `[T, N, m]` of the probes taken so far."""
+        ...
 
 
-def _row(products: _Products, config: HeatConfig, budget: Budget) -> Tensor:
-    """Dense probes over the whole context; the norm of each token's rows."""
-    tokens, length = products.tokens, products.trunk.length
-    norms = torch.zeros(len(products.adjoints), config.probes, tokens, dtype=products.dtype)
+class _Block:
+    """`| H_ii r |_1`: one product per token and probe, run from the probed token on."""
 
-    def run(first: int, stop: int) -> None:
-        samples = torch.arange(first, stop)[:, None]
-        directions = products.signs(config.seed, samples, torch.arange(length))
-        found = [
-            rows[:, :tokens].to(products.dtype).abs().sum(-1) for rows in products(directions, 0)
-        ]
-        norms[:, first:stop] = torch.stack(found).cpu() / products.scale
-        products.done(stop - first)
+    def __init__(self, products: _Products) -> None:
+        self.products = products
+        self.rounds: list[Tensor] = []
 
-    run_batches(config.probes, budget, lambda first: budget.batch(length, config.probes), run)
-    return norms.mean(1)
+    def add(self, first: int, stop: int) -> None:
+        """Items are (token, probe) pairs in the order of tokens, so that suffixes batch well."""
+        products, probes = self.products, stop - first
+        total = products.tokens * probes
+        norms = torch.zeros(len(products.adjoints), total, dtype=products.dtype)
+
+        def size(item: int) -> int:
+            return products.budget.batch(products.length - item // probes, total - item)
+
+        def run(low: int, high: int) -> None:
+            items = torch.arange(low, high)
+            token, start = items // probes, low // probes
+            signs = products.signs(first + items % probes, token)
+            batch = torch.arange(high - low, device=signs.device)
+            own = (token - start).to(signs.device)
+            directions = signs.new_zeros(high - low, products.length - start, products.width)
+            directions[batch, own] = signs
+            found = [rows[batch, own].abs().sum(-1) for rows in products(directions, start)]
+            norms[:, low:high] = torch.stack(found).cpu()
+            products.done(high - low)
+
+        run_batches(total, products.budget, size, run)
+        self.rounds.append(norms.view(-1, products.tokens, probes))
+
+    def samples(self) -> Tensor:
+        """Norms `[T, N, m]`."""
+        return torch.cat(self.rounds, dim=-1)
+
+
+class _Row:
+    """`| (H r)_i |_1` of dense probes over the whole context: one product per probe."""
+
+    def __init__(self, products: _Products) -> None:
+        self.products = products
+        self.rounds: list[Tensor] = []
+
+    def add(self, first: int, stop: int) -> None:
+        """Take probes `first..stop-1`."""
+        products = self.products
+        norms = torch.zeros(
+            len(products.adjoints), products.tokens, stop - first, dtype=products.dtype
+        )
+        positions = torch.arange(products.length)
+
+        def run(low: int, high: int) -> None:
+            samples = torch.arange(first + low, first + high)[:, None]
+            found = products(products.signs(samples, positions), 0)
+            for index, rows in enumerate(found):
+                norms[index, :, low:high] = rows[:, : products.tokens].abs().sum(-1).t().cpu()
+            products.done(high - low)
+
+        def size(item: int) -> int:
+            return products.budget.batch(products.length, stop - first - item)
+
+        run_batches(stop - first, products.budget, size, run)
+        self.rounds.append(norms)
+
+    def samples(self) -> Tensor:
+        """Norms `[T, N, m]`."""
+        return torch.cat(self.rounds, dim=-1)
 
 
 def code_length(tokens: int) -> int:
@@ -174,65 +275,115 @@ def code_length(tokens: int) -> int:
     return 1 << max(0, tokens - 1).bit_length()
 
 
-def _coded(products: _Products, config: HeatConfig, budget: Budget) -> Tensor:
+class _Coded:
     """Block norms from dense products whose cross terms are averaged away by sign codes.
 
     For one probe r and code vectors `s_k`, k = 1..K, over tokens,
 
         z_k = s_k o (H (s_k o r)),   (z_k)_i = H_ii r_i + sum_{j != i} s_ki s_kj H_ij r_j
 
-    so the mean over k estimates `H_ii r_i`. The codes are K rows, drawn without replacement, of the
-    Hadamard matrix of order `N' >= N`: distinct columns cancel exactly over all N' rows, and by
-    finite-population sampling the mean of K of them has entrywise variance
+    so the mean over k, `z-`, estimates `H_ii r_i`. The codes are K rows, drawn without replacement,
+    of the Hadamard matrix of order `N' >= N`: distinct columns cancel exactly over all N' rows, so
+    by finite-population sampling `z-` has entrywise variance
 
-        v = (1 - K/N') / K * var_k(z_k),
+        v = (1 - K/N') / K * var_k(z_k)
 
-    which is 0 at K = N', where the estimate is `block` itself. What noise remains inflates the
-    l1 norm. It does so by nearly the same factor for every entry of a block, since signal and noise
-    are both sums of many terms of like size; the norm is therefore shrunk by the ratio of
-    root-mean-squares, pooled over dimensions and probes:
+    which is 0 at K = N', where the estimate is `block` itself. What noise remains inflates the l1
+    norm, by `1 / sqrt(1 - q_i)` with `q_i = sum v / sum z-^2` (over the block and all probes) if
+    signal and noise entries are of one shape. Measured, the inflation is nearly the same for all
+    tokens, while `q_i` itself is so noisy with few codes that using it (or the entrywise
+    `z-^2 - v`) costs more rank order than it mends. Hence one factor for a target, from the median
+    over tokens:
 
-        S_i = mean_r | z- |_1 * sqrt( max(0, 1 - sum v / sum z-^2) ),   z- = mean_k z_k
+        S_i = sqrt(1 - median_j q_j) * mean_r | z- |_1
+
+    It leaves the ranking to the plain norms, has the right level within a few percent, and is
+    consistent, for q falls as 1/K and vanishes at K = N'.
+
+    `codes="auto"`: the first probe measures the ratio `R` of off-diagonal to diagonal energy with
+    8 codes (`var_k = R` times the signal); K is then the power of two from 8 on with `R / K <= 2`.
     """
-    tokens, length = products.tokens, products.trunk.length
-    order = code_length(tokens)
-    codes = min(config.codes, order)
-    targets = len(products.adjoints)
-    norm = torch.zeros(targets, tokens, dtype=products.dtype)
-    noise, energy = torch.zeros_like(norm), torch.zeros_like(norm)
-    unbias = (1 - codes / order) / codes / max(1, codes - 1)
-    device = products.trunk.embeddings.device
-    positions = torch.arange(tokens, device=device)
 
-    for probe in range(config.probes):
+    # Beyond this the noise has swallowed the signal and the level says little.
+    _WORST_SHARE = 0.98
+
+    def __init__(self, products: _Products, codes: int | Literal["auto"]) -> None:
+        self.products = products
+        self.order = code_length(products.tokens)
+        self.automatic = codes == "auto"
+        self.codes = min(FIRST_CODES if codes == "auto" else int(codes), self.order)
+        self.norms: list[Tensor] = []
+        shape = (len(products.adjoints), products.tokens)
+        self.noise = torch.zeros(shape, dtype=products.dtype)
+        self.energy = torch.zeros(shape, dtype=products.dtype)
+
+    def add(self, first: int, stop: int) -> None:
+        """Take probes `first..stop-1`, each with `codes` products."""
+        for probe in range(first, stop):
+            total, squares = self._decode(probe, 0, self.codes)
+            if self.automatic and probe == 0:
+                before, self.codes = self.codes, self._choose(total, squares)
+                if self.codes > before:
+                    more = self._decode(probe, before, self.codes)
+                    total, squares = total + more[0], squares + more[1]
+            mean, noise = self._moments(total, squares)
+            self.norms.append(mean.abs().sum(-1).cpu())
+            self.noise += noise.sum(-1).cpu()
+            self.energy += mean.square().sum(-1).cpu()
+
+    def _decode(self, probe: int, low: int, high: int) -> tuple[Tensor, Tensor]:
+        """Sums of `z_k` and of its squares over codes `low..high-1`, `[T, N, d]`."""
+        products = self.products
         lottery = counter_words(
-            config.seed ^ _CODE_STREAM, torch.tensor(probe), torch.arange(order)
+            products.seed ^ _CODE_STREAM, torch.tensor(probe), torch.arange(self.order)
         )
-        chosen = torch.argsort(lottery, stable=True)[:codes].to(device)
-        total = [torch.zeros(tokens, products.width, dtype=products.dtype, device=device)] * targets
-        squares = list(total)
-        signs = products.signs(config.seed, torch.tensor(probe), positions)
+        chosen = torch.argsort(lottery, stable=True)[low:high].to(products.device)
+        positions = torch.arange(products.tokens, device=products.device)
+        signs = products.signs(torch.tensor(probe), positions)
+        shape = (len(products.adjoints), products.tokens, products.width)
+        total = torch.zeros(shape, dtype=products.dtype, device=products.device)
+        squares = torch.zeros_like(total)
 
         def run(first: int, stop: int) -> None:
-            code = walsh(chosen[first:stop, None], positions)[..., None].to(signs.dtype)  # noqa: B023
-            directions = signs.new_zeros(stop - first, length, products.width)  # noqa: B023
-            directions[:, :tokens] = code * signs  # noqa: B023
-            found = products(directions, 0)
-            for index, rows in enumerate(found):
-                decoded = (rows[:, :tokens] * code).to(products.dtype)
-                total[index] = total[index] + decoded.sum(0)  # noqa: B023
-                squares[index] = squares[index] + decoded.square().sum(0)  # noqa: B023
+            code = walsh(chosen[first:stop, None], positions)[..., None].to(signs.dtype)
+            directions = signs.new_zeros(stop - first, products.length, products.width)
+            directions[:, : products.tokens] = code * signs
+            for index, rows in enumerate(products(directions, 0)):
+                decoded = rows[:, : products.tokens] * code
+                total[index] += decoded.sum(0)
+                squares[index] += decoded.square().sum(0)
             products.done(stop - first)
 
-        run_batches(codes, budget, lambda first: budget.batch(length, codes - first), run)
-        for index in range(targets):
-            mean = total[index] / codes
-            spread = (squares[index] - codes * mean.square()).clamp_min(0) * unbias
-            norm[index] += mean.abs().sum(-1).cpu()
-            noise[index] += spread.sum(-1).cpu()
-            energy[index] += mean.square().sum(-1).cpu()
-    share = torch.where(energy > 0, noise / energy, torch.zeros_like(noise))
-    return norm / config.probes / products.scale * (1 - share).clamp_min(0).sqrt()
+        def size(item: int) -> int:
+            return products.budget.batch(products.length, high - low - item)
+
+        run_batches(high - low, products.budget, size, run)
+        return total, squares
+
+    def _moments(self, total: Tensor, squares: Tensor) -> tuple[Tensor, Tensor]:
+        """`z-` and its variance v, `[T, N, d]`."""
+        codes = self.codes
+        mean = total / codes
+        spread = (squares - codes * mean.square()).clamp_min_(0) / max(1, codes - 1)
+        return mean, spread * ((1 - codes / self.order) / codes)
+
+    def _choose(self, total: Tensor, squares: Tensor) -> int:
+        """The number of codes that keeps the noise at most twice the signal's energy."""
+        mean, noise = self._moments(total, squares)
+        noise_energy, energy = noise.sum(-1), mean.square().sum(-1)
+        share = float((noise_energy / energy.clamp_min(1e-30)).median())
+        share = min(share, self._WORST_SHARE)
+        ratio = self.codes * share / (1 - share)
+        codes = FIRST_CODES
+        while codes < self.order and ratio / codes > 2:
+            codes *= 2
+        return min(codes, self.order)
+
+    def samples(self) -> Tensor:
+        """Norms `[T, N, m]`, with the noise's inflation taken out."""
+        share = torch.where(self.energy > 0, self.noise / self.energy, 0.0)
+        level = share.median(dim=-1, keepdim=True).values.clamp(0, self._WORST_SHARE)
+        return torch.stack(self.norms, dim=-1) * (1 - level).sqrt()[..., None]
 
 
 def _gauss_newton(
@@ -244,7 +395,8 @@ def _gauss_newton(
     `diag p - p p'`; rows `G_j = (J' u_j)` then give `H_ii r = -mean_j G_ji (G_ji . r)`, averaged
     over the same number of probes r, which cost nothing more.
     """
-    tokens, probes = trunk.prompt_length, config.probes
+    tokens = trunk.prompt_length
+    probes = config.probes_max if config.probes == "auto" else config.probes
     device = trunk.embeddings.device
     dtype = wide(trunk.embeddings.dtype)
     samples = torch.arange(probes, device=device)

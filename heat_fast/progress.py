@@ -39,6 +39,8 @@ class Ledger:
         if self._progress is not None:
             self._progress(name, 0, total)
         yield step
+        if self._progress is not None and done < total:  # it took less than it might have
+            self._progress(name, total, total)
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin

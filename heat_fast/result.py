@@ -39,6 +39,7 @@ COMPONENTS: Final = (
     "target_scores",
 )
 _ARRAYS: Final = (*COMPONENTS, "target_log_probs")
+_STDERR: Final = "curvature_stderr"
 _AGGREGATES: Final[Mapping[str, Callable[[Tensor], Tensor]]] = {
     "mean": lambda values: values.mean(dim=0),
     "max": lambda values: values.amax(dim=0),
@@ -64,7 +65,8 @@ class Attribution:
 
     All arrays are float32 on the CPU. Those of shape [T, N], row t for target token t:
 
-    gate: attention-value flow into the target's position; each row sums to 1.
+    gate: attention-value flow into the target's position, of which the whole context (the
+        prompt and the target tokens before) receives 1.
     curvature: S, the l1 norm of a token's block of the Hessian of the log-probability.
     information: I, the KL divergence in nats after the token's embedding is replaced.
     log_prob_drop: log-probability of the target minus the one after replacement, nats; signed.
@@ -75,6 +77,8 @@ class Attribution:
     token_ids, tokens, special: the prompt's ids, what a person reads, and which are special.
     offsets, prompt_text: half-open character ranges into the text; None where ids were given.
     target_ids, target_tokens, target_log_probs: the targets; log-probabilities [T] in nats.
+    curvature_stderr: standard error of the curvature over its probes [T, N]; 0 where it is exact,
+        None where it is not known (a single probe, or the Gauss-Newton sketch).
     metadata: configuration, seed, versions, device, dtype, model, seconds and counts; read-only
         and JSON-able.
 
@@ -112,6 +116,7 @@ class Attribution:
     target_tokens: tuple[str, ...]
     target_log_probs: Tensor
     metadata: Mapping[str, Any]
+    curvature_stderr: Tensor | None = None
 
     def __post_init__(self) -> None:
         def store(name: str, value: Any) -> None:
@@ -121,7 +126,7 @@ class Attribution:
             store(name, tuple(getattr(self, name)))
         if self.offsets is not None:
             store("offsets", tuple((int(start), int(end)) for start, end in self.offsets))
-        for name in _ARRAYS:
+        for name in self._arrays():
             array = getattr(self, name)
             if not isinstance(array, Tensor):
                 raise InputError(f"{name} is {type(array).__name__}: expected a torch tensor.")
@@ -154,7 +159,7 @@ class Attribution:
                         f"offset ({start}, {end}) lies outside a text of {len(self.prompt_text)} "
                         "characters: expected half-open ranges inside it."
                     )
-        for name in _ARRAYS:
+        for name in self._arrays():
             array: Tensor = getattr(self, name)
             shape = (n_targets,) if name == "target_log_probs" else (n_targets, n_tokens)
             if tuple(array.shape) != shape:
@@ -167,6 +172,10 @@ class Attribution:
                     "number. Run the model in float32 or bfloat16, or look for the layer that "
                     "overflows."
                 )
+
+    def _arrays(self) -> tuple[str, ...]:
+        """Names of the arrays this result holds."""
+        return _ARRAYS if self.curvature_stderr is None else (*_ARRAYS, _STDERR)
 
     # --- reading --------------------------------------------------------------------------------
 
@@ -241,7 +250,7 @@ class Attribution:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain lists, numbers and strings: strict JSON (no NaN, no infinity)."""
-        arrays = {name: getattr(self, name).tolist() for name in _ARRAYS}
+        arrays = {name: getattr(self, name).tolist() for name in self._arrays()}
         return {
             "format": _FORMAT,
             "schema_version": SCHEMA_VERSION,
@@ -258,7 +267,7 @@ class Attribution:
         from safetensors.torch import save as to_bytes
 
         header = {"format": _FORMAT, "schema_version": SCHEMA_VERSION, **self._header()}
-        arrays = {name: getattr(self, name) for name in _ARRAYS}
+        arrays = {name: getattr(self, name) for name in self._arrays()}
         data = to_bytes(arrays, metadata={_HEADER_KEY: json.dumps(header, allow_nan=False)})
         write_file(path, data)
 
@@ -338,6 +347,7 @@ def _from_file(place: Path, text: str, arrays: Mapping[str, Tensor]) -> Attribut
             target_ids=_list_of(header, "target_ids", int),
             target_tokens=_list_of(header, "target_tokens", str),
             metadata=header["metadata"],
+            curvature_stderr=arrays.get(_STDERR),
             **{name: arrays[name] for name in _ARRAYS},
         )
     except KeyError as error:
