@@ -25,6 +25,7 @@ from heat_fast._version import __version__
 if TYPE_CHECKING:
     from heat_fast.attributor import Attributor, attribute
     from heat_fast.config import HeatConfig
+    from heat_fast.cost import Estimate, estimate
     from heat_fast.demo import load_demo_model
     from heat_fast.errors import (
         ConfigError,
@@ -40,6 +41,7 @@ __all__ = [
     "Attribution",
     "Attributor",
     "ConfigError",
+    "Estimate",
     "HeatConfig",
     "HeatError",
     "InputError",
@@ -48,6 +50,7 @@ __all__ = [
     "UnsupportedModelError",
     "__version__",
     "attribute",
+    "estimate",
     "load",
     "load_demo_model",
 ]
@@ -57,6 +60,7 @@ _HOME = {
     "Attribution": "heat_fast.result",
     "Attributor": "heat_fast.attributor",
     "ConfigError": "heat_fast.errors",
+    "Estimate": "heat_fast.cost",
     "HeatConfig": "heat_fast.config",
     "HeatError": "heat_fast.errors",
     "InputError": "heat_fast.errors",
@@ -64,6 +68,7 @@ _HOME = {
     "OutputError": "heat_fast.errors",
     "UnsupportedModelError": "heat_fast.errors",
     "attribute": "heat_fast.attributor",
+    "estimate": "heat_fast.cost",
     "load": "heat_fast.result",
     "load_demo_model": "heat_fast.demo",
 }

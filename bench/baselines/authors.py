@@ -25,12 +25,21 @@ class AuthorsResult:
     scores: Tensor
 
 
-def curvature(model: Any, embeddings: Tensor, target: int, probes: Tensor) -> Tensor:
-    """`S_i = mean_k | H_ii r_k |_1`: a double backward per token and probe; probes `[m, N, d]`."""
-    count = embeddings.shape[0]
-    result = torch.zeros(count)
+def curvature(
+    model: Any,
+    embeddings: Tensor,
+    target: int,
+    probes: Tensor,
+    tokens: range | None = None,
+) -> Tensor:
+    """`S_i = mean_k | H_ii r_k |_1`: a double backward per token and probe; probes `[m, N, d]`.
+
+    `tokens` (from 0 on) restricts it to a sample, for timing.
+    """
+    tokens = range(embeddings.shape[0]) if tokens is None else tokens
+    result = torch.zeros(len(tokens))
     with torch.enable_grad(), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        for token in range(count):
+        for token in tokens:
             for probe in probes:
                 leaf = embeddings.clone().requires_grad_(True)
                 logits = model(inputs_embeds=leaf[None]).logits[0, -1]

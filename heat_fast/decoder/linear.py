@@ -7,6 +7,8 @@ derivative: `tangent` and `adjoint` are all that the second-order sweeps need of
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -42,6 +44,14 @@ class Linear:
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.weight = dense_weight(module)
+
+    @property
+    def out_features(self) -> int:
+        """Width of the output."""
+        if self.weight is not None:
+            return int(self.weight.shape[0])
+        module: Any = self.module
+        return int(module.out_features if hasattr(module, "out_features") else module.nf)
 
     def forward(self, x: Tensor) -> Tensor:
         """`y = x W' + b`, by the module itself."""

@@ -31,10 +31,16 @@ class Decoder:
     positions: Tensor | None
 
     @property
+    def embeddings_weight(self) -> Tensor:
+        """The embedding matrix, `[vocabulary, d]`."""
+        model: Any = self.model
+        weight: Tensor = model.get_input_embeddings().weight
+        return weight
+
+    @property
     def hidden_size(self) -> int:
         """Width of the residual stream, d."""
-        model: Any = self.model
-        return int(model.get_input_embeddings().weight.shape[-1])
+        return int(self.embeddings_weight.shape[-1])
 
     def enter(self, embeddings: Tensor, start: int) -> Tensor:
         """The residual stream `[B, S, d]` of embeddings whose first row stands at `start`."""

@@ -1,0 +1,130 @@
+"""What the benchmarks share: models, prompts, the machine's own ceiling, and a table of ratios.
+
+A speed is only stated beside another one measured in the same run: as a ratio to the authors'
+algorithm, or as a share of the floor (counted FLOPs over the matrix-product rate measured here).
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+MODELS = Path(os.environ.get("HEAT_FAST_MODELS", REPOSITORY.parent / "shared" / "data" / "models"))
+sys.path.insert(0, str(REPOSITORY / "bench"))
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+class Summary:
+    """Lines of comparison, printed after the run and kept in the JSON of the benchmarks."""
+
+    def __init__(self) -> None:
+        self.rows: list[tuple[str, str]] = []
+
+    def add(self, what: str, value: str) -> None:
+        """Keep one comparison."""
+        self.rows.append((what, value))
+
+
+_SUMMARY = Summary()
+
+
+@pytest.fixture(scope="session")
+def summary() -> Summary:
+    """Where a benchmark leaves its comparison."""
+    return _SUMMARY
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if _SUMMARY.rows:
+        terminalreporter.section("comparisons in this run")
+        width = max(len(what) for what, _ in _SUMMARY.rows)
+        for what, value in _SUMMARY.rows:
+            terminalreporter.line(f"{what:<{width}}  {value}")
+
+
+def pytest_benchmark_update_json(
+    config: pytest.Config, benchmarks: Any, output_json: dict[str, Any]
+) -> None:
+    revision = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True, check=False
+    ).stdout.strip()
+    import transformers
+
+    output_json["heat_fast"] = {
+        "revision": revision,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "threads": torch.get_num_threads(),
+        "comparisons": [list(row) for row in _SUMMARY.rows],
+    }
+
+
+@pytest.fixture(scope="session")
+def random_llama() -> Any:
+    """A random-weight Llama: 6 blocks, width 288, 6 heads, vocabulary 32,000."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=32000,
+        hidden_size=288,
+        intermediate_size=768,
+        num_hidden_layers=6,
+        num_attention_heads=6,
+        num_key_value_heads=6,
+        max_position_embeddings=2048,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="session")
+def stories() -> tuple[Any, Any]:
+    """The 3M-parameter story model and its tokenizer, where they lie on disk."""
+    path = MODELS / "stories3M"
+    if not (path / "config.json").is_file():
+        pytest.skip(f"no model at {path} (HEAT_FAST_MODELS names the folder to look in)")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    return AutoModelForCausalLM.from_pretrained(path).eval(), AutoTokenizer.from_pretrained(path)
+
+
+@pytest.fixture(scope="session")
+def prompt_ids() -> Callable[[int], list[int]]:
+    """`prompt_ids(n)`: n random token ids for the random-weight model, the same in every run."""
+
+    def make(length: int) -> list[int]:
+        generator = torch.Generator().manual_seed(length)
+        return torch.randint(32000, (length,), generator=generator).tolist()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def matmul_rate() -> Callable[[], float]:
+    """FLOP/s of this process' matrix products, 512 rows by the random model's weights, right now.
+
+    The best of several short runs: a ceiling, measured with the threads the benchmarks use.
+    """
+
+    def measure() -> float:
+        x, weight = torch.randn(512, 288), torch.randn(768, 288)
+        best = 0.0
+        for _ in range(10):
+            begin = time.perf_counter()
+            for _ in range(50):
+                x @ weight.t()
+            best = max(best, 50 * 2 * 512 * 288 * 768 / (time.perf_counter() - begin))
+        return best
+
+    return measure

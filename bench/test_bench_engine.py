@@ -1,0 +1,172 @@
+"""The exact engine against the authors' algorithm and against its own floor.
+
+Every ratio is taken within this run, from the medians; the numbers compared are checked to be the
+same. Both sides use the same probes. The authors' curvature at N = 256 is timed on a sample of its
+tokens and multiplied: every one of its products costs the same, since each runs the whole context.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from baselines import authors
+
+from heat_fast import Attribution, Attributor, HeatConfig
+from heat_fast.cost import flops
+from heat_fast.decoder import view
+from heat_fast.kernels.rademacher import rademacher
+
+if TYPE_CHECKING:
+    from conftest import Summary
+
+TARGET = 7
+SAMPLED_TOKENS = 4
+
+Prompt = Callable[[int], list[int]]
+Rate = Callable[[], float]
+
+
+def run(model: Any, ids: list[int], target: Any = TARGET, **settings: Any) -> Attribution:
+    return Attributor(model, None, HeatConfig(**settings)).attribute(ids, target)
+
+
+def timed(function: Callable[[], Any]) -> tuple[float, Any]:
+    begin = time.perf_counter()
+    value = function()
+    return time.perf_counter() - begin, value
+
+
+def embeddings_of(model: Any, ids: list[int]) -> torch.Tensor:
+    embeddings: torch.Tensor = model.get_input_embeddings()(torch.tensor(ids)).detach()
+    return embeddings
+
+
+def authors_curvature_seconds(
+    model: Any, ids: list[int], probes: int, sampled: int | None = None
+) -> tuple[float, torch.Tensor]:
+    """Seconds of the authors' curvature for the whole prompt, and the values that were computed."""
+    embeddings = embeddings_of(model, ids)
+    signs = rademacher(0, torch.arange(probes)[:, None], torch.arange(len(ids)), 288)
+    tokens = range(len(ids)) if sampled is None else range(sampled)
+    seconds, values = timed(
+        lambda: authors.curvature(model, embeddings, TARGET, signs, tokens=tokens)
+    )
+    return seconds * len(ids) / len(tokens), values
+
+
+def spearman(left: torch.Tensor, right: torch.Tensor) -> float:
+    ranks = torch.stack([left.argsort().argsort(), right.argsort().argsort()]).double()
+    return float(torch.corrcoef(ranks)[0, 1])
+
+
+def median_run(benchmark: Any, function: Callable[[], Attribution], rounds: int) -> Attribution:
+    result: Attribution = benchmark.pedantic(function, rounds=rounds, warmup_rounds=1)
+    benchmark.extra_info["seconds"] = dict(result.metadata["seconds"])
+    benchmark.extra_info["counts"] = dict(result.metadata["counts"])
+    return result
+
+
+def test_information(
+    benchmark: Any, random_llama: Any, prompt_ids: Prompt, matmul_rate: Rate, summary: Summary
+) -> None:
+    """N = 256: one full forward with all logits per token, against suffixes on the trunk."""
+    ids = prompt_ids(256)
+    config = HeatConfig(curvature="none")
+    result = median_run(benchmark, lambda: run(random_llama, ids, curvature="none"), 5)
+    mine = benchmark.stats.stats.median
+    theirs, values = timed(
+        lambda: authors.information(random_llama, embeddings_of(random_llama, ids))
+    )
+    error = float((values - result.information[0]).abs().max() / values.max())
+    floor = flops(view(random_llama, 256), 256, 1, config)["information"] / matmul_rate()
+    benchmark.extra_info.update(ratio=theirs / mine, share_of_floor=floor / mine, error=error)
+    summary.add("information, N=256: ratio to the authors'", f"{theirs / mine:.1f}")
+    summary.add("information, N=256: share of the FLOP floor", f"{floor / mine:.0%}")
+    assert error < 1e-3
+
+
+@pytest.mark.parametrize(("length", "sampled"), [(64, None), (256, SAMPLED_TOKENS)])
+def test_full_block(
+    benchmark: Any,
+    random_llama: Any,
+    prompt_ids: Prompt,
+    matmul_rate: Rate,
+    summary: Summary,
+    length: int,
+    sampled: int | None,
+) -> None:
+    """`full`, block estimator, the same 10 (N = 256: 2) probes on both sides."""
+    ids, probes = prompt_ids(length), 10 if length == 64 else 2
+    result = median_run(benchmark, lambda: run(random_llama, ids, probes=probes), 3)
+    mine = benchmark.stats.stats.median
+    curved, values = authors_curvature_seconds(random_llama, ids, probes, sampled)
+    embeddings = embeddings_of(random_llama, ids)
+    lost, _ = timed(lambda: authors.information(random_llama, embeddings))
+    gated, _ = timed(lambda: authors.gate(random_llama, embeddings))
+    theirs = curved + lost + gated
+    compared = result.curvature[0][: len(values)]
+    error = float((values - compared).abs().max() / values.max())
+    cost = flops(view(random_llama, length), length, 1, HeatConfig(probes=probes))
+    floor = cost["curvature"] / matmul_rate()
+    share = floor / result.metadata["seconds"]["curvature"]
+    benchmark.extra_info.update(
+        ratio=theirs / mine, share_of_floor=share, error=error, sampled_tokens=sampled
+    )
+    summary.add(
+        f"full block, N={length}, m={probes}: ratio to the authors'", f"{theirs / mine:.1f}"
+    )
+    summary.add(f"block curvature, N={length}: share of the FLOP floor", f"{share:.0%}")
+    assert error < 1e-3
+
+
+def test_coded(benchmark: Any, random_llama: Any, prompt_ids: Prompt, summary: Summary) -> None:
+    """`coded` with 64 products at N = 256, against the authors' curvature with 10 probes."""
+    ids = prompt_ids(256)
+    settings: dict[str, Any] = {"estimator": "coded", "codes": 8, "probes": 8}
+    result = median_run(benchmark, lambda: run(random_llama, ids, **settings), 5)
+    mine = result.metadata["seconds"]["curvature"]
+    theirs, _ = authors_curvature_seconds(random_llama, ids, 1, SAMPLED_TOKENS)
+    ratio = 10 * theirs / mine
+    benchmark.extra_info.update(ratio=ratio)
+    summary.add("coded, 64 products, N=256: ratio to the authors' curvature, m=10", f"{ratio:.0f}")
+
+
+def test_coded_fidelity(benchmark: Any, stories: tuple[Any, Any], summary: Summary) -> None:
+    """Rank order of `coded` against converged block curvature on a real model, N = 256."""
+    model, tokenizer = stories
+    torch.manual_seed(3)
+    start = tokenizer("Once upon a time there was a little girl", return_tensors="pt")
+    ids = model.generate(
+        **start, max_new_tokens=256, do_sample=True, temperature=0.8, eos_token_id=None
+    )[0][:256].tolist()
+    converged = run(model, ids, None, probes=64)
+    settings: dict[str, Any] = {"estimator": "coded", "codes": 8, "probes": 8, "seed": 1}
+    result = median_run(benchmark, lambda: run(model, ids, None, **settings), 3)
+    curvature = spearman(result.curvature[0], converged.curvature[0])
+    score = spearman(result.scores, converged.scores)
+    level = float((result.curvature / converged.curvature).median())
+    benchmark.extra_info.update(spearman=curvature, spearman_score=score, level=level)
+    summary.add("coded, 64 products, stories3M, N=256: Spearman of S", f"{curvature:.3f}")
+    summary.add("coded, 64 products, stories3M, N=256: Spearman of the score", f"{score:.3f}")
+    summary.add("coded, 64 products, stories3M, N=256: level of S", f"{level:.2f}")
+
+
+def test_response(benchmark: Any, random_llama: Any, prompt_ids: Prompt, summary: Summary) -> None:
+    """A 32-token response over a 128-token prompt, against 32 single runs of the authors'."""
+    ids = prompt_ids(160)
+    prompt, response = ids[:128], ids[128:]
+    settings: dict[str, Any] = {"estimator": "coded", "codes": 8, "probes": 8}
+    median_run(benchmark, lambda: run(random_llama, prompt, response, **settings), 2)
+    mine = benchmark.stats.stats.median
+    middle = ids[:144]  # a single run's average context
+    embeddings = embeddings_of(random_llama, middle)
+    curved, _ = authors_curvature_seconds(random_llama, middle, 1, SAMPLED_TOKENS)
+    lost, _ = timed(lambda: authors.information(random_llama, embeddings))
+    gated, _ = timed(lambda: authors.gate(random_llama, embeddings))
+    ratio = 32 * (10 * curved + lost + gated) / mine
+    benchmark.extra_info.update(ratio=ratio)
+    summary.add("32-token response, coded: ratio to 32 single runs of the authors'", f"{ratio:.0f}")
