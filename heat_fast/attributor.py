@@ -21,10 +21,16 @@ from heat_fast.config import HeatConfig
 from heat_fast.curvature import Curvature, curvature, product_count
 from heat_fast.decoder import check_supported, view
 from heat_fast.decoder.norm import wide
-from heat_fast.errors import InputError
+from heat_fast.errors import ConfigError, HeatError, InputError, UnsupportedModelError
 from heat_fast.gate import gate
 from heat_fast.information import information, replacement
-from heat_fast.planner import Budget, slices, targets_at_once, token_budget
+from heat_fast.planner import (
+    Budget,
+    is_out_of_memory,
+    slices,
+    targets_at_once,
+    token_budget,
+)
 from heat_fast.progress import Ledger, Progress
 from heat_fast.prompt import (
     EncodedPrompt,
@@ -82,11 +88,11 @@ class Attributor:
     be changed (an adapter loaded, a weight edited) in between.
 
     Example:
-        >>> import heat_fast
-        >>> demo = heat_fast.load_demo_model()
-        >>> attributor = heat_fast.Attributor(demo.model, demo.tokenizer, HeatConfig(probes=2))
-        >>> [attributor.attribute(text).target_tokens for text in ("Tom has a", "The cat")] != []
-        True
+        >>> from heat_fast import Attributor, HeatConfig, load_demo_model
+        >>> demo = load_demo_model()
+        >>> attributor = Attributor(demo.model, demo.tokenizer, HeatConfig(probes=2))
+        >>> [attributor.attribute(case.prompt).target_tokens[0] for case in demo.examples[:2]]
+        [' Fenston', ' Quilston']
     """
 
     def __init__(self, model: Any, tokenizer: Any = None, config: HeatConfig | None = None) -> None:
@@ -96,6 +102,16 @@ class Attributor:
                 "model. Load one with AutoModelForCausalLM.from_pretrained(...)."
             )
         check_supported(model)
+        if config is not None and not isinstance(config, HeatConfig):
+            raise ConfigError(
+                f"config is {type(config).__name__}: expected a HeatConfig. Write "
+                "HeatConfig(probes=2), say, or HeatConfig.preset('gs')."
+            )
+        if tokenizer is not None and not callable(tokenizer):
+            raise InputError(
+                f"tokenizer is {type(tokenizer).__name__}: expected a loaded Hugging Face "
+                "tokenizer, or None with token ids. Load one with AutoTokenizer.from_pretrained."
+            )
         self.model = model
         self.tokenizer = tokenizer
         self.config = config if config is not None else HeatConfig()
@@ -109,28 +125,51 @@ class Attributor:
         vocabulary = int(embed.weight.shape[0])
         longest = _context_length(self.model)
         encoded = encode_prompt(prompt, self.tokenizer, vocabulary, longest)
-        targets = encode_target(target, self.tokenizer, vocabulary)
+        head: Any = model.get_output_embeddings()
+        predicted = int(getattr(head, "out_features", vocabulary))
+        targets = encode_target(target, self.tokenizer, min(vocabulary, predicted))
         check_length(len(encoded), len(targets or (0,)), longest)
-        # Within inference mode autograd could not differentiate the activations.
-        with torch.inference_mode(False), torch.no_grad(), _evaluation_mode(self.model):
-            return self._run(encoded, targets, embed, progress)
+        device = _embedding_device(embed)
+        if device.type == "meta":
+            raise UnsupportedModelError(
+                f"the weights of {type(model).__name__} are on the meta device, without values: "
+                "expected a model in memory. Load it with from_pretrained, without offloading."
+            )
+        try:
+            # Within inference mode autograd could not differentiate the activations; autocast
+            # would change dtypes behind the model's back.
+            with (
+                torch.inference_mode(False),
+                torch.no_grad(),
+                torch.autocast(device.type, enabled=False),
+                _unchanged(self.model),
+            ):
+                return self._run(encoded, targets, embed, device, progress)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise HeatError(
+                "out of memory even with one sequence at a time: expected room for the prompt's "
+                "own run. Free memory, shorten the prompt, or load the model in a smaller dtype."
+            ) from error
 
     def _run(
         self,
         encoded: EncodedPrompt,
         targets: tuple[int, ...] | None,
         embed: nn.Module,
+        device: torch.device,
         progress: Progress | None,
     ) -> Attribution:
         config = self.config
         ids = [*encoded.token_ids, *(targets or (0,))[:-1]]
-        device = _embedding_device(embed)
         ledger = Ledger(progress, device)
         with ledger.component("total", 1) as finish:
             embeddings = embed(torch.tensor(ids, device=device))
             vector = replacement(embed, config.masking, config.sentinel_token, embeddings)
             with ledger.component("trunk", 1) as step:
                 trunk = run_trunk(view(self.model, len(ids)), embeddings, targets or (0,))
+                _check_faithful(self.model, trunk)
                 step(1)
             if targets is None:  # the trunk of a single target does not depend on it
                 trunk = replace(trunk, targets=(int(trunk.log_probs[0].argmax()),))
@@ -247,13 +286,54 @@ def _embedding_device(embed: nn.Module) -> torch.device:
     return torch.device(device) if device is not None else weight.device
 
 
+def _check_faithful(model: Any, trunk: Trunk) -> None:
+    """Compare the view's log-probabilities with the model's own at the target rows.
+
+    A hook, a patched forward, a subclass or a prompt-learning adapter may change what the model
+    computes above the submodules that the view calls; explaining another model would be worse
+    than none. Costs about one run of the trunk.
+    """
+    count = len(trunk.targets)
+    output = model(inputs_embeds=trunk.embeddings[None], use_cache=False, logits_to_keep=count)
+    own = torch.log_softmax(output.logits[0, -count:].to(trunk.log_probs), dim=-1)
+    # Rounding accumulates over the blocks: the square root of the precision is far above it, and
+    # far below what a change to the model does. Unlikely tokens do not matter.
+    weight = torch.maximum(own.exp(), trunk.log_probs.exp())
+    difference = float((weight * (own - trunk.log_probs).abs()).max())
+    # A float64 model still takes its norms and softmax in float32.
+    eps = max(torch.finfo(trunk.embeddings.dtype).eps, torch.finfo(torch.float32).eps)
+    allowed = 8 * eps**0.5
+    if not difference <= allowed:
+        raise UnsupportedModelError(
+            f"the view of {type(model).__name__} does not compute what the model computes: "
+            f"log-probabilities differ by {difference:.2g} nats, expected at most {allowed:.2g}. "
+            "A hook, a patched forward, a custom attention or a learned prompt changes the model; "
+            "remove it, or merge it into the weights."
+        )
+
+
 @contextmanager
-def _evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Switch dropout off (an adapter's, say) and afterwards restore every module's own mode."""
+def _unchanged(model: nn.Module) -> Iterator[None]:
+    """Switch dropout off (an adapter's, say); afterwards restore every module's mode and tables.
+
+    Long-context variants of the rotary embedding rewrite their tables in the model's own forward.
+    """
     training = [module for module in model.modules() if module.training]
+    rotary = [module for module in model.modules() if "Rotary" in type(module).__name__]
+    attributes = [dict(vars(module)) for module in rotary]
+    buffers = [
+        {name: (table, table.clone()) for name, table in module.named_buffers(recurse=False)}
+        for module in rotary
+    ]
     try:
         model.eval()
         yield
     finally:
         for module in training:
             module.training = True
+        for module, before, tables in zip(rotary, attributes, buffers, strict=True):
+            for name in vars(module).keys() - before.keys():
+                delattr(module, name)
+            for name, (table, values) in tables.items():
+                table.copy_(values)
+                module._buffers[name] = table

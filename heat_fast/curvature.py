@@ -14,9 +14,9 @@ Every estimator yields one norm per token and probe; S is their mean, its standa
 deviation over `sqrt(probes)`. With `probes="auto"` probes are added until the ranking is settled.
 
 Signs come from a counter (seed, sample, token, dimension): batches and devices do not change them.
-Products run in the model's dtype on directions scaled by a power of two to the size of the
-embeddings, so that half precision neither overflows nor rounds the scale; norms are summed in at
-least float32.
+Products run in the model's dtype, the directions scaled by a power of two to the size of the
+embeddings and g by one that brings its adjoint near 1, so that half precision neither overflows nor
+underflows; norms are summed in at least float32.
 """
 
 from __future__ import annotations
@@ -172,7 +172,9 @@ class _Products:
             if not bool(torch.isfinite(result).all()):
                 self._locate(directions, start)
                 require_finite(result, "a Hessian-vector product")
-        return [result.to(self.dtype) / self._scale for result in results]
+        scales = [self._scale * adjoint.head.scale for adjoint in self.adjoints]
+        pairs = zip(results, scales, strict=True)
+        return [result.to(self.dtype) / scale for result, scale in pairs]
 
     def _locate(self, directions: Tensor, start: int) -> None:
         """Repeat a product that went wrong, checking block by block."""
@@ -348,10 +350,13 @@ class _Coded:
             code = walsh(chosen[first:stop, None], positions)[..., None].to(signs.dtype)
             directions = signs.new_zeros(stop - first, products.length, products.width)
             directions[:, : products.tokens] = code * signs
-            for index, rows in enumerate(products(directions, 0)):
-                decoded = rows[:, : products.tokens] * code
-                total[index] += decoded.sum(0)
-                squares[index] += decoded.square().sum(0)
+            code = code.to(products.dtype)
+            decoded = [rows[:, : products.tokens] * code for rows in products(directions, 0)]
+            sums = torch.stack([part.sum(0) for part in decoded])
+            of_squares = torch.stack([part.square().sum(0) for part in decoded])
+            # Nothing is added before everything is there: a batch that fails is run again.
+            total.add_(sums.to(total.device))
+            squares.add_(of_squares.to(squares.device))
             products.done(stop - first)
 
         def size(item: int) -> int:

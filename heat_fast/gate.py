@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from heat_fast.decoder.norm import wide
+from heat_fast.errors import NumericalError
 from heat_fast.kernels.value_norm_rollout import attention_flow, value_output_norms
 from heat_fast.progress import Step
 from heat_fast.trunk import Trunk
@@ -33,7 +34,14 @@ def gate(trunk: Trunk, rollout: str, step: Step) -> Tensor:
     then cut to the prompt, so it sums to 1 exactly when the context is the prompt alone.
     """
     flow = _value_path(trunk, step) if rollout == "value_path" else _input_path(trunk, step)
-    return (flow / flow.sum(-1, keepdim=True))[:, : trunk.prompt_length]
+    total = flow.sum(-1, keepdim=True)
+    if not bool((total > 0).all() & torch.isfinite(total).all()):
+        raise NumericalError(
+            f"the attention-value flow into a target sums to {float(total.min()):g}: expected a "
+            "finite positive number. The values or output projections of all blocks are zero or "
+            "broken; check the checkpoint."
+        )
+    return (flow / total)[:, : trunk.prompt_length]
 
 
 def _targets(trunk: Trunk, dtype: torch.dtype) -> Tensor:

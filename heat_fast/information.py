@@ -86,7 +86,8 @@ def _run_branches(
     embeddings[index, index] = vector
     x = decoder.enter(embeddings, first)
     for layer, block in enumerate(decoder.blocks):
-        x, _ = block.forward(x, trunk.rows(layer, first), trunk.states[layer])
+        # Indexed, not unpacked: a name would keep this block's state alive during the next.
+        x = block.forward(x, trunk.rows(layer, first), trunk.states[layer])[0]
         if locate:
             require_finite(x, f"block {layer} with one of tokens {first}..{stop - 1} masked")
     return x
@@ -96,8 +97,13 @@ def _divergences(trunk: Trunk, last: Tensor) -> tuple[Tensor, Tensor]:
     """KL and drop `[B, n]` from the last residual rows, a few branches' logits at a time."""
     targets, vocabulary = trunk.log_probs.shape
     ids = torch.tensor(trunk.targets, device=trunk.log_probs.device)
-    parts = [
-        masked_kl(trunk.log_probs, trunk.decoder.head.logits(last[part]), ids)
-        for part in slices(last.shape[0], LOGIT_ELEMENTS // (targets * vocabulary))
-    ]
-    return torch.cat([kl for kl, _ in parts]), torch.cat([lost for _, lost in parts])
+    divergence = trunk.log_probs.new_empty(last.shape[0], targets)
+    drop = torch.empty_like(divergence)
+    budget = Budget(max(1, LOGIT_ELEMENTS // (targets * vocabulary)))
+
+    def run(first: int, stop: int) -> None:
+        logits = trunk.decoder.head.logits(last[first:stop])
+        divergence[first:stop], drop[first:stop] = masked_kl(trunk.log_probs, logits, ids)
+
+    run_batches(len(last), budget, lambda first: budget.batch(1, len(last) - first), run)
+    return divergence, drop

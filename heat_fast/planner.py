@@ -12,8 +12,6 @@ from dataclasses import dataclass
 
 import torch
 
-from heat_fast.errors import HeatError
-
 CPU_ROWS = 512
 _LARGEST = 1 << 16
 
@@ -29,13 +27,8 @@ class Budget:
         """How many sequences of `rows_each` rows fit, at least one, at most `most`."""
         return max(1, min(most, self.rows // max(1, rows_each)))
 
-    def shrink(self, items: int, error: BaseException) -> None:
-        """Halve the budget after a batch of `items` did not fit."""
-        if items <= 1:
-            raise HeatError(
-                "out of memory with a single sequence in flight: expected room for one. Free "
-                "memory, shorten the prompt, or load the model in a smaller dtype."
-            ) from error
+    def shrink(self) -> None:
+        """Halve the budget after a batch did not fit."""
         self.rows = max(1, self.rows // 2)
         self.halvings += 1
         if torch.cuda.is_available():
@@ -89,14 +82,17 @@ def run_batches(
     first = 0
     while first < total:
         stop = min(total, first + max(1, size(first)))
+        fits = True
         try:
             run(first, stop)
         except (RuntimeError, MemoryError) as error:
-            if isinstance(error, HeatError) or not is_out_of_memory(error):
+            if not is_out_of_memory(error) or stop - first <= 1:
                 raise
-            budget.shrink(stop - first, error)
-            continue
-        first = stop
+            fits = False
+        if fits:
+            first = stop
+        else:  # not within `except`, where the traceback still holds the batch's tensors
+            budget.shrink()
 
 
 def slices(total: int, step: int) -> Iterator[slice]:

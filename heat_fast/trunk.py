@@ -18,6 +18,7 @@ from torch import Tensor
 from heat_fast.decoder import Decoder, Rows
 from heat_fast.decoder.block import BlockAdjoint, BlockState
 from heat_fast.decoder.head import HeadAdjoint
+from heat_fast.decoder.norm import wide
 from heat_fast.errors import NumericalError
 
 
@@ -76,7 +77,10 @@ class Trunk:
 
 @dataclass(frozen=True)
 class TargetAdjoint:
-    """The primal adjoint of one target: `gradient [p + 1, d]` of g, the head's and the blocks'."""
+    """The primal adjoint of one target: `gradient [p + 1, d]` of g, the head's and the blocks'.
+
+    The gradient is in at least float32; the head and the blocks hold adjoints of `head.scale * g`.
+    """
 
     target: int
     gradient: Tensor
@@ -109,11 +113,14 @@ def run_adjoint(trunk: Trunk, target: int, probes: int = 0) -> TargetAdjoint:
     row = trunk.last[target : target + 1]
     x_bar, head = trunk.decoder.head.gradient(row, trunk.targets[target], probes)
     gradient, blocks = _pull(trunk, target, x_bar)
-    return TargetAdjoint(target, gradient, head, blocks)
+    return TargetAdjoint(target, gradient.to(wide(gradient.dtype)) / head.scale, head, blocks)
 
 
 def pull_logits(trunk: Trunk, target: int, logits_bar: Tensor) -> Tensor:
-    """Vector-Jacobian product of a target row's logits `[1, V]` with X, `[p + 1, d]`."""
+    """Vector-Jacobian product of a target row's logits `[1, V]` with X, `[p + 1, d]`.
+
+    Scaled to about 1 on the way through the blocks, as the adjoint of g is.
+    """
     x_bar = trunk.decoder.head.adjoint(trunk.last[target : target + 1], logits_bar)
     return _pull(trunk, target, x_bar)[0]
 
@@ -133,6 +140,10 @@ def require_finite(values: Tensor, where: str) -> None:
     """Raise `NumericalError` naming `where` if any value is NaN or infinite."""
     if not bool(torch.isfinite(values).all()):
         raise NumericalError(
-            f"non-finite values in {where} (dtype {values.dtype}). The model overflows or holds "
-            "broken weights there: load it in bfloat16 or float32 and check the checkpoint."
+            f"non-finite values in {where} ({values.dtype}): expected finite numbers. "
+            + (
+                "The model overflows there; load it in bfloat16 or float32."
+                if values.dtype == torch.float16
+                else "Its weights or activations are broken there; check the checkpoint."
+            )
         )

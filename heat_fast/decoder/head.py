@@ -6,6 +6,7 @@ l_ = e_y - p,   l_. = -(p o l. - p (p . l.))                       (one row, one
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,7 +18,10 @@ from heat_fast.decoder.norm import AnyNorm, NormAdjoint, NormState, wide
 
 @dataclass(frozen=True)
 class HeadAdjoint:
-    """What the second derivative of one row's `g` needs of the primal; shared by all probes.
+    """What the second derivative of one row's `scale * g` needs of the primal, for all probes.
+
+    `scale` is the power of two that brings the largest `l_` near 1: `1 - p` of a confident
+    prediction is below the smallest float16, and everything downstream is linear in it.
 
     `state`, `bar`: the final norm's statistics and adjoint; `probabilities [1, V]`: p; `slope`,
     `bend [1, V]`: the soft-cap's `w` and `w' o l_` (None without a cap). `curvature [d, d]` is the
@@ -26,6 +30,7 @@ class HeadAdjoint:
     """
 
     target: int
+    scale: float
     state: NormState
     bar: NormAdjoint
     probabilities: Tensor
@@ -74,7 +79,7 @@ class Head:
         return self.norm.adjoint(state, normed)[0]
 
     def gradient(self, x: Tensor, target: int, probes: int) -> tuple[Tensor, HeadAdjoint]:
-        """`d g / d x [1, d]` of one row `x [1, d]`, and what `probes` second-order sweeps need."""
+        """`scale * d g / d x`, `[1, d]`, of one row `x [1, d]`, and what `probes` sweeps need."""
         x = self._here(x)
         logits, state = self._logits(x)
         probabilities = torch.softmax(logits, dim=-1)
@@ -82,6 +87,9 @@ class Head:
         logits_bar = -probabilities
         logits_bar[..., target] = 0
         logits_bar[..., target] = -logits_bar.sum(-1)
+        largest = float(logits_bar.abs().max())
+        scale = 2.0 ** -round(math.log2(largest)) if largest > 0 else 1.0
+        logits_bar = logits_bar * scale
         slope = bend = None
         if self.softcap is not None:
             ratio = logits / self.softcap
@@ -91,7 +99,7 @@ class Head:
         width = x.shape[-1]
         normed = self.projection.adjoint(logits_bar.to(x.dtype), width)
         x_bar, bar = self.norm.adjoint(state, normed)
-        result = HeadAdjoint(target, state, bar, probabilities, slope, bend, None)
+        result = HeadAdjoint(target, scale, state, bar, probabilities, slope, bend, None)
         # Two products with [V, d] for each probe, against d of them once.
         if 2 * probes > width:
             unit = torch.eye(width, dtype=x.dtype, device=x.device)
@@ -100,7 +108,7 @@ class Head:
         return x_bar, result
 
     def _curve(self, bar: HeadAdjoint, normed_dot: Tensor) -> Tensor:
-        """Hessian of g with respect to the normed row, times directions `[..., d]`.
+        """Hessian of `scale * g` with respect to the normed row, times directions `[..., d]`.
 
         `W' [w o (-(diag p - p p')) (w o z.) + w' o l_ o z.]`, `z. = W n.`.
         """
@@ -109,7 +117,7 @@ class Head:
         # Relative to the target's own, lest a confident prediction's differences cancel.
         moved = moved - moved[..., bar.target : bar.target + 1]
         mean = (bar.probabilities * moved).sum(-1, keepdim=True)
-        pulled = (mean - moved).mul_(bar.probabilities)
+        pulled = (mean - moved).mul_(bar.probabilities).mul_(bar.scale)
         if bar.slope is not None and bar.bend is not None:
             pulled = pulled.mul_(bar.slope).addcmul_(bar.bend, raw_dot)
         return self.projection.adjoint(pulled.to(normed_dot.dtype), normed_dot.shape[-1])

@@ -44,6 +44,8 @@ class Linear:
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.weight = dense_weight(module)
+        self._differentiable = True
+        self._matrix: Tensor | None = None
 
     @property
     def out_features(self) -> int:
@@ -70,16 +72,28 @@ class Linear:
         """`x_ = y_ W`, the vector-Jacobian product; `[..., out] -> [..., in]`."""
         if self.weight is not None:
             return y_bar @ self.weight
+        if not self._differentiable:
+            return y_bar @ self._unit_images(in_features, y_bar)
         with torch.enable_grad():
             x = y_bar.new_zeros(*y_bar.shape[:-1], in_features, requires_grad=True)
-            (x_bar,) = torch.autograd.grad(self.module(x), x, y_bar)
-        return x_bar.detach()
+            y = self.module(x)
+            if y.requires_grad:
+                (x_bar,) = torch.autograd.grad(y, x, y_bar)
+                return x_bar.detach()
+        # A forward-only kernel (some quantised layers): its matrix has to stand in.
+        self._differentiable = False
+        return self.adjoint(y_bar, in_features)
+
+    def _unit_images(self, in_features: int, like: Tensor) -> Tensor:
+        """The `[out, in]` matrix of a layer that is not plain, from unit vectors; kept."""
+        if self._matrix is None:
+            unit = torch.eye(in_features, dtype=like.dtype, device=like.device)
+            self._matrix = self.tangent(unit).t()
+        return self._matrix
 
     def matrix(self, in_features: int, like: Tensor) -> Tensor:
         """The `[out, in]` matrix of the map; for a layer that is not plain, from unit vectors.
 
         The unit vectors take the dtype and device of `like`.
         """
-        if self.weight is not None:
-            return self.weight
-        return self.tangent(torch.eye(in_features, dtype=like.dtype, device=like.device)).t()
+        return self.weight if self.weight is not None else self._unit_images(in_features, like)

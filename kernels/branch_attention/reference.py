@@ -68,7 +68,8 @@ def branch_attention(
     `query [Hk, B, G, Q, D]`, `key` and `value [Hk, B, S, D]` at positions `P..P+S-1`,
     `prefix_key` and `prefix_value [Hk, P, D]` at positions `0..P-1`; the queries stand at the last
     `Q` of the `S` positions. Returns the output `[Hk, B, G, Q, D]` in the query's dtype and the
-    log-sum-exp `[Hk, B, G, Q]` in at least float32. Works tile by tile: memory is linear in `S`.
+    log-sum-exp `[Hk, B, G, Q]`. All arithmetic is done in at least float32, tile by tile: memory is
+    linear in `S`.
     """
     heads, batch, group, queries, _ = query.shape
     start, own = prefix_key.shape[1], key.shape[2]
@@ -77,43 +78,72 @@ def branch_attention(
     normaliser = torch.empty(heads, batch, group, queries, dtype=sums, device=query.device)
 
     first = start + own - queries
-    rows = max(1, TILE_ELEMENTS // max(1, heads * batch * group * (start + own)))
-    for low in range(0, queries, rows):
-        high = min(low + rows, queries)
-        tile = query[:, :, :, low:high].reshape(heads, batch, group * (high - low), -1)
-        positions = torch.arange(first + low, first + high, device=query.device)
-        last = first + high - start  # own keys beyond the tile's last query are never visible
-        below = min(masking.first_key(first + low), start)
-        scores = _cap(tile @ key[:, :, :last].transpose(2, 3), masking, sums)
-        keys = torch.arange(start, start + last, device=query.device)
-        _hide(scores, positions, keys, group, masking)
-        peak = scores.detach().amax(-1, keepdim=True)  # the softmax does not depend on it
-        prefix = None
-        if below < start:
-            shared = prefix_key[:, below:].transpose(1, 2)
-            prefix = _cap(shared_right(tile, shared), masking, sums)
-            keys = torch.arange(below, start, device=query.device)
-            if masking.window is not None:
-                _hide(prefix, positions, keys, group, masking)
-            peak = torch.maximum(peak, prefix.detach().amax(-1, keepdim=True))
-
-        # The weights are normalised after the product with the values, in its fewer columns.
-        scores = scores.sub_(peak).exp_()
-        total = scores.sum(-1, keepdim=True)
-        result = scores.to(value.dtype) @ value[:, :, :last]
-        if prefix is not None:
-            prefix = prefix.sub_(peak).exp_()
-            total += prefix.sum(-1, keepdim=True)
-            result += shared_right(prefix.to(value.dtype), prefix_value[:, below:])
-        result = result / total
-        output[:, :, :, low:high] = result.view(heads, batch, group, high - low, -1)
-        normaliser[:, :, :, low:high] = (peak + total.log()).view(heads, batch, group, -1)
+    rows = max(1, TILE_ELEMENTS // max(1, batch * group * (start + own)))
+    step = max(1, TILE_ELEMENTS // max(1, batch * group * (start + own) * min(rows, queries)))
+    for head in range(0, heads, step):
+        part = slice(head, min(head + step, heads))
+        keys, values = key[part].to(sums), value[part].to(sums)
+        below_keys, below_values = prefix_key[part].to(sums), prefix_value[part].to(sums)
+        for low in range(0, queries, rows):
+            high = min(low + rows, queries)
+            tile = query[part, :, :, low:high].flatten(2, 3).to(sums)
+            last = first + high - start  # own keys beyond the last query are never visible
+            below = min(masking.first_key(first + low), start)
+            result, lse = _attend(
+                tile,
+                (below_keys[:, below:], below_values[:, below:]),
+                (keys[:, :, :last], values[:, :, :last]),
+                first + low,
+                group,
+                masking,
+            )
+            output[part, :, :, low:high] = result.unflatten(2, (group, -1))
+            normaliser[part, :, :, low:high] = lse.unflatten(2, (group, -1))
     return output, normaliser
 
 
-def _cap(products: Tensor, masking: Masking, dtype: torch.dtype) -> Tensor:
+def _attend(
+    query: Tensor,
+    prefix: tuple[Tensor, Tensor],
+    own: tuple[Tensor, Tensor],
+    first: int,
+    group: int,
+    masking: Masking,
+) -> tuple[Tensor, Tensor]:
+    """One tile: `query [H, B, G*Q, D]` from position `first` on; output and log-sum-exp.
+
+    `prefix`: keys and values `[H, P, D]` of the positions just below the own ones, `[H, B, S, D]`,
+    whose last stands at the tile's last query.
+    """
+    stop = first + query.shape[2] // group
+    start = stop - own[0].shape[2]
+    positions = torch.arange(first, stop, device=query.device)
+    scores = _cap(query @ own[0].transpose(2, 3), masking)
+    _hide(scores, positions, torch.arange(start, stop, device=query.device), group, masking)
+    peak = scores.detach().amax(-1, keepdim=True)  # the softmax does not depend on it
+    below = None
+    count = prefix[0].shape[1]
+    if count:
+        below = _cap(shared_right(query, prefix[0].transpose(1, 2)), masking)
+        if masking.window is not None:
+            keys = torch.arange(start - count, start, device=query.device)
+            _hide(below, positions, keys, group, masking)
+        peak = torch.maximum(peak, below.detach().amax(-1, keepdim=True))
+
+    # The weights are normalised after the product with the values, in its fewer columns.
+    scores = scores.sub_(peak).exp_()
+    total = scores.sum(-1, keepdim=True)
+    result = scores @ own[1]
+    if below is not None:
+        below = below.sub_(peak).exp_()
+        total = total + below.sum(-1, keepdim=True)
+        result = result + shared_right(below, prefix[1])
+    return result / total, (peak + total.log()).squeeze(-1)
+
+
+def _cap(products: Tensor, masking: Masking) -> Tensor:
     """Scores from raw products `q.k`: scaled and, for some families, soft-capped."""
-    scores = products.to(dtype).mul_(masking.scale)
+    scores = products.mul_(masking.scale)
     if masking.softcap is not None:
         scores = masking.softcap * torch.tanh(scores / masking.softcap)
     return scores

@@ -17,8 +17,8 @@ A soft-cap `s = cap tanh(u/cap)`, `u` the raw score, multiplies by `w = 1 - tanh
 Key and value tangents vanish below position `start` (a causal model does not move before the
 perturbed token), so the sums over keys split into a shared prefix and the probes' own rows; all
 rows are exact. Half-precision inputs are summed in float32 and returned as they came. Layout as in
-`branch_attention`: head-major, `G` query heads per key-value head. Memory: score tiles of one chunk
-of heads at a time, `O(S K)`, and the stored rows, `O(S D)`.
+`branch_attention`: head-major, `G` query heads per key-value head. Works by tiles of heads and
+queries: memory is linear in the context.
 """
 
 from __future__ import annotations
@@ -54,21 +54,28 @@ class Primal:
     start: int
     masking: Masking
 
-    def chunks(self, batch: int) -> Iterator[slice]:
-        """Slices of key-value heads whose score tiles for `batch` probes stay within cache."""
-        heads, group, queries, _ = self.query.shape
-        per_head = max(1, batch * group * queries * self.key.shape[1])
-        step = max(1, TILE_ELEMENTS // per_head)
-        for low in range(0, heads, step):
-            yield slice(low, min(low + step, heads))
+    def tiles(self, batch: int) -> Iterator[tuple[slice, slice]]:
+        """Slices of key-value heads and of queries whose scores for `batch` probes stay in cache.
 
-    def rows(self, heads: slice) -> _Rows:
-        """The softmax rows of a chunk of heads, recomputed from the log-sum-exp."""
+        Every quantity of a query row is its own; what is summed over rows is summed over tiles.
+        """
+        heads, group, queries, _ = self.query.shape
+        per_row = max(1, batch * group * self.key.shape[1])
+        rows = min(queries, max(1, TILE_ELEMENTS // per_row))
+        step = max(1, TILE_ELEMENTS // (per_row * rows))
+        for head in range(0, heads, step):
+            for low in range(0, queries, rows):
+                yield slice(head, min(head + step, heads)), slice(low, min(low + rows, queries))
+
+    def rows(self, heads: slice, queries: slice) -> _Rows:
+        """The softmax rows of a tile, from the log-sum-exp, up to its last visible key."""
         sums = self.normaliser.dtype
-        query = self.query[heads].to(sums)
-        count, group, queries, width = query.shape
-        query = query.reshape(count, group * queries, width)
-        key, value = self.key[heads].to(sums), self.value[heads].to(sums)
+        count = self.query.shape[2]
+        first = self.key.shape[1] - count + queries.start
+        stop = self.key.shape[1] - count + queries.stop
+        query = self.query[heads, :, queries].flatten(1, 2).to(sums)
+        group = self.query.shape[1]
+        key, value = self.key[heads, :stop].to(sums), self.value[heads, :stop].to(sums)
         scores = (query @ key.transpose(1, 2)).mul_(self.masking.scale)
         slope = bend = None
         if self.masking.softcap is not None:
@@ -76,29 +83,36 @@ class Primal:
             scores = self.masking.softcap * ratio
             slope = 1 - ratio.square()
             bend = (-2 / self.masking.softcap) * ratio * slope
-        stop = self.key.shape[1]
-        positions = torch.arange(stop - queries, stop, device=query.device)
+        positions = torch.arange(first, stop, device=query.device)
         hidden = self.masking.hidden(positions, torch.arange(stop, device=query.device))
-        scores -= self.normaliser[heads].reshape(count, group * queries, 1)
+        scores -= self.normaliser[heads, :, queries].flatten(1, 2)[..., None]
         weights = scores.exp_().masked_fill_(hidden.repeat(group, 1), 0.0)
-        return _Rows(query, key, value, weights, slope, bend)
+        output = self.output[heads, :, queries].flatten(1, 2).to(sums)
+        # Own keys that some query of the tile can see.
+        own = slice(0, stop - self.start)
+        return _Rows(query, key, value, output, weights, slope, bend, own)
 
 
 @dataclass(frozen=True)
 class _Rows:
-    """One chunk of heads: `query [H, GQ, D]`, `weights` (P), `slope` (w), `bend` (w./U.)."""
+    """One tile: `query`, `output [H, GQ, D]`, `weights` (P), `slope` (w), `bend` (w./U.).
+
+    `own`: which of the probes' own keys, from `start` on, the tile can see.
+    """
 
     query: Tensor
     key: Tensor
     value: Tensor
+    output: Tensor
     weights: Tensor
     slope: Tensor | None
     bend: Tensor | None
+    own: slice
 
 
-def _flat(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """`[H, B, G, Q, D] -> [H, B, GQ, D]` in the dtype of the sums."""
-    return x.flatten(2, 3).to(dtype)
+def _flat(x: Tensor, heads: slice, queries: slice, dtype: torch.dtype) -> Tensor:
+    """`[Hk, B, G, Q, D] -> [H, B, GQ, D]` of a tile, in the dtype of the sums."""
+    return x[heads, :, :, queries].flatten(2, 3).to(dtype)
 
 
 def _pair(dotted: Tensor, plain: Tensor, other: Tensor, other_dotted: Tensor) -> Tensor:
@@ -133,32 +147,39 @@ def attention_tangent(primal: Primal, query: Tensor, key: Tensor, value: Tensor)
     """`O.`, `[Hk, B, G, Q, D]`, from `query [Hk, B, G, Q, D]`, `key`, `value [Hk, B, S, D]`."""
     start, scale = primal.start, primal.masking.scale
     output = torch.empty_like(query)
-    sums = primal.normaliser.dtype
-    for heads in primal.chunks(query.shape[1]):
-        rows = primal.rows(heads)
-        raw = _score_tangent(rows, start, scale, _flat(query[heads], sums), key[heads].to(sums))
+    sums, group = primal.normaliser.dtype, query.shape[2]
+    for heads, queries in primal.tiles(query.shape[1]):
+        rows = primal.rows(heads, queries)
+        query_dot = _flat(query, heads, queries, sums)
+        key_dot, value_dot = key[heads, :, rows.own].to(sums), value[heads, :, rows.own].to(sums)
+        raw = _score_tangent(rows, start, scale, query_dot, key_dot)
         total = shared_right(_softmax_tangent(rows, raw), rows.value)
-        total = total + shared_left(rows.weights[..., start:], value[heads].to(sums))
-        output[heads] = total.view_as(query[heads])
+        total = total + shared_left(rows.weights[..., start:], value_dot)
+        output[heads, :, :, queries] = total.unflatten(2, (group, -1)).to(output.dtype)
     return output
 
 
 def attention_adjoint(primal: Primal, output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """`Q_ [Hk, G, Q, D]`, `K_`, `V_ [Hk, stop, D]` from the output's adjoint `[Hk, G, Q, D]`."""
+    sums, group = primal.normaliser.dtype, output.shape[1]
     query = torch.empty_like(primal.query)
-    key, value = torch.empty_like(primal.key), torch.empty_like(primal.value)
+    key = torch.zeros_like(primal.key, dtype=sums)
+    value = torch.zeros_like(primal.value, dtype=sums)
     scale = primal.masking.scale
-    for heads in primal.chunks(1):
-        rows = primal.rows(heads)
-        pulled = output[heads].flatten(1, 2).to(rows.weights.dtype)
-        shift = (pulled * primal.output[heads].flatten(1, 2)).sum(-1, keepdim=True)
+    for heads, queries in primal.tiles(1):
+        rows = primal.rows(heads, queries)
+        stop = rows.key.shape[1]
+        pulled = output[heads, :, queries].flatten(1, 2).to(sums)
+        shift = (pulled * rows.output).sum(-1, keepdim=True)
         scores = (pulled @ rows.value.transpose(1, 2)).sub_(shift).mul_(rows.weights)
         if rows.slope is not None:
             scores = scores * rows.slope
-        query[heads] = (scale * (scores @ rows.key)).view_as(query[heads])
-        key[heads] = scale * (scores.transpose(1, 2) @ rows.query)
-        value[heads] = rows.weights.transpose(1, 2) @ pulled
-    return query, key, value
+        query[heads, :, queries] = (
+            (scale * (scores @ rows.key)).unflatten(1, (group, -1)).to(query.dtype)
+        )
+        key[heads, :stop] += scale * (scores.transpose(1, 2) @ rows.query)
+        value[heads, :stop] += rows.weights.transpose(1, 2) @ pulled
+    return query, key.to(primal.key.dtype), value.to(primal.value.dtype)
 
 
 def attention_adjoint_tangent(
@@ -176,23 +197,26 @@ def attention_adjoint_tangent(
     primal adjoint, `output_bar_dot [Hk, B, G, Q, D]` its tangent.
     """
     start, scale = primal.start, primal.masking.scale
+    sums, group = primal.normaliser.dtype, query.shape[2]
     query_result = torch.empty_like(query)
-    key_result, value_result = torch.empty_like(key), torch.empty_like(value)
-    sums = primal.normaliser.dtype
-    for heads in primal.chunks(query.shape[1]):
-        rows = primal.rows(heads)
-        query_dot, out_dot = _flat(query[heads], sums), _flat(output[heads], sums)
-        key_dot, value_dot = key[heads].to(sums), value[heads].to(sums)
-        bar_dot = _flat(output_bar_dot[heads], sums)
-        bar, out = output_bar[heads].flatten(1, 2).to(sums), primal.output[heads].flatten(1, 2)
+    key_result = torch.zeros_like(key, dtype=sums)
+    value_result = torch.zeros_like(value, dtype=sums)
+    for heads, queries in primal.tiles(query.shape[1]):
+        rows = primal.rows(heads, queries)
+        query_dot = _flat(query, heads, queries, sums)
+        out_dot = _flat(output, heads, queries, sums)
+        bar_dot = _flat(output_bar_dot, heads, queries, sums)
+        key_dot, value_dot = key[heads, :, rows.own].to(sums), value[heads, :, rows.own].to(sums)
+        bar = output_bar[heads, :, queries].flatten(1, 2).to(sums)
 
         raw = _score_tangent(rows, start, scale, query_dot, key_dot)
         bent = None if rows.bend is None else raw * rows.bend[:, None]
         moved = _softmax_tangent(rows, raw)
 
-        centred = (bar @ rows.value.transpose(1, 2)) - (bar * out).sum(-1, keepdim=True)  # dP - D
+        shift = (bar * rows.output).sum(-1, keepdim=True)
+        centred = (bar @ rows.value.transpose(1, 2)).sub_(shift)  # dP - D
         scores = rows.weights * centred  # dS
-        shift_dot = (bar_dot * out[:, None] + bar[:, None] * out_dot).sum(-1, keepdim=True)
+        shift_dot = (bar_dot * rows.output[:, None] + bar[:, None] * out_dot).sum(-1, keepdim=True)
         scores_dot = bar_dot.new_empty(raw.shape)  # starts as dP., becomes dS.
         if start:
             scores_dot[..., :start] = shared_right(bar_dot, rows.value[:, :start].transpose(1, 2))
@@ -205,12 +229,13 @@ def attention_adjoint_tangent(
 
         own, own_dot = scores[..., start:], scores_dot[..., start:]
         total = shared_right(scores_dot, rows.key) + shared_left(own, key_dot)
-        query_result[heads] = (scale * total).view_as(query[heads])
+        total = (scale * total).unflatten(2, (group, -1))
+        query_result[heads, :, :, queries] = total.to(query_result.dtype)
         total = shared_right(own_dot.transpose(2, 3), rows.query)
         total = total + shared_left(own.transpose(1, 2), query_dot)
-        key_result[heads] = scale * total
+        key_result[heads, :, rows.own] += scale * total
         total = shared_right(moved[..., start:].transpose(2, 3), bar)
-        value_result[heads] = total + shared_left(
+        value_result[heads, :, rows.own] += total + shared_left(
             rows.weights[..., start:].transpose(1, 2), bar_dot
         )
-    return query_result, key_result, value_result
+    return query_result, key_result.to(key.dtype), value_result.to(value.dtype)

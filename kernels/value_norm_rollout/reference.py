@@ -37,8 +37,8 @@ def attention_flow(
         for low in range(0, queries, rows):
             high = min(low + rows, queries)
             first, stop = masking.first_key(offset + low), offset + high
-            tile = query[head, :, low:high].reshape(-1, width)
-            scores = (tile @ key[head, first:stop].t()).to(rho.dtype) * masking.scale
+            tile = query[head, :, low:high].reshape(-1, width).to(rho.dtype)
+            scores = (tile @ key[head, first:stop].to(rho.dtype).t()) * masking.scale
             scores = scores.view(group, high - low, stop - first)
             if masking.softcap is not None:
                 scores = masking.softcap * torch.tanh(scores / masking.softcap)

@@ -1,0 +1,168 @@
+"""Standard errors, automatic numbers of probes and codes, and the cost told beforehand."""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+import families
+import heat_fast
+from heat_fast import Attribution, Attributor, HeatConfig
+from heat_fast.combine import Components
+from heat_fast.cost import flops
+from heat_fast.curvature import code_length
+from heat_fast.decoder import view
+from heat_fast.errors import InputError
+from heat_fast.stopping import agreement
+
+LENGTH = 9
+
+
+def attribute(name: str = "llama", target: Any = 5, **settings: Any) -> Attribution:
+    model = families.build(name)
+    ids = families.prompt_ids(name, LENGTH)
+    return Attributor(model, None, HeatConfig(**settings)).attribute(ids, target)
+
+
+@pytest.mark.parametrize("estimator", ["block", "row", "coded"])
+def test_standard_errors_tell_the_spread_over_seeds(estimator: str) -> None:
+    """Over 40 seeds the deviation of S is its standard error, within the noise of either."""
+    settings = (
+        {"estimator": estimator, "codes": 16} if estimator == "coded" else {"estimator": estimator}
+    )
+    runs = [attribute(probes=8, seed=seed, **settings) for seed in range(40)]
+    spread = torch.stack([run.curvature[0] for run in runs]).std(0)
+    errors = [run.curvature_stderr for run in runs]
+    assert all(error is not None for error in errors)
+    told = torch.stack([error[0] for error in errors if error is not None])
+    ratio = (told.square().mean(0).sqrt() / spread).log()
+    # A deviation from 40 draws is off by 11 % itself; the mean over 9 tokens by less.
+    assert abs(float(ratio.mean())) < 0.15
+
+
+def test_what_is_exact_has_no_error_and_what_is_unknown_none() -> None:
+    exact = attribute(curvature="grad_squared").curvature_stderr
+    assert exact is not None and not exact.any()
+    assert attribute(probes=1).curvature_stderr is None
+    assert attribute(curvature="gauss_newton", probes=4).curvature_stderr is None
+
+
+def test_probes_auto_stops_when_the_ranking_is_settled() -> None:
+    """A lenient demand takes the first round; an impossible one all probes there are."""
+    easy = attribute(probes="auto", confidence=0.01, top_k=2)
+    assert easy.metadata["counts"]["hvp"] == 8 * LENGTH
+    hard = attribute(probes="auto", confidence=0.9999, top_k=9, probes_max=16)
+    assert hard.metadata["counts"]["hvp"] in (8 * LENGTH, 16 * LENGTH)
+    fixed = attribute(probes=hard.metadata["counts"]["hvp"] // LENGTH)
+    torch.testing.assert_close(hard.curvature, fixed.curvature)
+
+
+def test_agreement_tells_noise_from_order() -> None:
+    zeros = torch.zeros(1, 6)
+    parts = Components(torch.full((1, 6), 1 / 6), zeros, zeros, zeros, zeros)
+    order = torch.arange(6.0)[None, :, None]
+    noise = torch.randn(1, 6, 32)
+    config = HeatConfig(top_k=6)
+    assert agreement(parts, 100 * order + noise, config) == 1.0
+    assert agreement(parts, noise, config) < 0.9
+
+
+def test_codes_auto_takes_more_codes_where_there_is_more_noise() -> None:
+    """Never fewer than 8, never more than tell all tokens apart; then it is exact."""
+    order = code_length(LENGTH)
+    counts = {}
+    for name in ("llama", "gpt_neo"):
+        result = attribute(name, estimator="coded", codes="auto", probes=2)
+        counts[name] = result.metadata["counts"]["hvp"] / 2
+        assert 8 <= counts[name] <= order
+    result = attribute(estimator="coded", codes=order, probes=2)
+    torch.testing.assert_close(result.curvature, attribute(probes=2).curvature)
+
+
+@pytest.mark.parametrize("targets", [5, [5, 6, 7]], ids=["one", "three"])
+def test_coded_survives_a_failed_allocation(targets: Any) -> None:
+    """A batch that fails half way through its sums is run again and counted once."""
+    settings = {"estimator": "coded", "codes": 4, "probes": 2, "token_budget": 64}
+    expected = attribute(target=targets, **settings)
+    plain, failures = torch.Tensor.square, [3, 7]
+    calls = 0
+
+    def square(tensor: torch.Tensor) -> torch.Tensor:
+        nonlocal calls
+        calls += tensor.ndim == 3 and tensor.shape[0] > 1
+        if calls in failures:
+            failures.remove(calls)
+            raise MemoryError("simulated")
+        return plain(tensor)
+
+    with mock.patch.object(torch.Tensor, "square", square):
+        actual = attribute(target=targets, **settings)
+    assert actual.metadata["out_of_memory_retries"] > 0
+    torch.testing.assert_close(actual.curvature, expected.curvature, rtol=1e-5, atol=0)
+
+
+# --- the cost told beforehand -------------------------------------------------------------------
+
+
+class FlopCounter(TorchDispatchMode):
+    """torch's own formulas for every operation; its FlopCounterMode also hooks into modules,
+    which the differentiation of an activation does not survive."""
+
+    total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        formula = flop_registry.get(func.overloadpacket)
+        if formula is not None:
+            self.total += formula(*args, **(kwargs or {}), out_val=output)
+        return output
+
+
+@pytest.mark.parametrize("name", ["llama", "gptj", "phi3", "gpt2"])
+@pytest.mark.parametrize("curvature", ["none", "hessian"])
+def test_counted_flops_are_what_torch_counts(name: str, curvature: str) -> None:
+    """torch counts every product of the run, masked halves of the attention included.
+
+    With one sequence per batch nothing else is added but the value-output products' layout, so
+    the count must lie between the floor and the floor with square instead of causal attention.
+    """
+    model = families.build(name)
+    ids = families.prompt_ids(name, 24)
+    config = HeatConfig(probes=1, curvature=curvature, token_budget=1)
+    with FlopCounter() as counter:
+        Attributor(model, None, config).attribute(ids, 5)
+    floor = sum(flops(view(model, len(ids)), len(ids), 1, config).values())
+    assert 0.9 < counter.total / floor < 1.6
+
+
+def test_estimate_counts_what_a_run_counts() -> None:
+    model = families.build("llama")
+    ids = families.prompt_ids("llama", 9)
+    config = HeatConfig(probes=3, token_budget=1)
+    told = heat_fast.estimate(model, 9, 2, config, calibrate=False)
+    counts = Attributor(model, None, config).attribute(ids, [5, 6]).metadata["counts"]
+    assert (told.hvp, told.branches, told.branch_tokens) == (
+        counts["hvp"],
+        counts["branches"],
+        counts["branch_tokens"],
+    )
+    assert told.seconds is None
+    assert heat_fast.estimate(model, 9, config=config).seconds > 0  # type: ignore[operator]
+
+
+def test_estimate_of_a_longer_prompt_is_more() -> None:
+    model = families.build("llama")
+    short, long = (heat_fast.estimate(model, n, calibrate=False) for n in (8, 16))
+    assert long.total_flops > 2 * short.total_flops
+    assert long.trunk_bytes == 2 * short.trunk_bytes
+
+
+@pytest.mark.parametrize(("tokens", "targets"), [(0, 1), (5, 0)])
+def test_estimate_of_nothing_is_refused(tokens: int, targets: int) -> None:
+    with pytest.raises(InputError, match="at least one of each"):
+        heat_fast.estimate(families.build("llama"), tokens, targets)

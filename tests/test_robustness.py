@@ -1,0 +1,137 @@
+"""What changes a model behind the view's back is noticed; half precision keeps small numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import families
+from heat_fast import Attributor, HeatConfig
+from heat_fast.errors import ConfigError, InputError, UnsupportedModelError
+from heat_fast.kernels.branch_attention import Masking, branch_attention
+from heat_fast.kernels.second_order_attention import Primal
+
+IDS = families.prompt_ids("llama", 9)
+
+
+def attribute(model: Any, **settings: Any) -> Any:
+    return Attributor(model, None, HeatConfig(**{"probes": 2, **settings})).attribute(IDS, 5)
+
+
+def shift(module: nn.Module, inputs: Any, output: Any) -> Any:
+    """A forward hook that changes what a module returns."""
+    if isinstance(output, Tensor):
+        return output + 0.1
+    return (output[0] + 0.1, *output[1:])
+
+
+HOOKED: dict[str, Callable[[Any], nn.Module]] = {
+    "layer": lambda model: model.model.layers[1],
+    "attention": lambda model: model.model.layers[1].self_attn,
+    "mlp": lambda model: model.model.layers[1].mlp,
+    "norm": lambda model: model.model.layers[1].input_layernorm,
+    "body": lambda model: model.model.norm,
+}
+
+
+@pytest.mark.parametrize("place", HOOKED)
+def test_a_hook_above_the_submodules_is_refused(place: str) -> None:
+    model = families.build("llama")
+    hook = HOOKED[place](model).register_forward_hook(shift)
+    with pytest.raises(UnsupportedModelError, match="does not compute what the model computes"):
+        attribute(model)
+    hook.remove()
+    attribute(model)
+
+
+def test_a_hook_on_a_linear_layer_is_honoured() -> None:
+    model = families.build("llama", dtype=torch.float64)
+    plain = attribute(model)
+    double = model.model.layers[1].mlp.down_proj.register_forward_hook(lambda m, i, y: 2 * y)
+    hooked = attribute(model)
+    double.remove()
+    model.model.layers[1].mlp.down_proj.weight.data.mul_(2)
+    merged = attribute(model)
+    for name in ("curvature", "information", "gradient_norm", "gate"):
+        torch.testing.assert_close(getattr(hooked, name), getattr(merged, name))
+    assert not torch.allclose(plain.curvature, merged.curvature)
+
+
+def test_a_subclass_that_changes_the_logits_is_refused() -> None:
+    model = families.build("llama")
+
+    class Tempered(type(model)):  # type: ignore[misc]
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            output = super().forward(*args, **kwargs)
+            output.logits = output.logits * 1.5
+            return output
+
+    model.__class__ = Tempered
+    with pytest.raises(UnsupportedModelError, match="Tempered"):
+        attribute(model)
+
+
+def test_autocast_around_the_call_changes_nothing() -> None:
+    model = families.build("llama")
+    expected = attribute(model)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = attribute(model)
+    assert torch.equal(expected.scores, actual.scores)
+
+
+def test_weights_without_values_are_refused() -> None:
+    model = families.build("llama").to("meta")
+    with pytest.raises(UnsupportedModelError, match="meta device"):
+        attribute(model)
+
+
+@pytest.mark.parametrize("config", [{"probes": 2}, "gs"])
+def test_a_config_of_another_type_is_refused(config: Any) -> None:
+    with pytest.raises(ConfigError, match="expected a HeatConfig"):
+        Attributor(families.build("llama"), None, config)
+
+
+def test_a_tokenizer_of_another_type_is_refused() -> None:
+    with pytest.raises(InputError, match="tokenizer is str"):
+        Attributor(families.build("llama"), "gpt2")
+
+
+@pytest.mark.parametrize("margin", [21.0, 27.0])
+def test_float16_keeps_the_curvature_of_a_confident_prediction(margin: float) -> None:
+    """`1 - p` of 1e-6 and 1e-9: far below float16's smallest number."""
+    model = families.build("gptj")
+    ids, target = families.prompt_ids("gptj", 9), 5
+    model.lm_head.bias.data[target] += margin
+    results = []
+    for dtype in (torch.float32, torch.float16):
+        attributor = Attributor(model.to(dtype), None, HeatConfig(probes=4))
+        results.append(attributor.attribute(ids, target))
+    expected, actual = results
+    assert float(actual.target_log_probs) > -1e-5
+    for name in ("curvature", "gradient_norm"):
+        want, got = getattr(expected, name), getattr(actual, name)
+        assert (got > 0).all()
+        assert float((want - got).abs().max() / want.max()) < 0.1
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_softmax_rows_sum_to_one_in_half_precision(dtype: torch.dtype) -> None:
+    """Large scores and large values: what is recomputed agrees with the log-sum-exp kept."""
+    heads, groups, length, size = 2, 3, 33, 16
+    query = (6 * torch.randn(heads, 1, groups, length, size)).to(dtype)
+    key = (6 * torch.randn(heads, 1, length, size)).to(dtype)
+    value = (20 + torch.randn(heads, 1, length, size)).to(dtype)
+    masking = Masking(size**-0.5)
+    empty = key[:, 0, :0]
+    output, normaliser = branch_attention(query, key, value, empty, empty, masking)
+    assert torch.isfinite(output).all()
+    primal = Primal(query[:, 0], key[:, 0], value[:, 0], normaliser[:, 0], output[:, 0], 0, masking)
+    for part in primal.tiles(1):
+        rows = primal.rows(*part)
+        total = rows.weights.sum(-1)
+        # exp of a difference of two numbers of about 100, each good to 2^-24 of itself
+        torch.testing.assert_close(total, torch.ones_like(total), rtol=1e-4, atol=0)
