@@ -27,6 +27,7 @@ from heat_fast.information import information, replacement
 from heat_fast.planner import (
     Budget,
     is_out_of_memory,
+    keep_heap,
     slices,
     targets_at_once,
     token_budget,
@@ -164,6 +165,7 @@ class Attributor:
         config = self.config
         ids = [*encoded.token_ids, *(targets or (0,))[:-1]]
         ledger = Ledger(progress, device)
+        keep_heap()
         with ledger.component("total", 1) as finish:
             embeddings = embed(torch.tensor(ids, device=device))
             vector = replacement(embed, config.masking, config.sentinel_token, embeddings)

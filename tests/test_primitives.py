@@ -249,7 +249,8 @@ def masking_settings(masking: Masking) -> tuple[float, int | None, float | None]
 def test_attention_core(
     masking: Masking, rows: Rows, groups: int, tile: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("heat_fast.kernels.second_order_attention.reference.TILE_ELEMENTS", tile)
+    monkeypatch.setattr("heat_fast.kernels.branch_attention.reference.TILE_ELEMENTS", tile)
+    monkeypatch.setattr("heat_fast.kernels.branch_attention.reference.TILE_ROWS", 2)
     heads, size, start = 2, 5, rows.start
     query = torch.randn(heads, groups, rows.queries, size)
     key, value = torch.randn(2, heads, rows.stop, size)

@@ -79,9 +79,29 @@ def _base_model(model: nn.Module) -> nn.Module:
     return base
 
 
+# Wrappers that stand in front of a model, and where they keep it.
+_WRAPPERS = {
+    "OptimizedModule": "_orig_mod",
+    "DataParallel": "module",
+    "DistributedDataParallel": "module",
+    "FullyShardedDataParallel": "module",
+}
+
+
+# How the class with a head is named after the bare model's `<name>Model`.
+_HEADS = ("ForCausalLM", "LMHeadModel")
+
+
 def check_supported(model: nn.Module) -> str:
     """The registered class name that serves `model`, or a clear error."""
     known = supported_classes()
+    for ancestor in type(model).__mro__:
+        if ancestor.__name__ in _WRAPPERS:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} wraps a model: expected the model itself, whose "
+                f"submodules are run one by one. Pass the inner one, model."
+                f"{_WRAPPERS[ancestor.__name__]}."
+            )
     base = _base_model(model)
     config = getattr(base, "config", None)
     if getattr(config, "is_encoder_decoder", False):
@@ -92,9 +112,19 @@ def check_supported(model: nn.Module) -> str:
     for ancestor in type(base).__mro__:
         if ancestor.__name__ in known:
             return ancestor.__name__
+    for ancestor in type(base).__mro__:
+        stem = ancestor.__name__.removesuffix("Model").removesuffix("Text")
+        sibling = next((f"{stem}{head}" for head in _HEADS if f"{stem}{head}" in known), None)
+        if ancestor.__name__.endswith("Model") and sibling is not None:
+            raise UnsupportedModelError(
+                f"{type(base).__name__} has no language-modelling head: expected {sibling}, which "
+                "gives the probabilities to explain. Load it with "
+                "AutoModelForCausalLM.from_pretrained(...)."
+            )
     raise UnsupportedModelError(
-        f"there is no view of {type(base).__name__}; known are {', '.join(known)}. "
-        "Add a file for it in heat_fast/decoder/families/ (CONTRIBUTING.md tells how)."
+        f"{type(base).__name__} is not supported: expected one of {', '.join(known)}. Choose one "
+        "of these models, or add the family in heat_fast/decoder/families/ (CONTRIBUTING.md tells "
+        "how)."
     )
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 # A tile of scores holds at most this many numbers: 1 MB in float32, so that it stays in a core's
 # second-level cache over the passes of a softmax.
 TILE_ELEMENTS = 1 << 18
+TILE_ROWS = 48
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,16 @@ class Masking:
         if self.window is not None:
             hidden = hidden | (keys[None, :] <= queries[:, None] - self.window)
         return hidden
+
+
+def tile_shape(heads: int, per_row: int, queries: int) -> tuple[int, int]:
+    """Query rows and key-value heads of a tile, where a row of one head has `per_row` scores.
+
+    Few rows of many heads: the shorter a tile, the more of the keys above its last query are
+    skipped. But not fewer than `TILE_ROWS`, or the products get thin.
+    """
+    rows = min(queries, max(TILE_ROWS, TILE_ELEMENTS // max(1, heads * per_row)))
+    return rows, max(1, min(heads, TILE_ELEMENTS // max(1, per_row * rows)))
 
 
 def shared_right(x: Tensor, y: Tensor) -> Tensor:
@@ -78,15 +89,14 @@ def branch_attention(
     normaliser = torch.empty(heads, batch, group, queries, dtype=sums, device=query.device)
 
     first = start + own - queries
-    rows = max(1, TILE_ELEMENTS // max(1, batch * group * (start + own)))
-    step = max(1, TILE_ELEMENTS // max(1, batch * group * (start + own) * min(rows, queries)))
+    rows, step = tile_shape(heads, batch * group * (start + own), queries)
     for head in range(0, heads, step):
         part = slice(head, min(head + step, heads))
         keys, values = key[part].to(sums), value[part].to(sums)
         below_keys, below_values = prefix_key[part].to(sums), prefix_value[part].to(sums)
         for low in range(0, queries, rows):
             high = min(low + rows, queries)
-            tile = query[part, :, :, low:high].flatten(2, 3).to(sums)
+            tile = query[part, :, :, low:high].flatten(2, 3).to(sums) * masking.scale
             last = first + high - start  # own keys beyond the last query are never visible
             below = min(masking.first_key(first + low), start)
             result, lse = _attend(
@@ -115,19 +125,16 @@ def _attend(
     `prefix`: keys and values `[H, P, D]` of the positions just below the own ones, `[H, B, S, D]`,
     whose last stands at the tile's last query.
     """
-    stop = first + query.shape[2] // group
-    start = stop - own[0].shape[2]
-    positions = torch.arange(first, stop, device=query.device)
+    count = query.shape[2] // group
+    start = first + count - own[0].shape[2]
     scores = _cap(query @ own[0].transpose(2, 3), masking)
-    _hide(scores, positions, torch.arange(start, stop, device=query.device), group, masking)
+    _hide(scores, first, start, count, masking)
     peak = scores.detach().amax(-1, keepdim=True)  # the softmax does not depend on it
     below = None
-    count = prefix[0].shape[1]
-    if count:
+    if prefix[0].shape[1]:
         below = _cap(shared_right(query, prefix[0].transpose(1, 2)), masking)
         if masking.window is not None:
-            keys = torch.arange(start - count, start, device=query.device)
-            _hide(below, positions, keys, group, masking)
+            _hide(below, first, start - prefix[0].shape[1], count, masking)
         peak = torch.maximum(peak, below.detach().amax(-1, keepdim=True))
 
     # The weights are normalised after the product with the values, in its fewer columns.
@@ -141,15 +148,22 @@ def _attend(
     return result / total, (peak + total.log()).squeeze(-1)
 
 
-def _cap(products: Tensor, masking: Masking) -> Tensor:
-    """Scores from raw products `q.k`: scaled and, for some families, soft-capped."""
-    scores = products.mul_(masking.scale)
+def _cap(scores: Tensor, masking: Masking) -> Tensor:
+    """Scaled scores, soft-capped for some families."""
     if masking.softcap is not None:
         scores = masking.softcap * torch.tanh(scores / masking.softcap)
     return scores
 
 
-def _hide(scores: Tensor, positions: Tensor, keys: Tensor, group: int, masking: Masking) -> None:
-    """Set scores `[Hk, B, G*Q, K]` that must not count to minus infinity, in place."""
-    hidden = masking.hidden(positions, keys)
-    scores.masked_fill_(hidden.repeat(group, 1), float("-inf"))
+def _hide(scores: Tensor, first: int, start: int, rows: int, masking: Masking) -> None:
+    """Set scores `[H, B, G*Q, K]` that must not count to minus infinity, in place.
+
+    The queries stand at `first .. first + rows - 1`, the keys from `start` on. Without a window
+    only the keys from the first query on can be hidden.
+    """
+    skip = 0 if masking.window is not None else max(0, first - start)
+    keys = torch.arange(start + skip, start + scores.shape[3], device=scores.device)
+    if len(keys):
+        queries = torch.arange(first, first + rows, device=scores.device)
+        hidden = masking.hidden(queries, keys).repeat(scores.shape[2] // rows, 1)
+        scores[..., skip:].masked_fill_(hidden, float("-inf"))

@@ -23,17 +23,17 @@ queries: memory is linear in the context.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from heat_fast.kernels.branch_attention.reference import (
-    TILE_ELEMENTS,
     Masking,
     shared_left,
     shared_right,
+    tile_shape,
 )
 
 
@@ -60,9 +60,7 @@ class Primal:
         Every quantity of a query row is its own; what is summed over rows is summed over tiles.
         """
         heads, group, queries, _ = self.query.shape
-        per_row = max(1, batch * group * self.key.shape[1])
-        rows = min(queries, max(1, TILE_ELEMENTS // per_row))
-        step = max(1, TILE_ELEMENTS // (per_row * rows))
+        rows, step = tile_shape(heads, batch * group * self.key.shape[1], queries)
         for head in range(0, heads, step):
             for low in range(0, queries, rows):
                 yield slice(head, min(head + step, heads)), slice(low, min(low + rows, queries))
@@ -70,44 +68,62 @@ class Primal:
     def rows(self, heads: slice, queries: slice) -> _Rows:
         """The softmax rows of a tile, from the log-sum-exp, up to its last visible key."""
         sums = self.normaliser.dtype
-        count = self.query.shape[2]
-        first = self.key.shape[1] - count + queries.start
-        stop = self.key.shape[1] - count + queries.stop
+        first = self.key.shape[1] - self.query.shape[2] + queries.start
+        stop = first + queries.stop - queries.start
         query = self.query[heads, :, queries].flatten(1, 2).to(sums)
-        group = self.query.shape[1]
-        key, value = self.key[heads, :stop].to(sums), self.value[heads, :stop].to(sums)
-        scores = (query @ key.transpose(1, 2)).mul_(self.masking.scale)
-        slope = bend = None
-        if self.masking.softcap is not None:
-            ratio = torch.tanh(scores / self.masking.softcap)
-            scores = self.masking.softcap * ratio
-            slope = 1 - ratio.square()
-            bend = (-2 / self.masking.softcap) * ratio * slope
-        positions = torch.arange(first, stop, device=query.device)
-        hidden = self.masking.hidden(positions, torch.arange(stop, device=query.device))
-        scores -= self.normaliser[heads, :, queries].flatten(1, 2)[..., None]
-        weights = scores.exp_().masked_fill_(hidden.repeat(group, 1), 0.0)
         output = self.output[heads, :, queries].flatten(1, 2).to(sums)
-        # Own keys that some query of the tile can see.
-        own = slice(0, stop - self.start)
-        return _Rows(query, key, value, output, weights, slope, bend, own)
+        normaliser = self.normaliser[heads, :, queries].flatten(1, 2)[..., None]
+        positions = torch.arange(first, stop, device=query.device)
+        bounds = [(self.start, stop)]
+        if self.masking.first_key(first) < self.start:
+            bounds.append((self.masking.first_key(first), self.start))
+        parts = []
+        for low, high in bounds:
+            key, value = self.key[heads, low:high].to(sums), self.value[heads, low:high].to(sums)
+            scores = (query @ key.transpose(1, 2)).mul_(self.masking.scale)
+            slope = bend = None
+            if self.masking.softcap is not None:
+                ratio = torch.tanh(scores / self.masking.softcap)
+                scores = self.masking.softcap * ratio
+                slope = 1 - ratio.square()
+                bend = (-2 / self.masking.softcap) * ratio * slope
+            weights = scores.sub_(normaliser).exp_()
+            if low == self.start or self.masking.window is not None:
+                keys = torch.arange(low, high, device=query.device)
+                hidden = self.masking.hidden(positions, keys).repeat(self.query.shape[1], 1)
+                weights.masked_fill_(hidden, 0.0)
+            parts.append(_Part(slice(low, high), key, value, weights, slope, bend))
+        return _Rows(query, output, parts[0], parts[1:])
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Keys and values `[H, K, D]` of some positions, and a tile's `weights` (P) on them.
+
+    `slope` (w) and `bend` (w./U.) belong to the soft-cap.
+    """
+
+    keys: slice
+    key: Tensor
+    value: Tensor
+    weights: Tensor
+    slope: Tensor | None
+    bend: Tensor | None
 
 
 @dataclass(frozen=True)
 class _Rows:
-    """One tile: `query`, `output [H, GQ, D]`, `weights` (P), `slope` (w), `bend` (w./U.).
-
-    `own`: which of the probes' own keys, from `start` on, the tile can see.
-    """
+    """One tile: `query`, `output [H, GQ, D]`; the probes' own keys, and the prefix if visible."""
 
     query: Tensor
-    key: Tensor
-    value: Tensor
     output: Tensor
-    weights: Tensor
-    slope: Tensor | None
-    bend: Tensor | None
-    own: slice
+    own: _Part
+    prefix: list[_Part]
+
+    @property
+    def parts(self) -> list[_Part]:
+        """The own keys first."""
+        return [self.own, *self.prefix]
 
 
 def _flat(x: Tensor, heads: slice, queries: slice, dtype: torch.dtype) -> Tensor:
@@ -125,60 +141,80 @@ def _pair(dotted: Tensor, plain: Tensor, other: Tensor, other_dotted: Tensor) ->
     return left @ right.transpose(2, 3)
 
 
-def _score_tangent(rows: _Rows, start: int, scale: float, query: Tensor, key: Tensor) -> Tensor:
-    """`U. = c (Q. K' + Q K.')` over all keys, `[H, B, GQ, K]`."""
-    stop = rows.key.shape[1]
-    result = query.new_empty(*query.shape[:3], stop)
-    if start:
-        result[..., :start] = shared_right(query, rows.key[:, :start].transpose(1, 2))
-    result[..., start:] = _pair(query, rows.query, rows.key[:, start:], key)
-    return result.mul_(scale)
+def _products(
+    rows: _Rows, moved: Tensor, fixed: Tensor, of: str, own_moved: Tensor
+) -> list[Tensor]:
+    """`moved X' + fixed X.'` on every part, where only the own rows of X (`of`) move."""
+    results = [_pair(moved, fixed, getattr(rows.own, of), own_moved)]
+    results += [shared_right(moved, getattr(part, of).transpose(1, 2)) for part in rows.prefix]
+    return results
 
 
-def _softmax_tangent(rows: _Rows, raw: Tensor) -> Tensor:
-    """`P. = P o (S. - rowsum(P o S.))`, written over the raw score tangent."""
-    scores = raw if rows.slope is None else raw * rows.slope[:, None]
-    weights = rows.weights[:, None]
-    mean = (weights * scores).sum(-1, keepdim=True)
-    return scores.sub_(mean).mul_(weights)
+def _softmax_tangent(rows: _Rows, raw: list[Tensor]) -> list[Tensor]:
+    """`P. = P o (S. - rowsum(P o S.))` on every part, written over the raw score tangents."""
+    scores = [
+        values if part.slope is None else values * part.slope[:, None]
+        for part, values in zip(rows.parts, raw, strict=True)
+    ]
+    mean = _row_sums(
+        part.weights[:, None] * values for part, values in zip(rows.parts, scores, strict=True)
+    )
+    return [
+        values.sub_(mean).mul_(part.weights[:, None])
+        for part, values in zip(rows.parts, scores, strict=True)
+    ]
+
+
+def _row_sums(values: Iterable[Tensor]) -> Tensor:
+    """Sums over all parts of a row, `[H, B, GQ, 1]`."""
+    total: Tensor = sum(value.sum(-1, keepdim=True) for value in values)  # type: ignore[assignment]
+    return total
+
+
+def _mix(rows: _Rows, weights: list[Tensor], of: str) -> Tensor:
+    """`sum over parts of weights X`, `[H, B, GQ, D]`."""
+    total = shared_right(weights[0], getattr(rows.own, of))
+    for part, values in zip(rows.prefix, weights[1:], strict=True):
+        total = total + shared_right(values, getattr(part, of))
+    return total
 
 
 def attention_tangent(primal: Primal, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """`O.`, `[Hk, B, G, Q, D]`, from `query [Hk, B, G, Q, D]`, `key`, `value [Hk, B, S, D]`."""
-    start, scale = primal.start, primal.masking.scale
+    scale = primal.masking.scale
     output = torch.empty_like(query)
     sums, group = primal.normaliser.dtype, query.shape[2]
     for heads, queries in primal.tiles(query.shape[1]):
         rows = primal.rows(heads, queries)
-        query_dot = _flat(query, heads, queries, sums)
-        key_dot, value_dot = key[heads, :, rows.own].to(sums), value[heads, :, rows.own].to(sums)
-        raw = _score_tangent(rows, start, scale, query_dot, key_dot)
-        total = shared_right(_softmax_tangent(rows, raw), rows.value)
-        total = total + shared_left(rows.weights[..., start:], value_dot)
+        seen = slice(0, rows.own.key.shape[1])
+        query_dot = _flat(query, heads, queries, sums) * scale
+        key_dot, value_dot = key[heads, :, seen].to(sums), value[heads, :, seen].to(sums)
+        raw = _products(rows, query_dot, rows.query * scale, "key", key_dot)
+        total = _mix(rows, _softmax_tangent(rows, raw), "value")
+        total = total + shared_left(rows.own.weights, value_dot)
         output[heads, :, :, queries] = total.unflatten(2, (group, -1)).to(output.dtype)
     return output
 
 
 def attention_adjoint(primal: Primal, output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """`Q_ [Hk, G, Q, D]`, `K_`, `V_ [Hk, stop, D]` from the output's adjoint `[Hk, G, Q, D]`."""
-    sums, group = primal.normaliser.dtype, output.shape[1]
+    sums, group, scale = primal.normaliser.dtype, output.shape[1], primal.masking.scale
     query = torch.empty_like(primal.query)
     key = torch.zeros_like(primal.key, dtype=sums)
     value = torch.zeros_like(primal.value, dtype=sums)
-    scale = primal.masking.scale
     for heads, queries in primal.tiles(1):
         rows = primal.rows(heads, queries)
-        stop = rows.key.shape[1]
         pulled = output[heads, :, queries].flatten(1, 2).to(sums)
         shift = (pulled * rows.output).sum(-1, keepdim=True)
-        scores = (pulled @ rows.value.transpose(1, 2)).sub_(shift).mul_(rows.weights)
-        if rows.slope is not None:
-            scores = scores * rows.slope
-        query[heads, :, queries] = (
-            (scale * (scores @ rows.key)).unflatten(1, (group, -1)).to(query.dtype)
-        )
-        key[heads, :stop] += scale * (scores.transpose(1, 2) @ rows.query)
-        value[heads, :stop] += rows.weights.transpose(1, 2) @ pulled
+        total = torch.zeros_like(rows.query)
+        for part in rows.parts:
+            scores = (pulled @ part.value.transpose(1, 2)).sub_(shift).mul_(part.weights)
+            if part.slope is not None:
+                scores = scores * part.slope
+            total += scores @ part.key
+            key[heads, part.keys] += scale * (scores.transpose(1, 2) @ rows.query)
+            value[heads, part.keys] += part.weights.transpose(1, 2) @ pulled
+        query[heads, :, queries] = (scale * total).unflatten(1, (group, -1)).to(query.dtype)
     return query, key.to(primal.key.dtype), value.to(primal.value.dtype)
 
 
@@ -196,46 +232,49 @@ def attention_adjoint_tangent(
     `query`, `key`, `value`, `output` are the tangents going up; `output_bar [Hk, G, Q, D]` is the
     primal adjoint, `output_bar_dot [Hk, B, G, Q, D]` its tangent.
     """
-    start, scale = primal.start, primal.masking.scale
-    sums, group = primal.normaliser.dtype, query.shape[2]
+    sums, group, scale = primal.normaliser.dtype, query.shape[2], primal.masking.scale
     query_result = torch.empty_like(query)
     key_result = torch.zeros_like(key, dtype=sums)
     value_result = torch.zeros_like(value, dtype=sums)
     for heads, queries in primal.tiles(query.shape[1]):
         rows = primal.rows(heads, queries)
-        query_dot = _flat(query, heads, queries, sums)
+        seen = slice(0, rows.own.key.shape[1])
+        query_dot = _flat(query, heads, queries, sums) * scale
         out_dot = _flat(output, heads, queries, sums)
         bar_dot = _flat(output_bar_dot, heads, queries, sums)
-        key_dot, value_dot = key[heads, :, rows.own].to(sums), value[heads, :, rows.own].to(sums)
+        key_dot, value_dot = key[heads, :, seen].to(sums), value[heads, :, seen].to(sums)
         bar = output_bar[heads, :, queries].flatten(1, 2).to(sums)
+        scaled = rows.query * scale
 
-        raw = _score_tangent(rows, start, scale, query_dot, key_dot)
-        bent = None if rows.bend is None else raw * rows.bend[:, None]
+        raw = _products(rows, query_dot, scaled, "key", key_dot)
+        bent = [
+            None if part.bend is None else values * part.bend[:, None]
+            for part, values in zip(rows.parts, raw, strict=True)
+        ]
         moved = _softmax_tangent(rows, raw)
-
         shift = (bar * rows.output).sum(-1, keepdim=True)
-        centred = (bar @ rows.value.transpose(1, 2)).sub_(shift)  # dP - D
-        scores = rows.weights * centred  # dS
         shift_dot = (bar_dot * rows.output[:, None] + bar[:, None] * out_dot).sum(-1, keepdim=True)
-        scores_dot = bar_dot.new_empty(raw.shape)  # starts as dP., becomes dS.
-        if start:
-            scores_dot[..., :start] = shared_right(bar_dot, rows.value[:, :start].transpose(1, 2))
-        scores_dot[..., start:] = _pair(bar_dot, bar, rows.value[:, start:], value_dot)
-        scores_dot.sub_(shift_dot).mul_(rows.weights[:, None])
-        scores_dot.addcmul_(moved, centred[:, None])
-        if rows.slope is not None and bent is not None:
-            scores_dot = scores_dot * rows.slope[:, None] + bent * scores[:, None]
-            scores = scores * rows.slope
+        scores_dot = _products(rows, bar_dot, bar, "value", value_dot)  # dP., becomes dS.
+        scores = []
+        for index, part in enumerate(rows.parts):
+            centred = (bar @ part.value.transpose(1, 2)).sub_(shift)  # dP - D
+            dotted = scores_dot[index].sub_(shift_dot).mul_(part.weights[:, None])
+            dotted = dotted.addcmul_(moved[index], centred[:, None])
+            plain = centred.mul_(part.weights)  # dS
+            curved = bent[index]
+            if part.slope is not None and curved is not None:
+                dotted = (dotted * part.slope[:, None]).addcmul_(curved, plain[:, None])
+                plain = plain * part.slope
+            scores_dot[index] = dotted
+            scores.append(plain)
 
-        own, own_dot = scores[..., start:], scores_dot[..., start:]
-        total = shared_right(scores_dot, rows.key) + shared_left(own, key_dot)
-        total = (scale * total).unflatten(2, (group, -1))
-        query_result[heads, :, :, queries] = total.to(query_result.dtype)
-        total = shared_right(own_dot.transpose(2, 3), rows.query)
-        total = total + shared_left(own.transpose(1, 2), query_dot)
-        key_result[heads, :, rows.own] += scale * total
-        total = shared_right(moved[..., start:].transpose(2, 3), bar)
-        value_result[heads, :, rows.own] += total + shared_left(
-            rows.weights[..., start:].transpose(1, 2), bar_dot
+        own, own_dot = scores[0], scores_dot[0]
+        total = scale * (_mix(rows, scores_dot, "key") + shared_left(own, key_dot))
+        query_result[heads, :, :, queries] = total.unflatten(2, (group, -1)).to(query.dtype)
+        total = shared_right(own_dot.transpose(2, 3), scaled)
+        key_result[heads, :, seen] += total + shared_left(own.transpose(1, 2), query_dot)
+        total = shared_right(moved[0].transpose(2, 3), bar)
+        value_result[heads, :, seen] += total + shared_left(
+            rows.own.weights.transpose(1, 2), bar_dot
         )
     return query_result, key_result.to(key.dtype), value_result.to(value.dtype)
