@@ -13,13 +13,16 @@ import torch
 from torch import Tensor
 
 from heat_fast.errors import InputError
-from heat_fast.kernels.masked_kl import masked_kl
+from heat_fast.kernels.masked_kl import masked_kl, masked_kl_streamed
 from heat_fast.planner import Budget, run_batches, slices
 from heat_fast.progress import Ledger, Step
 from heat_fast.trunk import Trunk, require_finite
 
 # Logits are made for a few rows at a time: at most this many numbers, 32 MB in float32.
 LOGIT_ELEMENTS = 1 << 23
+# Beyond this size the vocabulary is streamed in chunks, so that many rows share each chunk.
+STREAMED_VOCABULARY = 1 << 16
+VOCABULARY_CHUNK = 1 << 13
 
 
 def replacement(embed: torch.nn.Module, masking: str, sentinel: int | None, like: Tensor) -> Tensor:
@@ -99,11 +102,24 @@ def _divergences(trunk: Trunk, last: Tensor) -> tuple[Tensor, Tensor]:
     ids = torch.tensor(trunk.targets, device=trunk.log_probs.device)
     divergence = trunk.log_probs.new_empty(last.shape[0], targets)
     drop = torch.empty_like(divergence)
-    budget = Budget(max(1, LOGIT_ELEMENTS // (targets * vocabulary)))
+    head = trunk.decoder.head
+    streamed = vocabulary > STREAMED_VOCABULARY and head.projection.weight is not None
+    width = VOCABULARY_CHUNK if streamed else vocabulary
+    budget = Budget(max(1, LOGIT_ELEMENTS // (targets * width)))
 
     def run(first: int, stop: int) -> None:
-        logits = trunk.decoder.head.logits(last[first:stop])
-        divergence[first:stop], drop[first:stop] = masked_kl(trunk.log_probs, logits, ids)
+        rows = last[first:stop]
+        if streamed:
+            chunks = head.logit_chunks(rows, VOCABULARY_CHUNK)
+            kl, lost = masked_kl_streamed(trunk.log_probs, trunk.normaliser, chunks, ids)
+            for index in (~torch.isfinite(kl).all(-1)).nonzero()[:, 0].tolist():
+                one = head.logits(rows[index : index + 1])
+                kl[index : index + 1], lost[index : index + 1] = masked_kl(
+                    trunk.log_probs, one, ids
+                )
+        else:
+            kl, lost = masked_kl(trunk.log_probs, head.logits(rows), ids)
+        divergence[first:stop], drop[first:stop] = kl, lost
 
     run_batches(len(last), budget, lambda first: budget.batch(1, len(last) - first), run)
     return divergence, drop

@@ -27,7 +27,8 @@ class Trunk:
     """The unmodified context, run once.
 
     `embeddings [M, d]`: X; `states`: one per block; `last [n, d]`: the residual stream leaving the
-    last block at the target rows; `log_probs [n, V]` (nats, at least float32).
+    last block at the target rows; `log_probs [n, V]` (nats, at least float32) and `normaliser [n]`,
+    the log-sum-exp of the logits.
     """
 
     decoder: Decoder
@@ -35,6 +36,7 @@ class Trunk:
     states: tuple[BlockState, ...]
     last: Tensor
     log_probs: Tensor
+    normaliser: Tensor
     targets: tuple[int, ...]
 
     @property
@@ -93,7 +95,7 @@ def run_trunk(decoder: Decoder, embeddings: Tensor, targets: tuple[int, ...]) ->
 
     Raises `NumericalError` naming the block where a non-finite value first appears.
     """
-    trunk = Trunk(decoder, embeddings, (), embeddings, embeddings, targets)
+    trunk = Trunk(decoder, embeddings, (), embeddings, embeddings, embeddings, targets)
     x = decoder.enter(embeddings[None], 0)
     require_finite(x, "the input embeddings")
     states = []
@@ -103,9 +105,9 @@ def run_trunk(decoder: Decoder, embeddings: Tensor, targets: tuple[int, ...]) ->
         states.append(state)
     logits = decoder.head.logits(x[0])
     require_finite(logits, "the logits of the unmodified context")
-    return Trunk(
-        decoder, embeddings, tuple(states), x[0], torch.log_softmax(logits, dim=-1), targets
-    )
+    normaliser = torch.logsumexp(logits, dim=-1)
+    log_probs = torch.log_softmax(logits, dim=-1)
+    return Trunk(decoder, embeddings, tuple(states), x[0], log_probs, normaliser, targets)
 
 
 def run_adjoint(trunk: Trunk, target: int, probes: int = 0) -> TargetAdjoint:

@@ -166,3 +166,16 @@ def test_estimate_of_a_longer_prompt_is_more() -> None:
 def test_estimate_of_nothing_is_refused(tokens: int, targets: int) -> None:
     with pytest.raises(InputError, match="at least one of each"):
         heat_fast.estimate(families.build("llama"), tokens, targets)
+
+
+@pytest.mark.parametrize("name", ["gptj", "gemma2"])
+def test_a_streamed_vocabulary_changes_nothing(name: str) -> None:
+    """With a head bias, with soft-caps; chunks that do not divide the vocabulary."""
+    expected = attribute(name, [5, 6], probes=1)
+    with (
+        mock.patch("heat_fast.information.STREAMED_VOCABULARY", 0),
+        mock.patch("heat_fast.information.VOCABULARY_CHUNK", 10),
+    ):
+        actual = attribute(name, [5, 6], probes=1)
+    torch.testing.assert_close(actual.information, expected.information, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(actual.log_prob_drop, expected.log_prob_drop, rtol=1e-4, atol=1e-5)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from assertions import assert_close
 from heat_fast.kernels.branch_attention import Masking, branch_attention
-from heat_fast.kernels.masked_kl import masked_kl
+from heat_fast.kernels.masked_kl import masked_kl, masked_kl_streamed
 from heat_fast.kernels.rademacher import rademacher, walsh
 from heat_fast.kernels.value_norm_rollout import attention_flow, value_output_norms
 from oracles import softmax_attention, softmax_weights
@@ -279,3 +279,35 @@ def test_divergence_from_itself_is_zero() -> None:
     kl, drop = masked_kl(logits.log_softmax(-1), logits[None].clone(), torch.tensor([0, 1]))
     assert float(kl.abs().max()) < 1e-13
     assert float(drop.abs().max()) < 1e-6
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 64])
+@pytest.mark.parametrize("scale", [1e-6, 1e-2, 3.0])
+def test_streamed_kl_is_the_whole_one(chunk: int, scale: float) -> None:
+    """Chunks of the vocabulary, in float32, against the whole of it in float64."""
+    targets, branches, vocabulary = 3, 4, 37
+    base = 5 * torch.randn(targets, vocabulary, dtype=torch.float64)
+    logits = base + scale * torch.randn(branches, targets, vocabulary, dtype=torch.float64)
+    target = torch.tensor([0, 36, 17])
+    expected = masked_kl(base.log_softmax(-1), logits.clone(), target)
+    for dtype, rtol in ((torch.float64, 1e-6), (torch.float32, 2e-2)):
+        low, moved = base.to(dtype), logits.to(dtype)
+        parts = [
+            (slice(start, min(start + chunk, vocabulary)), moved[..., start : start + chunk])
+            for start in range(0, vocabulary, chunk)
+        ]
+        actual = masked_kl_streamed(low.log_softmax(-1), low.logsumexp(-1), parts, target)
+        # A float32 logit of 10 is good to 1e-6: a divergence of scale^2 / 2 to 1e-6 / scale of it.
+        atol = 0.0 if dtype == torch.float64 else 4e-12 / scale**2 + 2e-6 * scale
+        for name, want, got in zip(("KL", "drop"), expected, actual, strict=True):
+            assert_close(name, want, got, rtol=rtol, atol=atol if name == "KL" else 4e-6)
+
+
+def test_an_overflowing_branch_comes_out_infinite() -> None:
+    """So that the caller can see it and use the whole-vocabulary form."""
+    log_probs = torch.zeros(1, 4).log_softmax(-1)
+    logits = torch.tensor([[[200.0, 0.0, 0.0, 0.0]]])
+    divergence, _ = masked_kl_streamed(
+        log_probs, torch.tensor([1.386]), [(slice(0, 4), logits)], torch.tensor([0])
+    )
+    assert not torch.isfinite(divergence).any()

@@ -7,10 +7,12 @@ l_ = e_y - p,   l_. = -(p o l. - p (p . l.))                       (one row, one
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from heat_fast.decoder.linear import Linear
 from heat_fast.decoder.norm import AnyNorm, NormAdjoint, NormState, wide
@@ -68,6 +70,21 @@ class Head:
     def logits(self, x: Tensor) -> Tensor:
         """Logits `[..., V]` of residual rows `x [..., d]`, in at least float32."""
         return self._logits(self._here(x))[0]
+
+    def logit_chunks(self, x: Tensor, size: int) -> Iterator[tuple[slice, Tensor]]:
+        """The same, a slice of `size` of the vocabulary at a time; plain projections only."""
+        x = self._here(x)
+        weight = self.projection.weight
+        assert weight is not None
+        bias = getattr(self.projection.module, "bias", None)
+        normed, _ = self.norm.forward(x)
+        for low in range(0, weight.shape[0], size):
+            part = slice(low, min(low + size, weight.shape[0]))
+            raw = functional.linear(normed, weight[part], None if bias is None else bias[part])
+            raw = raw.to(wide(raw.dtype))
+            if self.softcap is not None:
+                raw = self.softcap * torch.tanh(raw / self.softcap)
+            yield part, raw
 
     def adjoint(self, x: Tensor, logits_bar: Tensor) -> Tensor:
         """`x_ [..., d]` from an adjoint of the logits `[..., V]`, for rows `x [..., d]`."""

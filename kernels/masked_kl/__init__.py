@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from heat_fast.kernels.masked_kl.reference import masked_kl
+from heat_fast.kernels.masked_kl.reference import masked_kl, masked_kl_streamed
 
-__all__ = ["masked_kl"]
+__all__ = ["masked_kl", "masked_kl_streamed"]

@@ -7,9 +7,18 @@ For the trunk's log-probabilities `a = log P` and a branch's logits `z`, with `b
 The second form adds `sum Q - sum P = 0` and makes every term non-negative, so that a divergence of
 1e-7 nats keeps its leading digits in float32 where the first form would drown them in cancellation.
 With `t = a - b` a term is `P (t + expm1(-t))`.
+
+Over a large vocabulary the logits come in chunks and none is kept. The branch's normaliser is then
+not known beforehand; the trunk's, `s`, stands in for it. With `t' = a - z + s`, sums over chunks
+
+    E = sum_v [ exp(z_v - s) - P_v ],   F = sum_v [ P_v t'_v + exp(z_v - s) - P_v ]
+
+(all terms of F non-negative again) give `lse(z) = s + log1p(E)` and `KL = F - E + log1p(E)`.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -33,3 +42,38 @@ def masked_kl(log_probs: Tensor, logits: Tensor, target: Tensor) -> tuple[Tensor
         log_probs.exp() * (difference - 1) + branch.exp(),
     )
     return terms.sum(-1), drop
+
+
+def masked_kl_streamed(
+    log_probs: Tensor,
+    normaliser: Tensor,
+    chunks: Iterable[tuple[slice, Tensor]],
+    target: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """`(KL, drop)` as `masked_kl`, from chunks of the vocabulary: `(slice, logits [B, T, C])`.
+
+    `normaliser [T]` is the trunk's log-sum-exp of raw logits. A branch whose logits rise by so much
+    above the trunk's that `exp` overflows comes out infinite; `masked_kl` serves it.
+    """
+    excess = divergence = own = None
+    for part, logits in chunks:
+        probabilities = log_probs[:, part].exp()
+        shifted = logits - normaliser[:, None]
+        gap = log_probs[:, part] - shifted
+        surplus = torch.where(
+            gap > -1.0,
+            probabilities * torch.expm1(-gap.clamp_min(-1.0)),
+            shifted.exp() - probabilities,
+        )
+        inside = (target >= part.start) & (target < part.stop)
+        index = (target - part.start).clamp(0, logits.shape[-1] - 1).expand(logits.shape[0], -1)
+        picked = torch.where(inside, shifted.gather(-1, index[..., None])[..., 0], 0.0)
+        terms = (probabilities * gap + surplus).sum(-1)
+        if excess is None or divergence is None or own is None:
+            excess, divergence, own = surplus.sum(-1), terms, picked
+        else:
+            excess, divergence, own = excess + surplus.sum(-1), divergence + terms, own + picked
+    assert excess is not None and divergence is not None and own is not None
+    normal = torch.log1p(excess)
+    log_prob = log_probs.gather(-1, target[:, None])[:, 0]
+    return divergence - excess + normal, log_prob - (own - normal)
