@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
+import re
+import stat
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, get_args
 
 import typer
 
+from heat_fast import config as settings
 from heat_fast._version import __version__
-from heat_fast.config import HeatConfig
+from heat_fast.config import PRESETS, HeatConfig
 from heat_fast.errors import ConfigError, HeatError, InputError, OutputError, UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -28,6 +32,16 @@ __all__ = ["app", "main"]
 
 _STANDARD_STREAM = "-"
 _DTYPES = ("auto", "float32", "float64", "float16", "bfloat16")
+
+
+def _choices(names: Iterable[str]) -> str:
+    """How --help shows the values an option takes."""
+    return f"[{'|'.join(names)}]"
+
+
+def _values(literal: Any) -> str:
+    return _choices(get_args(literal))
+
 
 app = typer.Typer(
     name="heat-fast",
@@ -101,7 +115,9 @@ def attribute(
             help="What to explain, following the prompt. Left out: the model's own next token.",
         ),
     ] = None,
-    variant: Annotated[str, typer.Option(help="Preset of settings: full or gs.")] = "full",
+    variant: Annotated[
+        str, typer.Option(metavar=_choices(PRESETS), help="Preset of settings.")
+    ] = "full",
     json_path: Annotated[
         str | None,
         typer.Option(
@@ -113,28 +129,70 @@ def attribute(
         typer.Option("--save", metavar="F", help="Save the result as one safetensors file."),
     ] = None,
     top: Annotated[int, typer.Option(min=1, help="Tokens in the table.")] = 10,
-    probes: Annotated[int | None, typer.Option(help="Probes of the curvature.")] = None,
+    curvature: Annotated[
+        str | None,
+        typer.Option(
+            metavar=_values(settings.Curvature),
+            help="Kind of curvature; hessian unless the variant says otherwise.",
+        ),
+    ] = None,
+    estimator: Annotated[
+        str | None,
+        typer.Option(
+            metavar=_values(settings.Estimator),
+            help="How the Hessian's curvature is measured: block by definition; coded estimates "
+            "the same at a cost that does not grow with the prompt; row is another quantity.",
+        ),
+    ] = None,
+    probes: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N|auto", help="Probes of the curvature; auto: until the ranking is settled."
+        ),
+    ] = None,
+    codes: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N|auto",
+            help="Sign codes of --estimator coded; auto: as many as the noise asks for.",
+        ),
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the probes.")] = None,
     beta: Annotated[float | None, typer.Option(help="Weight of the curvature.")] = None,
     gamma: Annotated[float | None, typer.Option(help="Weight of the information.")] = None,
     alpha: Annotated[float | None, typer.Option(help="Weight of the gradient norm.")] = None,
     rollout: Annotated[
-        str | None, typer.Option(help="Attention flow: value_path or input_path.")
+        str | None,
+        typer.Option(metavar=_values(settings.Rollout), help="Attention flow of the gate."),
     ] = None,
     masking: Annotated[
-        str | None, typer.Option(help="Replacement of a token: zero, mean or sentinel.")
+        str | None,
+        typer.Option(metavar=_values(settings.Masking), help="What replaces a token's embedding."),
     ] = None,
     sentinel_token: Annotated[
         int | None, typer.Option(help="Token id for --masking sentinel.")
     ] = None,
+    normalize: Annotated[
+        str | None,
+        typer.Option(
+            metavar=_choices(("none", *get_args(settings.Normalize))),
+            help="sum: curvature and information each sum to 1 before they are mixed.",
+        ),
+    ] = None,
     aggregate: Annotated[
-        str | None, typer.Option(help="Several targets into one score: mean, max or sum.")
+        str | None,
+        typer.Option(
+            metavar=_values(settings.Aggregate), help="Several targets into one score per token."
+        ),
     ] = None,
     device: Annotated[
         str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes a GPU where there is one.")
     ] = "auto",
     dtype: Annotated[
-        str, typer.Option(help=f"Number format of the model: {', '.join(_DTYPES)} (as stored).")
+        str,
+        typer.Option(
+            metavar=_choices(_DTYPES), help="Number format of the model; auto: as it is stored."
+        ),
     ] = "auto",
     quiet: Annotated[bool, typer.Option("--quiet", help="No report, no progress.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Tracebacks and library logs.")] = False,
@@ -150,14 +208,22 @@ def attribute(
         text = _read_prompt(prompt, prompt_file)
         if text is None and model is not None:
             raise _UsageError(
-                "--model without a prompt: expected --prompt TEXT or --prompt-file F. Give one."
+                "--model without a prompt: expected --prompt TEXT or --prompt-file F (- for "
+                "standard input). Give one."
+            )
+        if text is None and _is_piped(sys.stdin):
+            _note(
+                "note: standard input is ignored; --prompt-file - reads the prompt from it.", quiet
             )
         if target == "":
             raise _UsageError(
                 "--target is empty: expected some text. Leave it out for the model's own choice."
             )
-        overrides = {
-            "probes": probes,
+        overrides: dict[str, Any] = {
+            "curvature": curvature,
+            "estimator": estimator,
+            "probes": _count("--probes", probes),
+            "codes": _count("--codes", codes),
             "seed": seed,
             "beta": beta,
             "gamma": gamma,
@@ -165,11 +231,13 @@ def attribute(
             "rollout": rollout,
             "masking": masking,
             "sentinel_token": sentinel_token,
+            "normalize": normalize,
             "aggregate": aggregate,
         }
-        config = HeatConfig.preset(
-            variant, **{name: value for name, value in overrides.items() if value is not None}
-        )
+        chosen = {name: value for name, value in overrides.items() if value is not None}
+        if normalize == "none":
+            chosen["normalize"] = None
+        config = HeatConfig.preset(variant, **chosen)
         if dtype not in _DTYPES:
             raise _UsageError(f"--dtype {dtype}: expected one of {', '.join(_DTYPES)}.")
         _check_outputs(json_path, save_path)
@@ -209,6 +277,27 @@ def _read_prompt(prompt: str | None, prompt_file: str | None) -> str | None:
     return prompt
 
 
+def _is_piped(stream: Any) -> bool:
+    """Whether somebody sent a file or the output of a program, as opposed to a terminal."""
+    try:
+        mode = os.fstat(stream.fileno()).st_mode
+    except (AttributeError, OSError, ValueError):  # closed, or no file at all
+        return False
+    return stat.S_ISFIFO(mode) or stat.S_ISREG(mode)
+
+
+def _count(option: str, text: str | None) -> int | str | None:
+    """A whole number or "auto"; the configuration checks its range."""
+    if text is None or text == "auto":
+        return text
+    try:
+        return int(text)
+    except ValueError as error:
+        raise _UsageError(
+            f"{option} {text}: expected a whole number of at least 1, or auto. Choose one."
+        ) from error
+
+
 def _check_outputs(json_path: str | None, save_path: str | None) -> None:
     if save_path == _STANDARD_STREAM:
         raise _UsageError("--save -: expected a file name, since the file is binary. Give one.")
@@ -246,6 +335,8 @@ def _run(
 
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
+        # The hub's client reports every attempt to reach it; the error at the end says it once.
+        logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
     if model_name is None:
         model, tokenizer, example = _load_embedded(place, dtype)
         prompt = example if prompt is None else prompt
@@ -306,6 +397,8 @@ def _load(name: str, device: Any, dtype: str) -> tuple[Any, Any]:
             "weights, or a hub id. Check the path."
         )
     options: dict[str, Any] = {"local_files_only": local}
+    if not local and sys.stderr.isatty():
+        _note(f"there is no folder {name!r} here; asking the hub for it", False)
     with _loading(name, "configuration"):
         config = AutoConfig.from_pretrained(name, **options)
     if getattr(config, "is_encoder_decoder", False):
@@ -330,11 +423,36 @@ def _loading(name: str, part: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # loaders raise many kinds
-        lines = str(error).strip().splitlines() or [type(error).__name__]
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if not os.path.isdir(name):
+            there = (
+                "the hub could not be reached (nor is it in the hub's cache on this machine)"
+                if _is_unreachable(error)
+                else f"the hub's client says: {reason}"
+            )
+            reason = f"there is no folder of that name here, and {there}"
         raise _LoadError(
-            f"cannot load the {part} of {name!r}: {lines[0]} Expected a folder written by "
+            f"cannot load the {part} of {name!r}: {_sentence(reason)} Expected a folder written by "
             "save_pretrained() or a hub id that can be reached. Check the name; --debug shows all."
         ) from error
+
+
+def _is_unreachable(error: BaseException) -> bool:
+    """Whether the hub's client gave up for want of a connection, somewhere behind this error."""
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, LocalEntryNotFoundError):
+            return True
+        cause = cause.__cause__ or cause.__context__
+    return False
+
+
+def _sentence(text: str) -> str:
+    """A text that another sentence can follow."""
+    text = text.rstrip().rstrip(":,;")
+    return text if text.endswith((".", "!", "?")) else f"{text}."
 
 
 @contextlib.contextmanager
@@ -384,14 +502,42 @@ def _write(
     if json_path is not None:
         text = json.dumps(result.to_dict(), allow_nan=False) + "\n"
         if json_path == _STANDARD_STREAM:
-            sys.stdout.write(text)
+            with _standard_output() as stream:
+                stream.write(text)
         else:
             write_file(json_path, text.encode("utf-8"))
             _note(f"wrote {json_path}", quiet)
     if not quiet and json_path != _STANDARD_STREAM:
         from heat_fast.terminal import print_result
 
-        print_result(result, top=top)
+        with _standard_output():
+            print_result(result, top=top)
+
+
+@contextlib.contextmanager
+def _standard_output() -> Iterator[Any]:
+    """Standard output, with everything really written at the end or an OutputError."""
+    stream = sys.stdout
+    if stream is None:
+        raise OutputError(
+            "standard output is closed: expected somewhere to write to. Leave it open, or use "
+            "--quiet with --json F or --save F."
+        )
+    try:
+        yield stream
+        stream.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        # What the buffer still holds would fail once more when the interpreter ends.
+        with contextlib.suppress(OSError, ValueError):
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, stream.fileno())
+            os.close(null)
+        raise OutputError(
+            f"cannot write to standard output: {error.strerror or error}. Expected a place with "
+            "room. Redirect it elsewhere, or use --json F or --save F."
+        ) from error
 
 
 def _note(text: str, quiet: bool) -> None:
@@ -411,7 +557,9 @@ def _errors_reported(debug: bool) -> Iterator[None]:
     """One line on standard error and the right exit code for whatever goes wrong."""
     try:
         yield
-    except (_UsageError, ConfigError, InputError) as error:
+    except (ConfigError, InputError) as error:
+        _fail(_in_options(error), 2, debug)
+    except _UsageError as error:
         _fail(str(error), 2, debug)
     except HeatError as error:
         _fail(str(error), 1, debug)
@@ -422,6 +570,26 @@ def _errors_reported(debug: bool) -> Iterator[None]:
     except Exception as error:  # everything else is unexpected
         hint = "" if debug else " Run again with --debug for the traceback."
         _fail(f"unexpected {type(error).__name__}: {error}{hint}", 1, debug)
+
+
+# Names of settings that are no English words and may be replaced wherever they stand.
+_UNMISTAKABLE = re.compile(r"(?<![\w-])(beta|gamma|alpha|sentinel_token)(?!\w)")
+_SETTING = re.compile(
+    r"(?<![\w-])(curvature|estimator|probes|codes|seed|beta|gamma|alpha|rollout|masking|"
+    r"sentinel_token|normalize|aggregate|variant)=('[^']*'|<\w+>|-?\w[\w.+-]*\w|-?\w)"
+)
+
+
+def _in_options(error: HeatError) -> str:
+    """The message of an error about settings, in terms of the options that set them."""
+    message = str(error)
+    if not isinstance(error, ConfigError) and not message.startswith("sentinel_token="):
+        return message  # it may quote a prompt, which has to stay as it is
+    message = message.replace("unknown variant", "--variant: unknown variant", 1)
+    message = _SETTING.sub(
+        lambda found: f"--{found[1].replace('_', '-')} {found[2].strip(chr(39))}", message
+    )
+    return _UNMISTAKABLE.sub(lambda found: f"--{found[1].replace('_', '-')}", message)
 
 
 def _fail(message: str, code: int, debug: bool) -> NoReturn:

@@ -65,12 +65,12 @@ def suggest(name: object, known: Iterable[str]) -> str:
     return f"Known names: {', '.join(names)}."
 
 
-def _one_of(literal: Any) -> _Check:
+def _one_of(literal: Any, also: str = "") -> _Check:
     choices = get_args(literal)
 
     def check(name: str, value: Any) -> Any:
         if not isinstance(value, str) or value not in choices:
-            expected = "one of " + ", ".join(repr(choice) for choice in choices)
+            expected = "one of " + ", ".join(repr(choice) for choice in choices) + also
             raise _error(name, value, expected, suggest(value, choices))
         return value
 
@@ -93,11 +93,11 @@ def _number(*, minimum: float) -> _Check:
     return check
 
 
-def _integer(*, minimum: int, maximum: int | None = None) -> _Check:
+def _integer(*, minimum: int, maximum: int | None = None, also: str = "") -> _Check:
     upper = "" if maximum is None else f" and at most {maximum}"
 
     def check(name: str, value: Any) -> int:
-        expected = f"an integer, at least {minimum}{upper}"
+        expected = f"an integer, at least {minimum}{upper}{also}"
         if isinstance(value, bool) or not isinstance(value, numbers.Integral):
             raise _error(name, value, expected, f"Pass an int, not {_kind(value)}.")
         number = int(value)
@@ -106,6 +106,11 @@ def _integer(*, minimum: int, maximum: int | None = None) -> _Check:
         return number
 
     return check
+
+
+# What the two wrappers below add to what their checks expect.
+_OR_NONE: Final = ", or None"
+_OR_AUTO: Final = ", or 'auto'"
 
 
 def _optional(check: _Check) -> _Check:
@@ -161,22 +166,31 @@ class HeatConfig:
         negative, not all zero. Defaults 0.5, 0.5, 0.
     rollout: ``"value_path"`` (default) or ``"input_path"``: which attention flow the gate uses.
     curvature: ``"hessian"`` (default), ``"gauss_newton"``, ``"grad_squared"`` or ``"none"``.
-    estimator: ``"block"`` (default; paper Eq. 3), ``"coded"`` or ``"row"``.
+    estimator: how the Hessian's curvature is measured: ``"block"`` (default; paper Eq. 3),
+        ``"coded"``, an estimate of the same quantity whose cost does not grow with the prompt, or
+        ``"row"``. ``"row"`` is another functional and no estimate of it: the l1 norm of
+        ``(H r)_i`` over all columns of the Hessian, where ``"block"`` takes token i's own.
     probes: Rademacher probes of the curvature estimator, at least 1, or ``"auto"``: rounds of
         probes, at most `probes_max`, until the order of the `top_k` highest scores is settled
         with `confidence`. Defaults 10; 64, 10 and 0.95.
     codes: sign codes of the ``"coded"`` estimator, at least 2 there, or ``"auto"``: as many as
-        the measured noise asks for. Default 8.
+        the measured noise asks for. Default 8. Only ``"coded"`` reads it.
     masking: what replaces a token's embedding for its information: ``"zero"`` (default),
         ``"mean"`` (of the vocabulary's embeddings) or ``"sentinel"``.
-    sentinel_token: the token id used by ``masking="sentinel"``, required there. Default None.
+    sentinel_token: the token id used by ``masking="sentinel"``, required there and refused
+        elsewhere. Default None.
     normalize: None (default; Eq. 5 as written) or ``"sum"`` (curvature and information each
         divided by its own sum over tokens before they are mixed).
     aggregate: how several targets become one score per token: ``"mean"`` (default), ``"max"``
         or ``"sum"`` (paper Eq. 23).
     seed: seed of the probes, 0 to 2^63 - 1. Default 0.
     token_budget: token rows run in one batch; None (default) leaves the choice to the planner.
-        It changes speed and memory, not the result.
+        It changes speed and memory; the result changes by rounding only.
+
+    A choice that the others make void is refused: an `estimator` other than ``"block"`` without
+    ``curvature="hessian"``, a `sentinel_token` without ``masking="sentinel"``. Amounts of sampling
+    (`probes`, `probes_max`, `top_k`, `confidence`, `codes`, `seed`) may be set where nothing is
+    sampled, so that one set of them serves every variant; they are then without effect.
 
     Raises
     ------
@@ -197,25 +211,25 @@ class HeatConfig:
     curvature: Curvature = field(default=_UNSET, metadata=_spec("hessian", _one_of(Curvature)))
     estimator: Estimator = field(default=_UNSET, metadata=_spec("block", _one_of(Estimator)))
     probes: int | Literal["auto"] = field(
-        default=_UNSET, metadata=_spec(10, _automatic(_integer(minimum=1)))
+        default=_UNSET, metadata=_spec(10, _automatic(_integer(minimum=1, also=_OR_AUTO)))
     )
     probes_max: int = field(default=_UNSET, metadata=_spec(64, _integer(minimum=1)))
     top_k: int = field(default=_UNSET, metadata=_spec(10, _integer(minimum=1)))
     confidence: float = field(default=_UNSET, metadata=_spec(0.95, _fraction))
     codes: int | Literal["auto"] = field(
-        default=_UNSET, metadata=_spec(8, _automatic(_integer(minimum=1)))
+        default=_UNSET, metadata=_spec(8, _automatic(_integer(minimum=1, also=_OR_AUTO)))
     )
     masking: Masking = field(default=_UNSET, metadata=_spec("zero", _one_of(Masking)))
     sentinel_token: int | None = field(
-        default=_UNSET, metadata=_spec(None, _optional(_integer(minimum=0)))
+        default=_UNSET, metadata=_spec(None, _optional(_integer(minimum=0, also=_OR_NONE)))
     )
     normalize: Normalize | None = field(
-        default=_UNSET, metadata=_spec(None, _optional(_one_of(Normalize)))
+        default=_UNSET, metadata=_spec(None, _optional(_one_of(Normalize, also=_OR_NONE)))
     )
     aggregate: Aggregate = field(default=_UNSET, metadata=_spec("mean", _one_of(Aggregate)))
     seed: int = field(default=_UNSET, metadata=_spec(0, _integer(minimum=0, maximum=2**63 - 1)))
     token_budget: int | None = field(
-        default=_UNSET, metadata=_spec(None, _optional(_integer(minimum=1)))
+        default=_UNSET, metadata=_spec(None, _optional(_integer(minimum=1, also=_OR_NONE)))
     )
 
     def __post_init__(self) -> None:
@@ -246,6 +260,18 @@ class HeatConfig:
             raise ConfigError(
                 "masking='sentinel' needs sentinel_token, got None: expected the id of the token "
                 "that replaces the masked one. Pass sentinel_token=<id>, or masking='zero'."
+            )
+        if self.masking != "sentinel" and self.sentinel_token is not None:
+            raise ConfigError(
+                f"sentinel_token={self.sentinel_token} has no effect with "
+                f"masking={self.masking!r}: expected masking='sentinel' beside it. Set that, or "
+                "leave sentinel_token out."
+            )
+        if self.curvature != "hessian" and self.estimator != "block":
+            raise ConfigError(
+                f"estimator={self.estimator!r} has no effect with curvature={self.curvature!r}: "
+                "expected curvature='hessian' beside it, the only one that is estimated so. Set "
+                "that, or leave estimator out."
             )
         if self.estimator == "coded" and self.codes != "auto" and self.codes < 2:
             raise ConfigError(

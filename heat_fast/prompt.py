@@ -27,6 +27,8 @@ _HARMLESS_KEYS = frozenset(
     {"input_ids", "attention_mask", "token_type_ids", "offset_mapping", "special_tokens_mask"}
     | {"length"}
 )
+# How SentencePiece vocabularies write the space that begins a word.
+_BOUNDARY = "▁"
 _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -114,9 +116,12 @@ def encode_prompt(
 def encode_target(target: Any, tokenizer: Any, vocabulary_size: int) -> tuple[int, ...] | None:
     """Turn a target into ids; None (the model's own next token) stays None.
 
-    Text is tokenised by itself, without special tokens, and its tokens follow the prompt's; a
-    tokenizer that writes the space into the next word wants it here (``" Paris"``). A single id
-    is a target of one token.
+    Text is tokenised by itself, without special tokens, and its tokens follow the prompt's. With a
+    byte-level tokenizer (GPT-2, Llama 3, Qwen) the space belongs to the word, so write it:
+    ``" Paris"``. A SentencePiece tokenizer (Llama 2, Mistral) that begins every text with a
+    word boundary makes the same tokens of ``"Paris"`` and ``" Paris"`` here: the second boundary,
+    which it would write as a lone ``"▁"`` in front, is left out. A single id is a target of one
+    token.
 
     Raises
     ------
@@ -129,7 +134,7 @@ def encode_target(target: Any, tokenizer: Any, vocabulary_size: int) -> tuple[in
     if target is None:
         return None
     if isinstance(target, str):
-        token_ids, _ = _tokenize(target, tokenizer, add_special_tokens=False, what="target")
+        token_ids = _tokenize_target(target, tokenizer)
     elif isinstance(target, Mapping):
         token_ids = _ids_of_mapping(target)
     elif _is_scalar(target):
@@ -218,6 +223,19 @@ def _tokenize(
     if not with_offsets:
         return token_ids, None
     return token_ids, tuple((int(start), int(end)) for start, end in encoding["offset_mapping"])
+
+
+def _tokenize_target(text: str, tokenizer: Any) -> tuple[int, ...]:
+    """The ids of a target, one word boundary in front of it even where the text writes a space."""
+    token_ids, _ = _tokenize(text, tokenizer, add_special_tokens=False, what="target")
+    if len(token_ids) < 2 or text[0] != " " or not text.strip():
+        return token_ids
+    pieces = tokenizer.convert_ids_to_tokens(list(token_ids[:2]))
+    if pieces[0] != _BOUNDARY or not str(pieces[1]).startswith(_BOUNDARY):
+        return token_ids
+    # Only where the tokenizer made the other boundary itself is nothing of the text lost.
+    bare, _ = _tokenize(text[1:], tokenizer, add_special_tokens=False, what="target")
+    return bare if bare == token_ids[1:] else token_ids
 
 
 def _is_chat(prompt: Any) -> bool:

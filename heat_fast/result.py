@@ -66,8 +66,10 @@ class Attribution:
     All arrays are float32 on the CPU. Those of shape [T, N], row t for target token t:
 
     gate: attention-value flow into the target's position, of which the whole context (the
-        prompt and the target tokens before) receives 1.
-    curvature: S, the l1 norm of a token's block of the Hessian of the log-probability.
+        prompt and the target tokens before) receives 1: row 0 sums to 1; later rows leave out the
+        share of the earlier target tokens, and sum to less.
+    curvature: S, the mean l1 norm of a token's block of the Hessian of the log-probability times
+        a vector of signs (or what the settings put in its place).
     information: I, the KL divergence in nats after the token's embedding is replaced.
     log_prob_drop: log-probability of the target minus the one after replacement, nats; signed.
     gradient_norm: l1 norm of the gradient with respect to the token's embedding.
@@ -77,13 +79,16 @@ class Attribution:
     token_ids, tokens, special: the prompt's ids, what a person reads, and which are special.
     offsets, prompt_text: half-open character ranges into the text; None where ids were given.
     target_ids, target_tokens, target_log_probs: the targets; log-probabilities [T] in nats.
-    curvature_stderr: standard error of the curvature over its probes [T, N]; 0 where it is exact,
-        None where it is not known (a single probe, or the Gauss-Newton sketch).
+    curvature_stderr: standard error of the curvature over its probes [T, N], in the units of
+        `curvature`; 0 where it is exact, None where it is not known (a single probe, or the
+        Gauss-Newton sketch).
     metadata: configuration, seed, versions, device, dtype, model, seconds and counts; read-only
         and JSON-able.
 
-    Arrays and metadata are copied when the result is made. Indexing follows the prompt:
-    ``result.scores[i]`` belongs to ``result.tokens[i]``.
+    Arrays and metadata are copied when the result is made. Fields and metadata cannot be changed
+    afterwards; the arrays are ordinary tensors, which torch cannot lock: do not write to them
+    (`scores` is computed once and would not follow), change a ``clone()``. Indexing follows the
+    prompt: ``result.scores[i]`` belongs to ``result.tokens[i]``.
 
     Raises
     ------

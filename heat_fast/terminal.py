@@ -2,8 +2,9 @@
 
 With colour, a token's background goes from pale yellow to dark brown in steps of equal perceived
 lightness (distinguishable in every form of colour blindness), each with its own black or white
-text, so that dark and light terminals show the same. Without colour (piped, or NO_COLOR) the
-tokens of the table are marked ``[rank:token]`` in the prompt instead.
+text, so that dark and light terminals show the same. Without colour (piped, or NO_COLOR) and on
+terminals of 16 colours, which cannot show the steps, the tokens of the table are marked
+``[rank|token]`` in the prompt instead.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import re
 import unicodedata
 from typing import Any, Final
 
+from rich.cells import cell_len
 from rich.console import Console, Group, RenderableType
 from rich.style import Style
 from rich.table import Table
@@ -40,6 +42,10 @@ _STYLES: Final = tuple(
     for paper, ink in _PALETTE
 )
 _BAR_WIDTH: Final = 10
+_GAP: Final = 2  # between two columns
+# A token column that is not shortened below this where another column could go instead.
+_TOKEN_WIDTH: Final = 12
+_SHORTEST_TOKEN: Final = 6
 _TARGETS_SHOWN: Final = 12
 # Characters that reorder the text around them; harmless in a page, misleading in a terminal.
 _BIDIRECTIONAL_CONTROLS: Final = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
@@ -93,7 +99,10 @@ def prompt_text(
         if ranked:
             body = shown.lstrip(" ")
             text.append(shown[: len(shown) - len(body)])
-            text.append(f"[{segment.rank}:{body}]", style="bold")
+            # Line breaks stand as signs inside the mark and are made after it.
+            line = body.replace("\n", "")
+            text.append(f"[{segment.rank}|{line}]", style="bold")
+            text.append("\n" * (len(body) - len(line)))
         else:
             text.append(shown, style=_STYLES[level - 1] if level else None)
     return text
@@ -107,38 +116,78 @@ def top_table(
     ascii_only: bool = False,
     width: int = 80,
 ) -> Table:
-    """The k highest-scoring tokens with their score, its share of the total and components."""
+    """The k highest-scoring tokens with their score, its share of the total and components.
+
+    What does not fit into `width` columns is left out whole, the bar first, then the share, then
+    components from the last; long tokens are shortened. A number is never cut.
+    """
     rows = result.top(k)
     total = math.fsum(result.scores.tolist())
     highest = rows[0].score
-    longest = max(len(visible(row.token, ascii_only)) for row in rows)
-    with_bars = width >= 70 + max(8, longest)
-    table = Table(box=None, padding=(0, 1), header_style="bold")
-    table.add_column("#", justify="right")
-    table.add_column("pos", justify="right")
-    table.add_column("token", overflow="fold", max_width=max(8, width - 66))
-    table.add_column("score", justify="right", no_wrap=True)
-    table.add_column("share", justify="right", no_wrap=True)
-    if with_bars:
-        table.add_column("", no_wrap=True, width=_BAR_WIDTH)
-    for name in ("gate", "curvature", "information"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for rank, row in enumerate(rows, start=1):
+
+    def bar(score: float) -> str:
+        filled = round(_BAR_WIDTH * score / highest) if highest > 0 else 0
+        return ("#" if ascii_only else "█") * filled
+
+    tokens = [visible(row.token, ascii_only) for row in rows]
+    columns = {
+        "#": [str(rank) for rank in range(1, len(rows) + 1)],
+        "pos": [str(row.index) for row in rows],
+        "token": tokens,
+        "score": [_number(row.score) for row in rows],
+        "share": [f"{row.score / total:.1%}" if total > 0 else "-" for row in rows],
+        "": [bar(row.score) for row in rows],
+        "gate": [_number(row.gate) for row in rows],
+        "curvature": [_number(row.curvature) for row in rows],
+        "information": [_number(row.information) for row in rows],
+    }
+    token_width = _fit(columns, width)
+    table = Table(box=None, padding=(0, _GAP, 0, 0), pad_edge=False, header_style="bold")
+    for name in columns:
+        left = name in ("token", "")
+        table.add_column(name, justify="left" if left else "right", no_wrap=True, overflow="crop")
+    for index, row in enumerate(rows):
         level = _level(row.score, highest) if colour else 0
-        bar = round(_BAR_WIDTH * row.score / highest) if highest > 0 else 0
-        cells = [
-            Text(str(rank)),
-            Text(str(row.index)),
-            Text(visible(row.token, ascii_only), style=_STYLES[level - 1] if level else ""),
-            Text(_number(row.score)),
-            Text(f"{row.score / total:.1%}" if total > 0 else "-"),
-            *([Text(("#" if ascii_only else "█") * bar)] if with_bars else []),
-            Text(_number(row.gate)),
-            Text(_number(row.curvature)),
-            Text(_number(row.information)),
-        ]
-        table.add_row(*cells)
+        cells = {name: Text(column[index]) for name, column in columns.items()}
+        token = _shorten(tokens[index], token_width, ascii_only)
+        cells["token"] = Text(token, style=_STYLES[level - 1] if level else "")
+        table.add_row(*cells.values())
     return table
+
+
+def _fit(columns: dict[str, list[str]], width: int) -> int:
+    """Leave out columns until the rest fits into `width`; returns the width of the tokens."""
+    widths = {name: max(map(cell_len, (name, *cells))) for name, cells in columns.items()}
+    longest = widths.pop("token")
+    for name, token in (
+        ("", _TOKEN_WIDTH),
+        ("share", _TOKEN_WIDTH),
+        ("information", _SHORTEST_TOKEN),
+        ("curvature", _SHORTEST_TOKEN),
+        ("gate", _SHORTEST_TOKEN),
+    ):
+        if _room(widths, width) >= min(longest, token):
+            break
+        del columns[name], widths[name]
+    return max(min(longest, _room(widths, width)), _SHORTEST_TOKEN)
+
+
+def _room(widths: dict[str, int], width: int) -> int:
+    """What the other columns leave to the tokens."""
+    return width - sum(widths.values()) - _GAP * len(widths)
+
+
+def _shorten(text: str, width: int, ascii_only: bool) -> str:
+    """At most `width` columns of a text, with dots where something is left out."""
+    if cell_len(text) <= width:
+        return text
+    dots = ".." if ascii_only else "…"
+    kept = ""
+    for character in text:
+        if cell_len(kept + character) > width - len(dots):
+            break
+        kept += character
+    return kept + dots
 
 
 def visible(token: str, ascii_only: bool = False) -> str:
@@ -186,7 +235,7 @@ def _segments(result: Attribution, top: int) -> list[_Segment]:
 
 def _legend(colour: bool, ascii_only: bool) -> Text:
     if not colour:
-        return Text("[rank:token] marks the tokens of the table.", style="italic")
+        return Text("[rank|token] marks the tokens of the table.", style="italic")
     legend = Text("low ", style="italic")
     for style in _STYLES:
         legend.append("  ", style=style)
@@ -201,13 +250,13 @@ def _targets(result: Attribution, ascii_only: bool) -> Text:
     for position, (token, log_prob) in enumerate(shown):
         text.append(", " if position else "")
         text.append(visible(token, ascii_only), style="bold")
-        text.append(f" (log-probability {log_prob:.3f}" if len(log_probs) == 1 else " (")
+        text.append(f" (log-probability {_number(log_prob)}" if len(log_probs) == 1 else " (")
         text.append(f", p = {math.exp(min(log_prob, 0.0)):.3g})" if len(log_probs) == 1 else "")
-        text.append(f"{log_prob:.3f})" if len(log_probs) > 1 else "")
+        text.append(f"{_number(log_prob)})" if len(log_probs) > 1 else "")
     if len(log_probs) > len(shown):
         text.append(f", and {len(log_probs) - len(shown)} more")
     if len(log_probs) > 1:
-        text.append(f"; log-probability of all {math.fsum(log_probs):.3f}")
+        text.append(f"; log-probability of all {_number(math.fsum(log_probs))}")
         text.append(f", scores aggregated by {result.aggregate}")
     return text
 
@@ -231,7 +280,8 @@ def _facts(result: Attribution) -> Text:
 
 
 def _has_colour(console: Console) -> bool:
-    return console.color_system is not None and not console.no_color
+    """Whether the palette can be told apart; the colours of a 16-colour terminal are its own."""
+    return console.color_system in ("256", "truecolor") and not console.no_color
 
 
 def _is_ascii(console: Console) -> bool:
@@ -247,6 +297,7 @@ def _level(score: float, highest: float) -> int:
 
 def _number(value: float) -> str:
     """Three significant digits, in plain notation where that stays short."""
+    value += 0.0  # no negative zero
     if value == 0 or 1e-4 <= abs(value) < 1e5:
         return f"{value:#.3g}".rstrip(".") if abs(value) < 1000 else f"{value:,.0f}"
     return f"{value:.2e}"

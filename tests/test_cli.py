@@ -27,7 +27,7 @@ from typer.testing import CliRunner
 
 import heat_fast
 from heat_fast.cli import app
-from heat_fast.errors import NumericalError, OutputError, UnsupportedModelError
+from heat_fast.errors import InputError, NumericalError, OutputError, UnsupportedModelError
 
 PROMPT = "the red ball"
 Run = Callable[..., Any]
@@ -119,8 +119,8 @@ def test_prints_a_report(run: Run) -> None:
     assert outcome.stderr == ""
     assert "\x1b" not in outcome.stdout
     for rank in (1, 2, 3):
-        assert f"[{rank}:" in outcome.stdout
-    assert "[4:" not in outcome.stdout
+        assert f"[{rank}|" in outcome.stdout
+    assert "[4|" not in outcome.stdout
     for words in ("curvature", "information", "Targets s (", "LlamaForCausalLM | variant full"):
         assert words in outcome.stdout
 
@@ -166,6 +166,10 @@ def test_options_reach_the_engine(run: Run, engine: Callable[[Any], Recorder]) -
     recorder = engine(NumericalError("stop here"))
     options = {
         "--variant": "gs",
+        "--curvature": "hessian",
+        "--estimator": "coded",
+        "--codes": "auto",
+        "--normalize": "sum",
         "--probes": "3",
         "--seed": "4",
         "--beta": "0.1",
@@ -184,6 +188,10 @@ def test_options_reach_the_engine(run: Run, engine: Callable[[Any], Recorder]) -
     call = recorder.calls[0]
     assert call["config"] == heat_fast.HeatConfig.preset(
         "gs",
+        curvature="hessian",
+        estimator="coded",
+        codes="auto",
+        normalize="sum",
         probes=3,
         seed=4,
         beta=0.1,
@@ -198,6 +206,17 @@ def test_options_reach_the_engine(run: Run, engine: Callable[[Any], Recorder]) -
     assert call["progress"] is None  # standard error is not a terminal here
     assert call["model"].dtype == torch.float64
     assert not call["model"].training
+
+
+def test_counts_may_be_automatic_and_normalize_may_be_none(
+    run: Run, engine: Callable[[Any], Recorder]
+) -> None:
+    recorder = engine(NumericalError("stop here"))
+    run("--prompt", "a", "--probes", "auto", "--normalize", "none")
+    run("--prompt", "a", "--codes", "16", "--estimator", "coded")
+    first, second = (call["config"] for call in recorder.calls)
+    assert first == heat_fast.HeatConfig(probes="auto", normalize=None)
+    assert second == heat_fast.HeatConfig(estimator="coded", codes=16)
 
 
 @pytest.mark.parametrize(
@@ -245,12 +264,28 @@ def test_a_real_story_model(run: Run, local_model: Callable[[str], Path]) -> Non
         ([], ["--model without a prompt"]),
         (["--prompt", "a", "--target", ""], ["--target is empty"]),
         (["--prompt", "a", "--variant", "ful"], ["unknown variant", "Did you mean 'full'"]),
-        (["--prompt", "a", "--beta", "-1"], ["beta=-1.0", "at least 0"]),
-        (["--prompt", "a", "--beta", "nan"], ["beta=nan"]),
-        (["--prompt", "a", "--beta", "0", "--gamma", "0"], ["all 0"]),
-        (["--prompt", "a", "--probes", "0"], ["probes=0"]),
-        (["--prompt", "a", "--masking", "sentinel"], ["sentinel_token"]),
-        (["--prompt", "a", "--rollout", "value"], ["rollout='value'"]),
+        (["--prompt", "a", "--variant", "ful"], ["--variant: unknown"]),
+        (["--prompt", "a", "--beta", "-1"], ["error: --beta -1.0 is", "at least 0"]),
+        (["--prompt", "a", "--beta", "nan"], ["error: --beta nan is"]),
+        (
+            ["--prompt", "a", "--beta", "0", "--gamma", "0"],
+            ["--beta, --gamma and --alpha are all 0", "(--beta 0.5, --gamma 0.5 are"],
+        ),
+        (["--prompt", "a", "--probes", "0"], ["error: --probes 0 is", "or 'auto'"]),
+        (["--prompt", "a", "--probes", "few"], ["--probes few", "or auto"]),
+        (["--prompt", "a", "--codes", "2.5"], ["--codes 2.5", "or auto"]),
+        (["--prompt", "a", "--codes", "1", "--estimator", "coded"], ["--estimator coded with"]),
+        (
+            ["--prompt", "a", "--masking", "sentinel"],
+            ["--masking sentinel needs --sentinel-token,", "Pass --sentinel-token <id>, or --mask"],
+        ),
+        (["--prompt", "a", "--sentinel-token", "3"], ["--sentinel-token 3 has no effect"]),
+        (["--prompt", "a", "--rollout", "value"], ["error: --rollout value is", "'value_path'"]),
+        (["--prompt", "a", "--normalize", "mean"], ["error: --normalize mean is", "or None"]),
+        (
+            ["--prompt", "a", "--variant", "gs", "--estimator", "row"],
+            ["--estimator row has no effect with --curvature grad_squared"],
+        ),
         (["--prompt", "a", "--dtype", "int8"], ["--dtype int8", "bfloat16"]),
         (["--prompt", "a", "--device", "toaster"], ["--device toaster"]),
         (["--prompt", "a", "--device", "meta"], ["--device meta"]),
@@ -287,6 +322,16 @@ def test_a_prompt_the_model_cannot_read_is_a_usage_error(run: Run) -> None:
     failed(run("--prompt", "x" * 33), 2, "33 tokens", "32")
 
 
+def test_a_sentinel_outside_the_vocabulary_names_the_option(run: Run) -> None:
+    options = ("--masking", "sentinel", "--sentinel-token", "256")
+    failed(run("--prompt", "a", *options), 2, "error: --sentinel-token 256 is", "0 to 255")
+
+
+def test_quoted_prompts_stay_as_they_are(run: Run, engine: Callable[[Any], Recorder]) -> None:
+    engine(InputError("the target 'beta=1' has no tokens"))
+    failed(run("--prompt", "a"), 2, "the target 'beta=1' has no tokens")
+
+
 # --- failures: exit code 1 ------------------------------------------------------------------------
 
 
@@ -301,7 +346,53 @@ def test_models_that_cannot_be_loaded(run: Run, tmp_path: Path, model_folder: st
     (tmp_path / "model.safetensors").write_bytes(b"damaged")
     failed(run("--prompt", "a", model=str(tmp_path)), 1, "cannot load the weights")
     # The tests forbid the network, so a hub id is out of reach.
-    failed(run("--prompt", "a", model="nobody/nothing"), 1, "nobody/nothing")
+    failed(
+        run("--prompt", "a", model="nobody/nothing"),
+        1,
+        "nobody/nothing",
+        "there is no folder of that name here",
+        "the hub could not be reached",
+    )
+    failed(run("--prompt", "a", model="a b c"), 1, "no folder of that name", "Repo id must")
+
+
+def test_the_loaders_own_words_end_before_the_next_sentence(
+    run: Run, tmp_path: Path, model_folder: str
+) -> None:
+    for file in Path(model_folder).iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "model.safetensors").write_bytes(b"damaged")
+    outcome = run("--prompt", "a", model=str(tmp_path))
+    failed(outcome, 1, "cannot load the weights")
+    assert outcome.stderr.split(" Expected a folder")[0].endswith((".", "!", "?"))
+
+
+def test_the_clients_logs_are_for_debug(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    import logging
+
+    import transformers
+
+    log = logging.getLogger("huggingface_hub.test")
+
+    def load(*arguments: Any, **options: Any) -> None:
+        log.error("Retrying in 1s")
+        raise OSError("no connection")
+
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", load)
+    hub = logging.getLogger("huggingface_hub")
+    level, seen = hub.level, []
+    handler = logging.Handler()
+    handler.emit = lambda record: seen.append(record.getMessage())  # type: ignore[method-assign]
+    hub.addHandler(handler)
+    try:
+        failed(run("--prompt", "a", model="nobody/nothing"), 1, "no connection. Expected")
+        assert seen == []
+        hub.setLevel(logging.WARNING)
+        assert run("--prompt", "a", "--debug", model="nobody/nothing").exit_code == 1
+        assert seen == ["Retrying in 1s"]
+    finally:
+        hub.removeHandler(handler)
+        hub.setLevel(level)
 
 
 @pytest.mark.parametrize(
@@ -404,6 +495,60 @@ def test_version_and_help_import_nothing_heavy(repository: Path) -> None:
     assert output.startswith(f"heat-fast {heat_fast.__version__}\n")
     for option in ("--model", "--prompt-file", "--target", "--variant", "--json", "--save"):
         assert option in output
+
+
+def test_runs_as_a_module_and_says_that_piped_input_is_ignored(
+    repository: Path, model_folder: str, tmp_path: Path
+) -> None:
+    command = [sys.executable, "-m", "heat_fast", "attribute", "--probes", "1", "--json"]
+    outcome = subprocess.run(
+        [*command, "-"], cwd=repository, input="a prompt", capture_output=True, text=True
+    )
+    assert outcome.returncode == 0, outcome.stderr
+    assert json.loads(outcome.stdout)["metadata"]["config"]["probes"] == 1
+    assert outcome.stderr.startswith("note: standard input is ignored")
+    assert "--prompt-file -" in outcome.stderr and outcome.stderr.count("\n") == 1
+    # With a prompt, or without a pipe, there is nothing to say.
+    for options, stream in ((["--prompt", "a"], subprocess.PIPE), (["--beta", "-1"], None)):
+        outcome = subprocess.run(
+            [*command, "no-such-folder/r", *options],
+            cwd=repository,
+            stdin=subprocess.DEVNULL if stream is None else stream,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert outcome.returncode == 2
+        assert "note:" not in outcome.stderr
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
+@pytest.mark.parametrize("options", [[], ["--json", "-"]])
+def test_standard_output_that_is_full_is_an_ordinary_failure(
+    repository: Path, model_folder: str, options: list[str]
+) -> None:
+    command = program(
+        *("attribute", "--model", model_folder, "--prompt", "a b", "--probes", "1"), *options
+    )
+    with open("/dev/full", "wb") as full:
+        outcome = subprocess.run(
+            command, cwd=repository, stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert outcome.returncode == 1
+    assert outcome.stderr.startswith("heat-fast: error: cannot write to standard output: No space")
+    assert outcome.stderr.count("\n") == 1
+
+
+def test_help_shows_the_choices() -> None:
+    output = CliRunner().invoke(app, ["attribute", "--help"], env={"COLUMNS": "140"}).output
+    for option, choices in (
+        ("--variant", "[full|gs]"),
+        ("--curvature", "[hessian|gauss_newton|grad_squared|none]"),
+        ("--estimator", "[block|coded|row]"),
+        ("--probes", "N|auto"),
+        ("--normalize", "[none|sum]"),
+    ):
+        line = next(line for line in output.splitlines() if option in line)
+        assert choices in line
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")

@@ -113,6 +113,31 @@ def test_useless_combinations_are_rejected() -> None:
     assert HeatConfig(masking="sentinel", sentinel_token=0).sentinel_token == 0
 
 
+def test_choices_without_effect_are_rejected() -> None:
+    for curvature in ("grad_squared", "none", "gauss_newton"):
+        for estimator in ("coded", "row"):
+            with pytest.raises(ConfigError, match=f"{estimator}.* has no effect .*{curvature}"):
+                HeatConfig(curvature=curvature, estimator=estimator)  # type: ignore[arg-type]
+        assert HeatConfig(curvature=curvature).estimator == "block"  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="no effect"):
+        HeatConfig(estimator="row").replace(variant="gs")
+    for masking in ("zero", "mean"):
+        with pytest.raises(ConfigError, match=f"sentinel_token=5 has no effect .*{masking}"):
+            HeatConfig(masking=masking, sentinel_token=5)  # type: ignore[arg-type]
+    # Amounts of sampling may be set once for every variant.
+    assert HeatConfig(variant="gs", probes=3, codes=4, seed=5).codes == 4
+
+
+def test_what_is_expected_names_none_and_auto() -> None:
+    for field in ("normalize", "sentinel_token", "token_budget"):
+        with pytest.raises(ConfigError, match="or None"):
+            HeatConfig(**{field: "mean"})
+    for field in ("probes", "codes"):
+        with pytest.raises(ConfigError, match="or 'auto'"):
+            HeatConfig(**{field: "many"})
+        assert getattr(HeatConfig(**{field: "auto"}), field) == "auto"
+
+
 def test_numbers_become_plain_python_numbers() -> None:
     config = HeatConfig(beta=1, gamma=np.float32(0.25), probes=np.int64(3))  # type: ignore[arg-type]
     assert (type(config.beta), type(config.gamma), type(config.probes)) == (float, float, int)
@@ -130,7 +155,9 @@ def test_replace_keeps_choices_and_follows_a_new_variant() -> None:
 
 
 def test_dict_round_trip_is_exact() -> None:
-    config = HeatConfig.preset("gs", seed=2**63 - 1, beta=0.1, sentinel_token=4)
+    config = HeatConfig.preset(
+        "gs", seed=2**63 - 1, beta=0.1, masking="sentinel", sentinel_token=4, probes="auto"
+    )
     assert HeatConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     assert HeatConfig.from_dict({}) == HeatConfig()
     with pytest.raises(ConfigError, match="mapping"):

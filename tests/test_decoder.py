@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import families
 import heat_fast
 from assertions import assert_close
-from heat_fast.decoder import supported_classes, view
+from heat_fast.decoder import check_supported, supported_classes, view
 from heat_fast.errors import UnsupportedModelError
 from heat_fast.kernels.branch_attention import Masking
 from heat_fast.kernels.value_norm_rollout import value_output_norms
@@ -296,3 +296,17 @@ def test_wrapped_linears_equal_their_plain_matrices(name: str, wrapper: Any) -> 
     actual = measure(wrapped, ids, [4, 6], probes=2)
     for part, values in expected.parts.items():
         assert_close(f"{name} {wrapper.__name__} {part}", values, actual[part], rtol=EXACT)
+
+
+@pytest.mark.parametrize(
+    ("wrap", "advice"),
+    [
+        (torch.nn.DataParallel, "model.module"),
+        (torch.compile, "_orig_mod"),
+        (lambda model: model.model, "LlamaForCausalLM"),
+    ],
+    ids=["data_parallel", "compiled", "headless"],
+)
+def test_a_wrapped_or_headless_model_is_told_what_to_pass(wrap: Any, advice: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=advice):
+        check_supported(wrap(families.build("llama")))

@@ -9,7 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import (
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from heat_fast.errors import InputError
@@ -312,6 +320,65 @@ def test_targets_that_cannot_be_used(byte_level: Any, target: Any, message: str)
 def test_target_text_needs_a_tokenizer() -> None:
     with pytest.raises(InputError, match="target is text but there is no tokenizer"):
         encode_target("a", None, 10)
+
+
+# --- targets of tokenizers that begin every text with a word boundary -----------------------------
+
+
+def boundary_tokenizer(scheme: str, *, prepend: bool) -> Any:
+    """Words with their boundary, as SentencePiece writes it.
+
+    prepend: put a boundary in front of the text whatever it begins with, as Llama 2 does; else
+    Metaspace with its own scheme.
+    """
+    vocabulary = {"<unk>": 0, "▁": 1, "▁mom": 2, "mom": 3, "▁dad": 4}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    if prepend:
+        tokenizer.normalizer = normalizers.Prepend("▁")
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme=scheme)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
+
+
+def test_a_target_has_one_word_boundary_with_and_without_a_space() -> None:
+    tokenizer = boundary_tokenizer("never", prepend=True)
+    # The test is about something: by itself the tokenizer makes two tokens of it.
+    assert tokenizer(" mom")["input_ids"] == [1, 2]
+    assert encode_target(" mom", tokenizer, 5) == encode_target("mom", tokenizer, 5) == (2,)
+    assert encode_target(" mom dad", tokenizer, 5) == (2, 4)
+    # Two spaces are one boundary and a space; white space alone stays what it is.
+    assert encode_target("  mom", tokenizer, 5) == (1, 2)
+    assert encode_target(" ", tokenizer, 5) == tuple(tokenizer(" ")["input_ids"])
+    # Prompts are left as the model was trained to read them.
+    assert encode_prompt(" mom", tokenizer, 5).token_ids == (1, 2)
+
+
+@pytest.mark.parametrize("scheme", ["always", "first", "never"])
+def test_metaspace_targets_keep_what_the_scheme_makes(scheme: str) -> None:
+    tokenizer = boundary_tokenizer(scheme, prepend=False)
+    assert encode_target(" mom", tokenizer, 5) == (2,)
+    assert encode_target("mom", tokenizer, 5) == ((3,) if scheme == "never" else (2,))
+
+
+def test_a_space_that_is_its_own_token_is_kept() -> None:
+    # "never" with a word that has no piece with a boundary: the lone boundary is the text's space.
+    tokenizer = Tokenizer(models.BPE({"<unk>": 0, "▁": 1, "a": 2, "b": 3}, [], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never", split=False)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
+    assert encode_target(" ab", fast, 4) == (1, 2, 3)
+
+
+def test_byte_level_targets_keep_their_space(byte_level: Any) -> None:
+    size = len(byte_level)
+    assert readable_tokens(encode_target(" cat", byte_level, size) or (), byte_level) == (" cat",)
+    assert encode_target(" cat", byte_level, size) != encode_target("cat", byte_level, size)
+
+
+def test_story_model_targets(local_model: Callable[[str], Path]) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(local_model("stories3M"), local_files_only=True)
+    assert len(encode_target("mom", tokenizer, 4096) or ()) == 1
+    assert encode_target(" mom", tokenizer, 4096) == encode_target("mom", tokenizer, 4096)
+    assert encode_target(" 你", tokenizer, 4096) == encode_target("你", tokenizer, 4096)
 
 
 # --- a sentencepiece-style tokenizer --------------------------------------------------------------

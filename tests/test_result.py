@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.cells import cell_len
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
@@ -376,7 +377,7 @@ def test_foreign_and_damaged_files_are_refused(tmp_path: Path) -> None:
 def test_without_colour_the_top_tokens_are_marked_by_rank() -> None:
     text = shown(make(), top=2)
     assert "\x1b" not in text
-    assert text.startswith("[1:<s>][2:the] cat\n")
+    assert text.startswith("[1|<s>][2|the] cat\n")
     assert "█" in text
     assert re.search(r"1 +0 +<s> +2\.00 +50\.0% +█+ +2\.00 +3\.00 +4\.00", text)
     assert "Targets ·t0 (-0.250), ·t1 (-0.500); log-probability of all -0.750" in text
@@ -391,7 +392,7 @@ def test_with_colour_each_token_carries_its_own_readable_colours() -> None:
         assert style.startswith("38;2;") and ";48;2;" in style
     assert coloured[0][0] != coloured[1][0]
     assert coloured[1][0] == coloured[2][0]
-    assert "[1:" not in text
+    assert "[1|" not in text
 
 
 def contrast(first: tuple[int, ...], second: tuple[int, ...]) -> float:
@@ -424,7 +425,7 @@ def test_no_color_is_honoured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NO_COLOR", "1")
     text = shown(make(), force_terminal=True, color_system="truecolor")
     assert "48;2" not in text
-    assert "[1:<s>]" in re.sub(r"\x1b\[[\d;]*m", "", text)
+    assert "[1|<s>]" in re.sub(r"\x1b\[[\d;]*m", "", text)
 
 
 @pytest.mark.parametrize("width", [30, 60, 80, 200])
@@ -439,6 +440,119 @@ def test_width_is_honoured(width: int) -> None:
     assert max(len(line) for line in text.splitlines()) <= width
 
 
+def question() -> Attribution:
+    """Sizes of tokens and numbers as in the embedded model's first example."""
+    tokens = (" Fenston", " mountain", ":", " Mirmora", "\n", " is", "<s>", "9", ".", " For")
+    text, offsets = "", []
+    for token in tokens:
+        offsets.append((len(text), len(text) + len(token)))
+        text += token
+    scores = [0.974, 0.244, 0.119, 0.0302, 0.00677, 0.00387, 0.00193, 0.00161, 0.00121, 0.000791]
+    return make(
+        [scores],
+        tokens=tokens,
+        text=text,
+        offsets=offsets,
+        gate=torch.tensor(
+            [[0.294, 0.0868, 0.0203, 0.126, 0.00662, 0.00488, 0.0312, 0.0737, 0.00268, 0.00167]]
+        ),
+        information=torch.tensor(
+            [[5.96, 5.6, 11.6, 0.452, 2.04, 1.58, 0.000192, 0.000111, 0.899, 0.945]]
+        ),
+    )
+
+
+@pytest.mark.parametrize(
+    ("width", "header"),
+    [
+        (100, ["#", "pos", "token", "score", "share", "gate", "curvature", "information"]),
+        (80, ["#", "pos", "token", "score", "share", "gate", "curvature", "information"]),
+        (60, ["#", "pos", "token", "score", "gate", "curvature", "information"]),
+        (50, ["#", "pos", "token", "score", "gate", "curvature"]),
+        (40, ["#", "pos", "token", "score", "gate"]),
+    ],
+)
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_the_table_leaves_out_columns_and_never_folds(
+    width: int, header: list[str], encoding: str
+) -> None:
+    file = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    lines = shown(question(), width=width, file=file).splitlines()
+    start = next(number for number, line in enumerate(lines) if line.split()[:1] == ["#"])
+    assert lines[start].split() == header
+    rows = lines[start + 1 : start + 11]
+    for rank, row in enumerate(rows, start=1):
+        fields = row.split()
+        assert fields[:2] == [str(rank), str(rank - 1)]
+        assert len(row) <= width
+        # Every number is whole: the score, and what stands to the right of it.
+        numbers = [field for field in fields[3:] if field[0].isdigit()]
+        assert all(re.fullmatch(r"[\d.]+(e-\d+)?%?", number) for number in numbers)
+        assert len(numbers) == len(header) - 3
+    # Quotes make the tokens wider in ASCII, which costs the bar at 80 columns.
+    bars = sum("█" in row or "#" in row for row in rows)
+    assert bars == (3 if width >= (100 if encoding == "ascii" else 80) else 0)
+
+
+@pytest.mark.parametrize("ascii_only", [False, True])
+def test_long_tokens_are_shortened_not_the_numbers(ascii_only: bool) -> None:
+    result = make(
+        [[2.0, 1.0]], tokens=("incomprehensibilities" * 3, "数" * 40), text=None, offsets=None
+    )
+    file = io.TextIOWrapper(io.BytesIO(), encoding="ascii" if ascii_only else "utf-8")
+    lines = shown(result, width=72, file=file).splitlines()
+    row = next(line for line in lines if line.split()[:1] == ["1"])
+    assert re.search(r" incompre\w*" + (r"\.\. " if ascii_only else "… "), row)
+    assert max(map(cell_len, lines)) <= 72
+    assert row.split()[-3:] == ["2.00", "3.00", "4.00"]
+
+
+def test_marks_stay_readable_around_colons_and_line_breaks() -> None:
+    pieces = ("Answer", ":", "\n\n", "a", "\n", "b")
+    offsets, start = [], 0
+    for piece in pieces:
+        offsets.append((start, start + len(piece)))
+        start += len(piece)
+    result = make(
+        [[0.0, 3.0, 2.0, 0.0, 1.0, 0.0]], tokens=pieces, text="".join(pieces), offsets=offsets
+    )
+    assert shown(result, top=3).startswith("Answer[1|:][2|↵↵]\n\na[3|↵]\nb\n")
+    file = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    assert shown(result, top=3, file=file).startswith("Answer[1|:][2|\\n\\n]\n\na[3|\\n]\nb\n")
+
+
+def test_sixteen_colours_are_not_enough() -> None:
+    text = shown(make(), force_terminal=True, color_system="standard")
+    plain = re.sub(r"\x1b\[[\d;]*m", "", text)
+    assert plain.startswith("[1|<s>][2|the] [3|cat]")
+    assert "[rank|token]" in plain
+    assert not re.search(r"\x1b\[[\d;]*\b(4\d|10\d)m", text)
+    coloured = shown(make(), force_terminal=True, color_system="256")
+    assert ";48;" in coloured and "[rank|token]" not in coloured
+
+
+@pytest.mark.parametrize(
+    ("log_prob", "words"),
+    [
+        (-4.2e-07, "-4.20e-07, p = 1)"),
+        (-0.000384, "-0.000384, p = 1)"),
+        (-0.25, "-0.250, p = 0.779)"),
+        (-12.34, "-12.3, p = 4.37e-06)"),
+        (-0.0, "0.00, p = 1)"),
+    ],
+)
+def test_log_probabilities_keep_their_significant_digits(log_prob: float, words: str) -> None:
+    result = make([[1.0, 2.0, 3.0]], target_log_probs=torch.tensor([log_prob]))
+    assert f"(log-probability {words}" in shown(result)
+
+
+def test_counts_that_are_missing_are_left_out() -> None:
+    for metadata in ({}, {"counts": {}}, {"counts": {"branches": 3}}, {"counts": {"hvp": 5}}):
+        text = shown(make(metadata=metadata))
+        assert "branch tokens" not in text
+        assert ("5 HVPs" in text) == ("hvp" in metadata.get("counts", {}))
+
+
 def test_white_space_markup_and_control_characters_are_shown_not_obeyed() -> None:
     prompt = "[bold]\n\t  \x1b[31m\u202e<"
     pieces = ("[bold]", "\n", "\t", "  ", "\x1b[31m", "\u202e", "<")
@@ -449,7 +563,7 @@ def test_white_space_markup_and_control_characters_are_shown_not_obeyed() -> Non
     scores = [[float(len(pieces) - number) for number in range(len(pieces))]]
     result = make(scores, tokens=pieces, text=prompt, offsets=offsets)
     text = shown(result)
-    assert "[1:[bold]]" in text
+    assert "[1|[bold]]" in text
     assert "↵" in text and "⇥" in text and "··" in text
     assert r"\x1b[31m" in text and "\x1b" not in text
     assert r"\u202e" in text and "\u202e" not in text
@@ -459,17 +573,17 @@ def test_pieces_of_one_character_are_shown_once_with_the_highest_score() -> None
     result = make(
         [[1.0, 9.0, 2.0]], tokens=("<0xE4>", "<0xBD>", "<0xA0>"), text="你", offsets=[(0, 1)] * 3
     )
-    assert shown(result).startswith("[1:你]\n")
+    assert shown(result).startswith("[1|你]\n")
 
 
 def test_text_between_tokens_is_kept() -> None:
     result = make([[1.0, 2.0]], tokens=("a", "b"), text="a  b!", offsets=[(0, 1), (3, 4)])
-    assert shown(result, top=1).startswith("a  [1:b]!\n")
+    assert shown(result, top=1).startswith("a  [1|b]!\n")
 
 
 def test_without_offsets_the_tokens_are_shown() -> None:
     result = make([[1.0, 2.0]], tokens=("#4", "#7"), text=None, offsets=None)
-    assert shown(result, top=1).startswith("#4[1:#7]\n")
+    assert shown(result, top=1).startswith("#4[1|#7]\n")
 
 
 def test_a_narrow_encoding_gets_escapes() -> None:

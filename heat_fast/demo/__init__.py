@@ -7,10 +7,12 @@ this folder for its data, accuracy and limits, and :mod:`heat_fast.demo.corpus` 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from heat_fast.demo.corpus import Example, make_example, tokens_in_spans
+from heat_fast.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
@@ -84,7 +86,7 @@ def load_demo_model(count: int = 8) -> Demo:
     Nothing is downloaded. The model is float32, on the CPU and in eval mode.
 
     Raises:
-        ValueError: ``count`` is negative.
+        InputError: ``count`` is negative or not a whole number.
 
     Example:
         >>> from heat_fast.demo import load_demo_model
@@ -92,7 +94,10 @@ def load_demo_model(count: int = 8) -> Demo:
         >>> demo.examples[0].prompt.endswith("Answer:")
         True
     """
-    if count < 0:
-        raise ValueError(f"count is {count}; expected the number of examples, zero or more")
+    if isinstance(count, bool) or not isinstance(count, Integral) or count < 0:
+        raise InputError(
+            f"count is {count!r}: expected how many examples to make, a whole number of at least "
+            "0. There is one embedded model, so it needs no name; leave count out for 8 examples."
+        )
     model, tokenizer = load_files(WEIGHTS)
-    return Demo(model, tokenizer, tuple(make_example(seed) for seed in range(count)))
+    return Demo(model, tokenizer, tuple(make_example(seed) for seed in range(int(count))))
