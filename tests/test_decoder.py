@@ -298,6 +298,7 @@ def test_wrapped_linears_equal_their_plain_matrices(name: str, wrapper: Any) -> 
         assert_close(f"{name} {wrapper.__name__} {part}", values, actual[part], rtol=EXACT)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.compile's own
 @pytest.mark.parametrize(
     ("wrap", "advice"),
     [
