@@ -52,8 +52,12 @@ def combine(parts: Components, config: HeatConfig) -> tuple[Tensor, Tensor]:
     return score, parts.gate * (curvature + drop)
 
 
-def aggregate(scores: Tensor, config: HeatConfig) -> Tensor:
-    """Scores of several targets as one per token, `[.., T, N] -> [.., N]` (paper Eq. 23)."""
-    if config.aggregate == "max":
-        return scores.amax(dim=-2)
-    return scores.sum(dim=-2) if config.aggregate == "sum" else scores.mean(dim=-2)
+#: How several targets can become one.
+AGGREGATES = ("mean", "max", "sum")
+
+
+def aggregate(values: Tensor, how: str) -> Tensor:
+    """Rows of several targets as one, `[.., T, N] -> [.., N]`, by one of `AGGREGATES` (Eq. 23)."""
+    if how == "max":
+        return values.amax(dim=-2)
+    return values.sum(dim=-2) if how == "sum" else values.mean(dim=-2)

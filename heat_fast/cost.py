@@ -28,6 +28,7 @@ from heat_fast.decoder import Decoder, view
 from heat_fast.decoder.attention import FusedProjection, SeparateProjection
 from heat_fast.decoder.block import Block
 from heat_fast.errors import InputError
+from heat_fast.planner import CPU_ROWS
 
 
 @dataclass(frozen=True)
@@ -171,8 +172,7 @@ def estimate(
     decoder = view(model, length)
     costs = flops(decoder, n_tokens, n_targets, config)
     item = decoder.embeddings_weight.element_size()
-    rows = length if config.token_budget is None else max(length, config.token_budget)
-    rows = max(rows, 512 if config.token_budget is None else 0)
+    rows = max(length, config.token_budget or CPU_ROWS)
     trunk, sweep = _row_bytes(decoder, item)
     hessian = config.curvature == "hessian"
     logits = 4 * max(1 << 23, n_targets * decoder.head.projection.out_features)

@@ -299,8 +299,8 @@ class _Coded:
 
         S_i = sqrt(1 - median_j q_j) * mean_r | z- |_1
 
-    It leaves the ranking to the plain norms, has the right level within a few percent, and is
-    consistent, for q falls as 1/K and vanishes at K = N'.
+    It leaves the ranking to the plain norms and is consistent, for q falls as 1/K and vanishes at
+    K = N'. With 8 codes the level was 0.91 to 0.98 of the converged value on a 3M-parameter model.
 
     `codes="auto"`: the first probe measures the ratio `R` of off-diagonal to diagonal energy with
     8 codes (`var_k = R` times the signal); K is then the power of two from 8 on with `R / K <= 2`.

@@ -11,13 +11,14 @@ import functools
 import json
 import os
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
 import torch
 from torch import Tensor
 
+from heat_fast.combine import AGGREGATES, aggregate
 from heat_fast.config import suggest
 from heat_fast.errors import InputError, NumericalError, OutputError
 
@@ -40,11 +41,6 @@ COMPONENTS: Final = (
 )
 _ARRAYS: Final = (*COMPONENTS, "target_log_probs")
 _STDERR: Final = "curvature_stderr"
-_AGGREGATES: Final[Mapping[str, Callable[[Tensor], Tensor]]] = {
-    "mean": lambda values: values.mean(dim=0),
-    "max": lambda values: values.amax(dim=0),
-    "sum": lambda values: values.sum(dim=0),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,12 +202,12 @@ class Attribution:
                 + suggest(name, COMPONENTS)
             )
         how = self.aggregate if how is None else how
-        if how not in _AGGREGATES:
+        if how not in AGGREGATES:
             raise InputError(
                 f"unknown aggregate {how!r}: expected 'mean', 'max' or 'sum'. Choose one of these."
             )
         values: Tensor = getattr(self, name)
-        return _AGGREGATES[how](values)
+        return aggregate(values, how)
 
     def top(self, k: int = 10) -> list[TopToken]:
         """The k prompt tokens with the highest scores, highest first (all, where k exceeds N).

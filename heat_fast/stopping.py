@@ -32,7 +32,8 @@ def agreement(parts: Components, samples: Tensor, config: HeatConfig) -> float:
     weights = torch.nn.functional.one_hot(drawn, probes).sum(1).to(samples.dtype) / probes
 
     def scores(curvature: Tensor) -> Tensor:
-        return aggregate(combine(replace(parts, curvature=curvature), config)[0], config)
+        score, _ = combine(replace(parts, curvature=curvature), config)
+        return aggregate(score, config.aggregate)
 
     present = scores(samples.mean(-1))
     leading = present.argsort(descending=True, stable=True)[: config.top_k]

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from heat_fast.decoder.block import Block
 from heat_fast.decoder.head import Head
-from heat_fast.decoder.linear import Linear
 from heat_fast.errors import UnsupportedModelError
 
 
@@ -158,7 +157,6 @@ def module_device(module: nn.Module) -> torch.device | None:
 
 __all__ = [
     "Decoder",
-    "Linear",
     "check_supported",
     "family",
     "module_device",

@@ -23,7 +23,7 @@ queries: memory is linear in the context.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -156,19 +156,13 @@ def _softmax_tangent(rows: _Rows, raw: list[Tensor]) -> list[Tensor]:
         values if part.slope is None else values * part.slope[:, None]
         for part, values in zip(rows.parts, raw, strict=True)
     ]
-    mean = _row_sums(
-        part.weights[:, None] * values for part, values in zip(rows.parts, scores, strict=True)
-    )
+    mean = torch.zeros_like(raw[0][..., :1])
+    for part, values in zip(rows.parts, scores, strict=True):
+        mean += (part.weights[:, None] * values).sum(-1, keepdim=True)
     return [
         values.sub_(mean).mul_(part.weights[:, None])
         for part, values in zip(rows.parts, scores, strict=True)
     ]
-
-
-def _row_sums(values: Iterable[Tensor]) -> Tensor:
-    """Sums over all parts of a row, `[H, B, GQ, 1]`."""
-    total: Tensor = sum(value.sum(-1, keepdim=True) for value in values)  # type: ignore[assignment]
-    return total
 
 
 def _mix(rows: _Rows, weights: list[Tensor], of: str) -> Tensor:
