@@ -22,7 +22,7 @@ help: ## List the targets
 setup: $(STAMP) ## Create .venv and install everything into it (the other targets do this too)
 
 # torch is a step of its own: nothing that depends on it may choose another build.
-$(STAMP): pyproject.toml setup.py constraints.txt heat_fast/_version.py
+$(STAMP): pyproject.toml setup.py constraints.txt heat_fast/_version.py $(wildcard csrc/*.cpp csrc/*.h)
 	@if [ ! -x $(BIN)/python ]; then \
 	  command -v "$(PYTHON)" >/dev/null || { \
 	    echo "make: there is no '$(PYTHON)' here. heat-fast needs Python 3.10 or newer: install it, or name one with 'make PYTHON=/path/to/python3'." >&2; exit 1; }; \
@@ -38,10 +38,11 @@ $(STAMP): pyproject.toml setup.py constraints.txt heat_fast/_version.py
 	@$(BIN)/python -c 'import pip, sys; sys.exit(int(pip.__version__.split(".")[0]) < 23)' || $(PIP) install --upgrade pip
 	@echo "Installing torch (the largest download)"
 	@$(PIP) install --constraint constraints.txt torch
-	@echo "Installing heat-fast and its development tools"
+	@echo "Installing heat-fast and its development tools (compiles csrc/, about a minute)"
 	@$(PIP) install --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 	@echo "$(VENV) is ready: $$($(BIN)/python -c 'from importlib.metadata import version as v; print(*(f"{n} {v(n)}" for n in ("heat-fast", "torch", "transformers")), sep=", ")')"
+	@$(BIN)/python -c 'from heat_fast import build_info as b; i = b(); print("compiled kernels: " + (i["instruction_set"] if i["native"] else "none, torch alone (" + i["reason"] + "). A C++ compiler and the Python headers are needed; then remove $@ and run make again."))'
 
 demo: $(STAMP) ## Attribute an answer of the embedded model and print it
 	@$(BIN)/heat-fast attribute

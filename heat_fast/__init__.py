@@ -35,6 +35,7 @@ if TYPE_CHECKING:
         OutputError,
         UnsupportedModelError,
     )
+    from heat_fast.native import build_info
     from heat_fast.result import Attribution, load
 
 __all__ = [
@@ -50,6 +51,7 @@ __all__ = [
     "UnsupportedModelError",
     "__version__",
     "attribute",
+    "build_info",
     "estimate",
     "load",
     "load_demo_model",
@@ -68,6 +70,7 @@ _HOME = {
     "OutputError": "heat_fast.errors",
     "UnsupportedModelError": "heat_fast.errors",
     "attribute": "heat_fast.attributor",
+    "build_info": "heat_fast.native",
     "estimate": "heat_fast.cost",
     "load": "heat_fast.result",
     "load_demo_model": "heat_fast.demo",

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from heat_fast import native
 from heat_fast._version import __version__
 from heat_fast.combine import Components, combine
 from heat_fast.config import HeatConfig
@@ -24,6 +25,7 @@ from heat_fast.decoder.norm import wide
 from heat_fast.errors import ConfigError, HeatError, InputError, UnsupportedModelError
 from heat_fast.gate import gate
 from heat_fast.information import information, replacement
+from heat_fast.kernels.dispatch import Record, using
 from heat_fast.planner import (
     Budget,
     is_out_of_memory,
@@ -144,8 +146,9 @@ class Attributor:
                 torch.no_grad(),
                 torch.autocast(device.type, enabled=False),
                 _unchanged(self.model),
+                using(self.config.kernels, device) as ran,
             ):
-                return self._run(encoded, targets, embed, device, progress)
+                return self._run(encoded, targets, embed, device, progress, ran)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -161,6 +164,7 @@ class Attributor:
         embed: nn.Module,
         device: torch.device,
         progress: Progress | None,
+        ran: Record,
     ) -> Attribution:
         config = self.config
         ids = [*encoded.token_ids, *(targets or (0,))[:-1]]
@@ -200,7 +204,7 @@ class Attributor:
             target_tokens=readable,
             target_log_probs=trunk.target_log_probs.cpu(),
             curvature_stderr=stderr,
-            metadata=self._metadata(trunk, budget, ledger),
+            metadata=self._metadata(trunk, budget, ledger, ran),
         )
 
     def _information(
@@ -249,7 +253,9 @@ class Attributor:
         )
         return parts, torch.cat(errors) if len(errors) == len(found) else None
 
-    def _metadata(self, trunk: Trunk, budget: Budget, ledger: Ledger) -> dict[str, Any]:
+    def _metadata(
+        self, trunk: Trunk, budget: Budget, ledger: Ledger, ran: Record
+    ) -> dict[str, Any]:
         import transformers
 
         return {
@@ -269,8 +275,17 @@ class Attributor:
             "counts": ledger.counts,
             "token_budget": budget.rows,
             "out_of_memory_retries": budget.halvings,
-            "implementation": {"kernels": "reference (torch)", "curvature": "tangent sweeps"},
+            "implementation": {"curvature": "tangent sweeps", **_kernels(ran)},
         }
+
+
+def _kernels(ran: Record) -> dict[str, Any]:
+    """What ran each operation, and with what."""
+    built = native.build_info() if any("native" in names for names in ran.values()) else {}
+    return {
+        "kernels": {name: sorted(names) for name, names in sorted(ran.items())},
+        **{key: built[key] for key in ("instruction_set", "threads") if key in built},
+    }
 
 
 def _context_length(model: Any) -> int | None:

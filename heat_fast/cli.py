@@ -185,6 +185,12 @@ def attribute(
             metavar=_values(settings.Aggregate), help="Several targets into one score per token."
         ),
     ] = None,
+    kernels: Annotated[
+        str | None,
+        typer.Option(
+            metavar=_values(settings.Kernels), help="Compiled kernels, or torch alone (reference)."
+        ),
+    ] = None,
     device: Annotated[
         str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes a GPU where there is one.")
     ] = "auto",
@@ -233,6 +239,7 @@ def attribute(
             "sentinel_token": sentinel_token,
             "normalize": normalize,
             "aggregate": aggregate,
+            "kernels": kernels,
         }
         chosen = {name: value for name, value in overrides.items() if value is not None}
         if normalize == "none":
@@ -576,7 +583,7 @@ def _errors_reported(debug: bool) -> Iterator[None]:
 _UNMISTAKABLE = re.compile(r"(?<![\w-])(beta|gamma|alpha|sentinel_token)(?!\w)")
 _SETTING = re.compile(
     r"(?<![\w-])(curvature|estimator|probes|codes|seed|beta|gamma|alpha|rollout|masking|"
-    r"sentinel_token|normalize|aggregate|variant)=('[^']*'|<\w+>|-?\w[\w.+-]*\w|-?\w)"
+    r"sentinel_token|normalize|aggregate|kernels|variant)=('[^']*'|<\w+>|-?\w[\w.+-]*\w|-?\w)"
 )
 
 

@@ -25,6 +25,7 @@ Estimator = Literal["block", "coded", "row"]
 Masking = Literal["zero", "mean", "sentinel"]
 Normalize = Literal["sum"]
 Aggregate = Literal["mean", "max", "sum"]
+Kernels = Literal["auto", "native", "reference"]
 
 #: What each named variant changes; whatever it does not name keeps the field's own default.
 PRESETS: Final[Mapping[str, Mapping[str, Any]]] = MappingProxyType(
@@ -185,7 +186,9 @@ class HeatConfig:
         or ``"sum"`` (paper Eq. 23).
     seed: seed of the probes, 0 to 2^63 - 1. Default 0.
     token_budget: token rows run in one batch; None (default) leaves the choice to the planner.
-        It changes speed and memory; the result changes by rounding only.
+    kernels: ``"auto"`` (default): the compiled kernels wherever they serve, torch elsewhere;
+        ``"native"``: the same, and an error where they are missing; ``"reference"``: torch alone.
+        Like `token_budget` it changes speed and memory; the result changes by rounding only.
 
     A choice that the others make void is refused: an `estimator` other than ``"block"`` without
     ``curvature="hessian"``, a `sentinel_token` without ``masking="sentinel"``. Amounts of sampling
@@ -231,6 +234,7 @@ class HeatConfig:
     token_budget: int | None = field(
         default=_UNSET, metadata=_spec(None, _optional(_integer(minimum=1, also=_OR_NONE)))
     )
+    kernels: Kernels = field(default=_UNSET, metadata=_spec("auto", _one_of(Kernels)))
 
     def __post_init__(self) -> None:
         preset = PRESETS[_variant("variant", self.variant)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,9 @@ import hypothesis
 import numpy
 import pytest
 import torch
+
+from heat_fast import native
+from heat_fast.kernels.dispatch import using
 
 if TYPE_CHECKING:
     from heat_fast.demo import Demo
@@ -107,3 +110,12 @@ def demo() -> Demo:
     from heat_fast.demo import load_demo_model
 
     return load_demo_model()
+
+
+@pytest.fixture(params=["native", "reference"])
+def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Run a test with the compiled kernels and with torch alone."""
+    if request.param == "native" and not native.available():
+        pytest.skip(f"the compiled extension is missing: {native.missing()}")
+    with using(request.param, torch.device("cpu")):
+        yield request.param

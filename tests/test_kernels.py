@@ -18,6 +18,9 @@ from heat_fast.kernels.rademacher import rademacher, walsh
 from heat_fast.kernels.value_norm_rollout import attention_flow, value_output_norms
 from oracles import softmax_attention, softmax_weights
 
+# Both implementations of everything that has two.
+pytestmark = pytest.mark.usefixtures("kernels")
+
 EXACT = 1e-12
 SINGLE = 1e-5
 

@@ -114,7 +114,9 @@ def test_transformers_is_not_misled_by_the_kernels_folder(repository: Path) -> N
 
 
 @pytest.fixture(scope="module")
-def wheels(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
+def wheels(
+    repository: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> dict[str, set[str]]:
     """The files of the wheel built from the tree, and of the one built from the sdist."""
     root = tmp_path_factory.mktemp("build")
     tree = root / "tree"
@@ -123,8 +125,13 @@ def wheels(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
         shutil.copy(repository / name, tree)
     # bench and tests too: they must stay out by the configuration, not by their absence.
     for name in ("heat_fast", "kernels", "csrc", "bench", "tests"):
-        ignored = shutil.ignore_patterns("__pycache__")
+        ignored = shutil.ignore_patterns("__pycache__", "*.so")
         shutil.copytree(repository / name, tree / name, symlinks=True, ignore=ignored)
+
+    # What is packed does not depend on the compiled extension, and compiling takes a minute.
+    monkeypatch = pytest.MonkeyPatch()
+    request.addfinalizer(monkeypatch.undo)
+    monkeypatch.setenv("HEAT_FAST_NATIVE", "0")
 
     def build(kind: str, source: Path, name: str) -> Path:
         out = root / name
@@ -141,6 +148,8 @@ def wheels(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     sdist = build("sdist", tree, "sdist")
     shutil.unpack_archive(sdist, root / "unpacked")
     (unpacked,) = (root / "unpacked").iterdir()
+    sources = {path.name for path in (repository / "csrc").iterdir()}
+    assert sources - {"README.md"} <= {path.name for path in (unpacked / "csrc").iterdir()}
     contents["sdist"] = files(build("wheel", unpacked, "from_sdist"))
     return contents
 

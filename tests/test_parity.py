@@ -69,12 +69,14 @@ def compare(label: str, expected: Any, actual: Measured, dtype: torch.dtype, row
 
 
 @pytest.mark.parametrize("targets", [1, 3], ids=["one_target", "three_targets"])
+@pytest.mark.parametrize("kernels", ["auto", "reference"])
 @both_dtypes
 @every_family
-def test_attribution(name: str, dtype: torch.dtype, targets: int) -> None:
+def test_attribution(name: str, dtype: torch.dtype, kernels: str, targets: int) -> None:
     expected = expected_of(name)
     model = model_of(name, dtype)
-    actual = measure(model, ids_of(name), list(TARGETS[:targets]), probes=PROBES, token_budget=23)
+    settings: dict[str, Any] = {"probes": PROBES, "token_budget": 23, "kernels": kernels}
+    actual = measure(model, ids_of(name), list(TARGETS[:targets]), **settings)
     compare(name, expected, actual, dtype, targets)
     log_probs = expected.target_log_probs[:targets]
     assert_close(f"{name} log P", log_probs, actual.result.target_log_probs, rtol=SINGLE)

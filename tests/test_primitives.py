@@ -34,6 +34,9 @@ from heat_fast.kernels.second_order_attention import (
 )
 from oracles import Readings, double_backward, softmax_attention
 
+# Both implementations of everything that has two.
+pytestmark = pytest.mark.usefixtures("kernels")
+
 EXACT = 1e-12
 PROBES = 3
 ROWS = 5

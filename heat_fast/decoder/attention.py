@@ -19,6 +19,7 @@ from heat_fast.decoder.linear import Linear
 from heat_fast.decoder.norm import AnyNorm, Identity, NormAdjoint, NormState, kept
 from heat_fast.decoder.rotary import Rotary
 from heat_fast.kernels.branch_attention import Masking, branch_attention
+from heat_fast.kernels.rotary import Table, place
 from heat_fast.kernels.second_order_attention import (
     Primal,
     attention_adjoint,
@@ -249,32 +250,41 @@ class Attention:
         self.groups = groups
         self.query_norm: AnyNorm = query_norm or Identity()
         self.key_norm: AnyNorm = key_norm or Identity()
+        self.normed = query_norm is not None or key_norm is not None
 
-    # Between flat features [B, S, H, D] and head-major [Hk, B, (G,) S, D].
+    # Between flat features [B, S, H, D] and head-major [Hk, B, (G,) S, D]. Heads are turned on the
+    # way, unless they pass a norm first.
 
-    def _split_query(self, x: Tensor) -> Tensor:
-        heads: Tensor = x.unflatten(2, (-1, self.groups)).permute(2, 0, 3, 1, 4)
-        return heads.contiguous()
+    def _table(self, start: int, like: Tensor) -> Table | None:
+        if self.rotary is None or self.normed:
+            return None
+        return self.rotary.table(start, like, like.shape[1])
 
-    @staticmethod
-    def _split_key(x: Tensor) -> Tensor:
-        return x.permute(2, 0, 1, 3).contiguous()
+    def _split(self, flat: Heads, rows: Rows) -> Heads:
+        key_table = self._table(rows.start, flat.key)
+        query = _head_major(flat.query, self._table(rows.first_query, flat.query))
+        return Heads(
+            query.unflatten(0, (-1, self.groups)).transpose(1, 2),
+            _head_major(flat.key, key_table),
+            _head_major(flat.value, None),
+        )
+
+    def _merge(self, bar: Heads, rows: Rows) -> Heads:
+        """The transposed map of `_split`."""
+        query = bar.query.transpose(1, 2).flatten(0, 1).permute(1, 2, 0, 3)
+        key, value = bar.key.permute(1, 2, 0, 3), bar.value.permute(1, 2, 0, 3)
+        return Heads(
+            _flat_major(query, self._table(rows.first_query, query)),
+            _flat_major(key, self._table(rows.start, key)),
+            _flat_major(value, None),
+        )
 
     @staticmethod
     def _merge_query(x: Tensor) -> Tensor:
         return x.permute(1, 3, 0, 2, 4).flatten(2, 3)
 
-    @staticmethod
-    def _merge_key(x: Tensor) -> Tensor:
-        return x.permute(1, 2, 0, 3)
-
-    def _split(self, flat: Heads) -> Heads:
-        return Heads(
-            self._split_query(flat.query), self._split_key(flat.key), self._split_key(flat.value)
-        )
-
     def _turn(self, heads: Heads, rows: Rows) -> Heads:
-        if self.rotary is None:
+        if self.rotary is None or not self.normed:
             return heads
         return Heads(
             self.rotary.forward(heads.query, rows.first_query),
@@ -283,7 +293,7 @@ class Attention:
         )
 
     def _turn_back(self, heads: Heads, rows: Rows) -> Heads:
-        if self.rotary is None:
+        if self.rotary is None or not self.normed:
             return heads
         return Heads(
             self.rotary.adjoint(heads.query, rows.first_query),
@@ -295,25 +305,24 @@ class Attention:
         """Adjoint of the output projection, split into heads `[Hk, B, G, Q, D]`."""
         heads, group, _, width = state.query.shape
         flat = self.output.adjoint(y_bar, heads * group * width)
-        return self._split_query(flat.unflatten(-1, (heads * group, width)))
+        split: Tensor = flat.unflatten(-1, (heads, group, width)).permute(2, 0, 3, 1, 4)
+        return split
 
-    def _pull_heads(self, bar: Heads, width: int) -> Tensor:
+    def _pull_heads(self, bar: Heads, rows: Rows, width: int) -> Tensor:
         """Adjoint of the projections, `[B, S, d]`."""
-        flat = Heads(
-            self._merge_query(bar.query), self._merge_key(bar.key), self._merge_key(bar.value)
-        )
-        return self.projection.adjoint(flat, width)
+        return self.projection.adjoint(self._merge(bar, rows), width)
 
     def forward(
         self, x: Tensor, rows: Rows, prefix: AttentionState | None = None
     ) -> tuple[Tensor, AttentionState]:
         """`y [B, Q, d]` from normed rows `x [B, S, d]`, attending to the prefix below them.
 
-        The returned state is a primal for `B = 1`, `rows.start = 0`.
+        The returned state is a primal for `B = 1`, `rows.start = 0`, no prefix.
         """
-        raw = self._split(self.projection.forward(x, rows.queries))
-        query, query_norm = self.query_norm.forward(raw.query)
-        key, key_norm = self.key_norm.forward(raw.key)
+        raw = self._split(self.projection.forward(x, rows.queries), rows)
+        keep = prefix is None
+        query, query_norm = self.query_norm.forward(raw.query, keep=keep)
+        key, key_norm = self.key_norm.forward(raw.key, keep=keep)
         heads = self._turn(Heads(query, key, raw.value), rows)
         if prefix is None:
             below_key = below_value = heads.key[:, 0, :0]
@@ -339,7 +348,7 @@ class Attention:
         self, state: AttentionState, x_dot: Tensor, rows: Rows
     ) -> tuple[Tensor, AttentionTangent]:
         """`y. [B, Q, d]` from `x. [B, S, d]`."""
-        raw = self._split(self.projection.tangent(x_dot, rows.queries))
+        raw = self._split(self.projection.tangent(x_dot, rows.queries), rows)
         query_norm, key_norm = state.norms(rows)
         normed = Heads(
             self.query_norm.tangent(query_norm, raw.query),
@@ -365,7 +374,7 @@ class Attention:
         query_norm, key_norm = state.norms(rows)
         query, query_bar = self.query_norm.adjoint(query_norm, normed.query)
         key, key_bar = self.key_norm.adjoint(key_norm, normed.key)
-        x_bar = self._pull_heads(Heads(query, key, normed.value), y_bar.shape[-1])
+        x_bar = self._pull_heads(Heads(query, key, normed.value), rows, y_bar.shape[-1])
         return x_bar[0], AttentionAdjoint(pulled[:, 0], query_bar, key_bar)
 
     def adjoint_tangent(
@@ -396,4 +405,19 @@ class Attention:
             self.key_norm.adjoint_tangent(key_norm, tangent.raw_key, bar.key_norm, normed.key),
             normed.value,
         )
-        return self._pull_heads(raw, y_bar_dot.shape[-1])
+        return self._pull_heads(raw, rows, y_bar_dot.shape[-1])
+
+
+def _head_major(x: Tensor, table: Table | None) -> Tensor:
+    """`[B, S, H, D] -> [H, B, S, D]`, rotated if there is a table."""
+    batch, rows, heads, width = x.shape
+    result = x.new_empty(heads, batch, rows, width)
+    place(x, result.permute(1, 2, 0, 3), table)
+    return result
+
+
+def _flat_major(x: Tensor, table: Table | None) -> Tensor:
+    """A contiguous copy of a view `[B, S, H, D]`, turned back if there is a table."""
+    result = x.new_empty(x.shape)
+    place(x, result, table, -1)
+    return result

@@ -158,18 +158,19 @@ class Block:
     def forward(
         self, x: Tensor, rows: Rows, prefix: BlockState | None = None
     ) -> tuple[Tensor, BlockState]:
-        """`y [B, Q, d]` from `x [B, S, d]`; the state is a primal for `B = 1`, `start = 0`."""
+        """`y [B, Q, d]` from `x [B, S, d]`; without a prefix, the state is a primal for `B = 1`."""
         x = self._here(x)
-        normed, entry = self.norm.forward(x)
+        keep = prefix is None  # a branch's statistics serve nobody
+        normed, entry = self.norm.forward(x, keep=keep)
         attended, attention = self.attention.forward(
             normed, rows, None if prefix is None else prefix.attention
         )
-        attended, post_attention = self.post_attention.forward(attended)
+        attended, post_attention = self.post_attention.forward(attended, keep=keep)
         stay = x[:, -rows.queries :]
         middle = attended + stay
-        normed, mlp_entry = self.mlp_norm.forward(stay if self.parallel else middle)
+        normed, mlp_entry = self.mlp_norm.forward(stay if self.parallel else middle, keep=keep)
         fed, mlp = self.mlp.forward(normed)
-        fed, post_mlp = self.post_mlp.forward(fed)
+        fed, post_mlp = self.post_mlp.forward(fed, keep=keep)
         return middle + fed, BlockState(
             entry=entry.select(0, 0),
             attention=attention,

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from heat_fast.decoder.linear import Linear
 from heat_fast.decoder.norm import wide
+from heat_fast.kernels.gated import gate_adjoint_tangent, gate_tangent
 
 
 @dataclass(frozen=True)
@@ -131,9 +132,7 @@ class Mlp:
         """`h. = phi' u g. + phi u.`, `y. = h. W_down'`."""
         gate, up = self._split(lambda linear: linear.tangent(x_dot))
         value, slope = self._slopes(state)
-        hidden = slope * gate
-        if up is not None:
-            hidden = hidden.addcmul_(value, up)
+        hidden = slope * gate if up is None else gate_tangent(value, slope, gate, up)
         return self.down.tangent(hidden), MlpTangent(gate, up)
 
     def adjoint(self, state: MlpState, y_bar: Tensor, width: int) -> tuple[Tensor, MlpAdjoint]:
@@ -160,11 +159,12 @@ class Mlp:
         """
         hidden_dot = self.down.adjoint(y_bar_dot, state.gate.shape[-1])
         value, slope = self._slopes(state)
-        gate_bar = (hidden_dot * slope).addcmul_(bar.bend, tangent.gate)
         if tangent.up is None:
+            gate_bar = (hidden_dot * slope).addcmul_(bar.bend, tangent.gate)
             return self._pull(gate_bar, None, width)
-        gate_bar = gate_bar.addcmul_(bar.slope, tangent.up)
-        up_bar = hidden_dot.mul_(value).addcmul_(bar.slope, tangent.gate)
+        gate_bar, up_bar = gate_adjoint_tangent(
+            value, slope, bar.bend, bar.slope, tangent.gate, tangent.up, hidden_dot
+        )
         return self._pull(gate_bar, up_bar, width)
 
     def _pull(self, gate: Tensor, up: Tensor | None, width: int) -> Tensor:

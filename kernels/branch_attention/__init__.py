@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
-from heat_fast.kernels.branch_attention.reference import Masking, branch_attention
+from heat_fast.kernels.branch_attention.api import branch_attention
+from heat_fast.kernels.branch_attention.reference import Masking
 
 __all__ = ["Masking", "branch_attention"]
