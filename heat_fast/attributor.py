@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -19,6 +19,7 @@ from heat_fast import native
 from heat_fast._version import __version__
 from heat_fast.combine import Components, combine
 from heat_fast.config import HeatConfig
+from heat_fast.cost import curvature_work
 from heat_fast.curvature import Curvature, curvature, product_count
 from heat_fast.decoder import check_supported, view
 from heat_fast.decoder.norm import wide
@@ -34,7 +35,7 @@ from heat_fast.planner import (
     targets_at_once,
     token_budget,
 )
-from heat_fast.progress import Ledger, Progress
+from heat_fast.progress import Ledger, Progress, bars
 from heat_fast.prompt import (
     EncodedPrompt,
     check_length,
@@ -45,6 +46,7 @@ from heat_fast.prompt import (
 from heat_fast.result import Attribution
 from heat_fast.stopping import settled
 from heat_fast.trunk import Trunk, run_adjoint, run_trunk
+from heat_fast.work import Work
 
 
 def attribute(
@@ -54,7 +56,7 @@ def attribute(
     target: Any = None,
     variant: str = "full",
     *,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
     **overrides: Any,
 ) -> Attribution:
     """Score every prompt token by its contribution to the target tokens (paper Eq. 5).
@@ -65,7 +67,9 @@ def attribute(
     tokenizer, or None when `prompt` (and `target`) are ids. `prompt`: text, token ids, or chat
     messages. `target`: None (the model's own greedy next token), text (its tokens, appended
     without special tokens), a token id, or a list of ids. `variant` names a preset of `HeatConfig`;
-    `overrides` are its fields. `progress(component, done, total)` is called after every batch.
+    `overrides` are its fields. `progress=True` draws a bar per component with the time that
+    remains, on standard error if that is a terminal; a callable is called as
+    `progress(component, done, total)` after every batch, in FLOPs (`heat_fast.progress.Progress`).
 
     The result holds `[n_targets, N]` float32 arrays on the CPU. The same seed gives the same scores
     whatever the batch size. The model is left as it was found.
@@ -120,7 +124,7 @@ class Attributor:
         self.config = config if config is not None else HeatConfig()
 
     def attribute(
-        self, prompt: Any, target: Any = None, *, progress: Progress | None = None
+        self, prompt: Any, target: Any = None, *, progress: Progress | bool | None = None
     ) -> Attribution:
         """Attribute one prompt; see `heat_fast.attribute` for the arguments and the result."""
         model: Any = self.model
@@ -147,8 +151,9 @@ class Attributor:
                 torch.autocast(device.type, enabled=False),
                 _unchanged(self.model),
                 using(self.config.kernels, device) as ran,
+                _reporting(progress, self.config) as report,
             ):
-                return self._run(encoded, targets, embed, device, progress, ran)
+                return self._run(encoded, targets, embed, device, report, ran)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -173,14 +178,17 @@ class Attributor:
         with ledger.component("total", 1) as finish:
             embeddings = embed(torch.tensor(ids, device=device))
             vector = replacement(embed, config.masking, config.sentinel_token, embeddings)
-            with ledger.component("trunk", 1) as step:
-                trunk = run_trunk(view(self.model, len(ids)), embeddings, targets or (0,))
+            decoder = view(self.model, len(ids))
+            work = Work(decoder, len(encoded), len(targets or (0,)))
+            # The model's own forward, that the trunk is checked against, is as much again.
+            with ledger.component("trunk", 2 * work.trunk()) as step:
+                trunk = run_trunk(decoder, embeddings, targets or (0,), step)
                 _check_faithful(self.model, trunk)
-                step(1)
+                step(work.trunk())
             if targets is None:  # the trunk of a single target does not depend on it
                 trunk = replace(trunk, targets=(int(trunk.log_probs[0].argmax()),))
             budget = token_budget(trunk.bytes, trunk.length, device, config.token_budget)
-            with ledger.component("gate", len(trunk.states)) as step:
+            with ledger.component("gate", sum(work.gate(config.rollout))) as step:
                 gates = gate(trunk, config.rollout, step).cpu()
             kl, drop = self._information(trunk, vector, budget, ledger)
             parts, stderr = self._curvature(trunk, gates, kl, drop, budget, ledger)
@@ -210,7 +218,10 @@ class Attributor:
     def _information(
         self, trunk: Trunk, vector: Tensor, budget: Budget, ledger: Ledger
     ) -> tuple[Tensor, Tensor]:
-        with ledger.component("information", trunk.prompt_length) as step:
+        work = trunk.work
+        branches = sum(work.branch(start) for start in range(work.tokens))
+        logits = work.tokens * work.targets * work.logits
+        with ledger.component("information", branches + logits) as step:
             return information(trunk, vector, budget, ledger, step)
 
     def _curvature(
@@ -227,16 +238,17 @@ class Attributor:
         Targets are taken in groups whose adjoints fit into memory together.
         """
         config, count = self.config, trunk.prompt_length
-        products = product_count(config, count)
+        products = product_count(config, count) if config.curvature == "hessian" else 0
         if products:
             trunk = trunk.with_derivatives()
         found: list[Curvature] = []
         norms: list[Tensor] = []
-        total = len(trunk.targets) * max(1, products)
+        groups = list(slices(len(trunk.targets), targets_at_once(trunk.bytes)))
+        total = curvature_work(trunk.work, [part.stop - part.start for part in groups], config)
         with ledger.component("curvature", total) as step:
-            for group in slices(len(trunk.targets), targets_at_once(trunk.bytes)):
+            for group in groups:
                 targets = range(group.start, group.stop)
-                adjoints = [run_adjoint(trunk, target, products) for target in targets]
+                adjoints = [run_adjoint(trunk, target, products, step) for target in targets]
                 rows = [adjoint.gradient[:count] for adjoint in adjoints]
                 wide_rows = [row.to(wide(row.dtype)) for row in rows]
                 norms += [row.abs().sum(-1).cpu() for row in wide_rows]
@@ -245,8 +257,6 @@ class Attributor:
                 )
                 enough = partial(settled, others, config=config)
                 found.append(curvature(trunk, adjoints, config, budget, ledger, step, enough))
-                if not products:
-                    step(len(adjoints))
         errors = [part.stderr for part in found if part.stderr is not None]
         parts = Components(
             gates, torch.cat([part.values for part in found]), kl, drop, torch.stack(norms)
@@ -286,6 +296,22 @@ def _kernels(ran: Record) -> dict[str, Any]:
         "kernels": {name: sorted(names) for name, names in sorted(ran.items())},
         **{key: built[key] for key in ("instruction_set", "threads") if key in built},
     }
+
+
+def _reporting(
+    progress: Progress | bool | None, config: HeatConfig
+) -> AbstractContextManager[Progress | None]:
+    """The callback that was asked for: bars, the caller's own, or None."""
+    if progress is True:
+        return bars(bounded="auto" in (config.probes, config.codes))
+    if progress is None or progress is False:
+        return nullcontext()
+    if not callable(progress):
+        raise InputError(
+            f"progress is {type(progress).__name__}: expected True, or a callable that takes "
+            "(component, done, total). Pass one of them, or leave it out."
+        )
+    return nullcontext(progress)
 
 
 def _context_length(model: Any) -> int | None:

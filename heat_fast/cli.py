@@ -14,7 +14,7 @@ import re
 import stat
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, get_args
 
@@ -351,8 +351,7 @@ def _run(
         model, tokenizer = _load(model_name, place, dtype)
     from heat_fast.attributor import Attributor
 
-    with _progress(enabled=not quiet) as progress:
-        return Attributor(model, tokenizer, config).attribute(prompt, target, progress=progress)
+    return Attributor(model, tokenizer, config).attribute(prompt, target, progress=not quiet)
 
 
 def _device(name: str) -> Any:
@@ -460,34 +459,6 @@ def _sentence(text: str) -> str:
     """A text that another sentence can follow."""
     text = text.rstrip().rstrip(":,;")
     return text if text.endswith((".", "!", "?")) else f"{text}."
-
-
-@contextlib.contextmanager
-def _progress(*, enabled: bool) -> Iterator[Callable[[str, int, int], None] | None]:
-    """A progress callback that draws one bar per component on standard error, or None."""
-    if not enabled or not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
-        tasks: dict[str, Any] = {}
-
-        def update(component: str, done: int, total: int) -> None:
-            if component == "total":  # it ends only when everything has: no bar to watch
-                return
-            if component not in tasks:
-                tasks[component] = bars.add_task(component, total=total)
-            bars.update(tasks[component], completed=done, total=total)
-
-        yield update
 
 
 # --- after the work -------------------------------------------------------------------------------

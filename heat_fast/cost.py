@@ -1,39 +1,29 @@
 """What an attribution costs, before it is run: products, rows, FLOPs, bytes, seconds.
 
-FLOPs are the floor of the definition: every matrix product that the formulas ask for, causal pairs
-only, each once. With `P` weights per block, `H` query heads of size `D`, a sweep from position `i`
-of `M` has `M - i` rows, `A_i = sum_{j >= i} (j + 1)` causal pairs with all keys and
-`O_i = sum_{j >= i} (j - i + 1)` with its own:
-
-    forward (trunk, branch)     2 P (M - i) + 4 H D A_i
-    Hessian-vector product      4 P (M - i) + 2 H D (4 A_i + 8 O_i)
-
-(up: 2 + 2 attention products, down: 2 + 6; those with a key or value tangent touch own keys only).
-The last block makes queries, and with them the output and the feed-forward layer, for the target
-rows alone. Windows shorter than the context are counted as if they were the whole context.
+FLOPs are the floor of the definition (`heat_fast.work`). Where `probes` or `codes` is "auto" all of
+it is an upper bound: an attribution stops earlier.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from heat_fast.config import HeatConfig
-from heat_fast.curvature import product_count
+from heat_fast.curvature import FIRST_CODES, FIRST_PROBES, product_count
 from heat_fast.decoder import Decoder, view
-from heat_fast.decoder.attention import FusedProjection, SeparateProjection
-from heat_fast.decoder.block import Block
 from heat_fast.errors import InputError
-from heat_fast.planner import CPU_ROWS
+from heat_fast.planner import CPU_ROWS, slices, targets_at_once
+from heat_fast.work import Work
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """The cost of one attribution.
+    """The cost of one attribution; the most it can be where `probes` or `codes` is "auto".
 
     `hvp`, `branches`, `branch_tokens`: counts as in a result's metadata (branch tokens without the
     rows that batching adds); `flops`: per component; `trunk_bytes`, `peak_bytes`: what the trunk
@@ -54,90 +44,42 @@ class Estimate:
         return sum(self.flops.values())
 
 
-@dataclass(frozen=True)
-class _Shape:
-    """Sizes of one block: weights for every row, weights for query rows, heads."""
-
-    shared: int  # keys and values
-    queried: int  # queries, output projection, feed-forward layer
-    heads: int  # H * D
-    key_heads: int  # Hk * D
-    hidden: int  # f, both halves if gated
-
-
-def _shape(block: Block, width: int) -> _Shape:
-    projection = block.attention.projection
-    if isinstance(projection, SeparateProjection):
-        query = projection.query.out_features
-        keys = projection.key.out_features
-    else:
-        assert isinstance(projection, FusedProjection)
-        query = projection.heads * projection.head_dim
-        keys = projection.key_heads * projection.head_dim
-    gate = block.mlp.gate.out_features
-    hidden = gate + (0 if block.mlp.up is None else block.mlp.up.out_features)
-    inner = gate // 2 if block.mlp.fused else gate
-    return _Shape(2 * keys * width, (2 * query + hidden + inner) * width, query, keys, hidden)
-
-
-def _forward(shapes: list[_Shape], length: int, start: int, targets: int) -> int:
-    """FLOPs of a forward run of positions `start..length-1`."""
-    rows = length - start
-    pairs = _pairs(start, length)
-    total = 0
-    for index, shape in enumerate(shapes):
-        last = index == len(shapes) - 1
-        queries = targets if last else rows
-        seen = _pairs(length - targets, length) if last else pairs
-        total += 2 * (shape.shared * rows + shape.queried * queries) + 4 * shape.heads * seen
-    return total
-
-
-def _product(shapes: list[_Shape], stop: int, start: int) -> int:
-    """FLOPs of one Hessian-vector product of the target at position `stop - 1`, head apart."""
-    rows = stop - start
-    total = 0
-    for index, shape in enumerate(shapes):
-        last = index == len(shapes) - 1
-        queries = 1 if last else rows
-        seen = stop if last else _pairs(start, stop)
-        own = rows if last else rows * (rows + 1) // 2
-        total += 4 * (shape.shared * rows + shape.queried * queries)
-        total += 2 * shape.heads * (4 * seen + 8 * own)
-    return total
-
-
-def _pairs(start: int, stop: int) -> int:
-    """Causal pairs of queries `start..stop-1` with all keys up to themselves."""
-    return (stop * (stop + 1) - start * (start + 1)) // 2
-
-
 def flops(decoder: Decoder, tokens: int, targets: int, config: HeatConfig) -> dict[str, int]:
     """Floor FLOPs per component for `tokens` prompt and `targets` target tokens."""
-    width, vocabulary = decoder.hidden_size, decoder.head.projection.out_features
-    shapes = [_shape(block, width) for block in decoder.blocks]
-    length = tokens + targets - 1
-    row_logits = 2 * vocabulary * width
-    trunk = _forward(shapes, length, 0, targets) + targets * row_logits
-    information = sum(_forward(shapes, length, start, targets) for start in range(tokens))
-    information += tokens * targets * row_logits
-    gate = sum(
-        2 * shape.heads * width * length + 4 * shape.heads * _pairs(0, length) for shape in shapes
-    )
-    curvature = 2 * trunk * targets  # the primal adjoints
-    products = product_count(config, tokens)
-    if config.curvature == "gauss_newton":
-        curvature += products * targets * 2 * trunk
-    elif products:
-        per_start = config.estimator == "block"
-        starts = range(tokens) if per_start else [0]
-        each = products // tokens if per_start else products
-        for target in range(targets):
-            stop = tokens + target
-            curvature += each * sum(_product(shapes, stop, start) for start in starts)
-        head = min(2 * row_logits * products, row_logits * width * 2)
-        curvature += targets * head
-    return {"trunk": trunk, "gate": gate, "information": information, "curvature": curvature}
+    work = Work(decoder, tokens, targets)
+    branches = sum(work.branch(start) for start in range(tokens))
+    trunk_bytes = _row_bytes(work, decoder.embeddings_weight.element_size())[0] * work.length
+    groups = [len(range(targets)[part]) for part in slices(targets, targets_at_once(trunk_bytes))]
+    return {
+        "trunk": work.trunk(),
+        "gate": sum(work.gate(config.rollout)),
+        "information": branches + tokens * targets * work.logits,
+        "curvature": curvature_work(work, groups, config),
+    }
+
+
+def curvature_work(work: Work, groups: Sequence[int], config: HeatConfig) -> int:
+    """Most FLOPs of all targets' curvature, the primal adjoints included.
+
+    `groups`: how many targets share each tangent sweep.
+    """
+    products = product_count(config, work.tokens)
+    total = first = 0
+    for size in groups:
+        targets = range(first, first + size)
+        total += sum(sum(work.adjoint(target)) for target in targets)
+        total += size * work.head_gradient(products if config.curvature == "hessian" else 0)
+        if config.curvature == "gauss_newton":
+            for target in targets:
+                each = sum(work.adjoint(target)) + work.head_gradient(0)
+                total += products * each + work.block_norms(products)
+        elif products and config.estimator == "block":
+            each = sum(work.product(targets, products, s) for s in range(work.tokens))
+            total += products // work.tokens * each
+        elif products:
+            total += products * work.product(targets, products, 0)
+        first += size
+    return total
 
 
 def estimate(
@@ -152,7 +94,8 @@ def estimate(
 
     Counts and FLOPs follow from the shapes; nothing is run for them. With `calibrate`, `seconds`
     comes from timing the attribution of a short random prompt (at most 64 tokens) with the same
-    settings and scaling it by the ratio of FLOPs; a busy machine shows in it.
+    settings and scaling it by the ratio of FLOPs; a busy machine shows in it. With `probes="auto"`
+    or `codes="auto"` everything is an upper bound.
 
     Raises `InputError` for lengths below 1, `UnsupportedModelError` for an unknown model.
 
@@ -171,11 +114,11 @@ def estimate(
     length = n_tokens + n_targets - 1
     decoder = view(model, length)
     costs = flops(decoder, n_tokens, n_targets, config)
-    item = decoder.embeddings_weight.element_size()
+    work = Work(decoder, n_tokens, n_targets)
     rows = max(length, config.token_budget or CPU_ROWS)
-    trunk, sweep = _row_bytes(decoder, item)
+    trunk, sweep = _row_bytes(work, decoder.embeddings_weight.element_size())
     hessian = config.curvature == "hessian"
-    logits = 4 * max(1 << 23, n_targets * decoder.head.projection.out_features)
+    logits = 4 * max(1 << 23, n_targets * work.logits // (2 * work.width))
     seconds = None
     if calibrate:
         seconds = _calibrate(model, n_tokens, n_targets, config, sum(costs.values()))
@@ -190,15 +133,13 @@ def estimate(
     )
 
 
-def _row_bytes(decoder: Decoder, item: int) -> tuple[int, int]:
+def _row_bytes(work: Work, item: int) -> tuple[int, int]:
     """Bytes that one row keeps alive in the trunk and in a Hessian-vector product."""
-    width = decoder.hidden_size
     trunk = sweep = 0
-    for block in decoder.blocks:
-        shape = _shape(block, width)
-        heads = 2 * shape.heads + 2 * shape.key_heads
-        trunk += 4 * 2 * width + item * (heads + 2 * shape.hidden)
-        sweep += item * (2 * width + heads + shape.hidden)
+    for sizes in work.shapes:
+        heads = 2 * sizes.heads + 2 * sizes.key_heads
+        trunk += 4 * 2 * work.width + item * (heads + 2 * sizes.hidden)
+        sweep += item * (2 * work.width + heads + sizes.hidden)
     return trunk, sweep
 
 
@@ -211,9 +152,14 @@ def _calibrate(model: Any, tokens: int, targets: int, config: HeatConfig, wanted
     rows = int(model.get_input_embeddings().weight.shape[0])
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(rows, (short + few,), generator=generator).tolist()
-    attributor = Attributor(model, None, config)
+    # A known number of products: how many "auto" takes is not known.
+    known = config.replace(
+        probes=FIRST_PROBES if config.probes == "auto" else config.probes,
+        codes=FIRST_CODES if config.codes == "auto" else config.codes,
+    )
+    attributor = Attributor(model, None, known)
     attributor.attribute(ids[:8], ids[8:9])  # the first run pays for caches and threads
     begin = time.perf_counter()
     attributor.attribute(ids[:short], ids[short:])
     elapsed = time.perf_counter() - begin
-    return elapsed * wanted / sum(flops(view(model, short), short, few, config).values())
+    return elapsed * wanted / sum(flops(view(model, short + few - 1), short, few, known).values())

@@ -24,7 +24,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ from heat_fast.config import HeatConfig
 from heat_fast.decoder.norm import wide
 from heat_fast.kernels.rademacher import counter_words, rademacher, walsh
 from heat_fast.planner import Budget, run_batches
-from heat_fast.progress import Ledger, Step
+from heat_fast.progress import Ledger, Meter, Step
 from heat_fast.sweeps import hessian_rows, tangent_sweep
 from heat_fast.trunk import TargetAdjoint, Trunk, pull_logits, require_finite
 
@@ -45,6 +45,10 @@ _SKETCH_STREAM = 0x736B6574
 FIRST_PROBES = 8
 # codes="auto" measures the noise with so many, and never takes fewer.
 FIRST_CODES = 8
+# Beyond this share of the energy the noise has swallowed the signal and its level says little.
+_WORST_SHARE = 0.98
+# The most that codes="auto" takes: the power of two that this share asks for.
+MOST_CODES = 256
 
 #: Whether per-probe norms `[T, N, m]` settle the ranking; asked between rounds of probes.
 Settled = Callable[[Tensor], bool]
@@ -75,14 +79,14 @@ class Curvature:
 
 
 def product_count(config: HeatConfig, tokens: int) -> int:
-    """Most Hessian-vector (or vector-Jacobian) products per target, the unit of progress."""
+    """Most Hessian-vector (or vector-Jacobian) products per target."""
     if config.curvature in ("none", "grad_squared"):
         return 0
     probes = config.probes_max if config.probes == "auto" else config.probes
     if config.curvature == "gauss_newton" or config.estimator == "row":
         return probes
     if config.estimator == "coded":
-        codes = FIRST_CODES if config.codes == "auto" else config.codes
+        codes = MOST_CODES if config.codes == "auto" else config.codes
         return probes * min(codes, code_length(tokens))
     return probes * tokens
 
@@ -93,7 +97,7 @@ def curvature(
     config: HeatConfig,
     budget: Budget,
     ledger: Ledger,
-    step: Step,
+    step: Meter,
     settled: Settled,
 ) -> Curvature:
     """S `[len(adjoints), N]` of some targets, in at least float32.
@@ -111,10 +115,11 @@ def curvature(
         values = _gauss_newton(trunk, adjoints, config, step)
         # The probes share one sketch of J, whose error their spread does not show.
         return Curvature(values, None, values.new_zeros(*values.shape, 0))
-    products = _Products(trunk, adjoints, config.seed, budget, ledger, step)
+    expected = product_count(config, trunk.prompt_length)
+    products = _Products(trunk, adjoints, config.seed, budget, ledger, step, expected)
     estimator: _Estimator
     if config.estimator == "coded":
-        estimator = _Coded(products, config.codes)
+        estimator = _Coded(products, config)
     elif config.estimator == "row":
         estimator = _Row(products)
     else:
@@ -127,6 +132,7 @@ def curvature(
         estimator.add(done, done + more)
         done += more
         more = 0 if settled(estimator.samples()) else min(done, config.probes_max - done)
+    step.skip((config.probes_max - done) * estimator.work())
     return Curvature.of(estimator.samples())
 
 
@@ -140,7 +146,8 @@ class _Products:
         seed: int,
         budget: Budget,
         ledger: Ledger,
-        step: Step,
+        step: Meter,
+        expected: int,
     ) -> None:
         self.trunk = trunk
         self.adjoints = adjoints
@@ -153,6 +160,7 @@ class _Products:
         self.dtype = wide(trunk.embeddings.dtype)
         self._ledger = ledger
         self._step = step
+        self._expected = expected
         size = float(trunk.embeddings.to(self.dtype).square().mean().sqrt())
         self._scale = 2.0 ** round(math.log2(size)) if size > 0 else 1.0
 
@@ -186,10 +194,19 @@ class _Products:
         for adjoint in self.adjoints:
             hessian_rows(self.trunk, sweep, adjoint, inspect)
 
-    def done(self, products: int) -> None:
-        """Count products that are finished, for every target."""
+    def work(self, start: int) -> int:
+        """FLOPs of one product from `start` on, for every target."""
+        targets = [adjoint.target for adjoint in self.adjoints]
+        return self.trunk.work.product(targets, self._expected, start)
+
+    def done(self, products: int, work: int) -> None:
+        """Count products that are finished, for every target, and their work."""
         self._ledger.counts["hvp"] += products * len(self.adjoints)
-        self._step(products * len(self.adjoints))
+        self._step(work)
+
+    def skip(self, work: int) -> None:
+        """Take back work that was expected and is not needed."""
+        self._step.skip(work)
 
 
 class _Estimator(Protocol):
@@ -202,6 +219,10 @@ class _Estimator(Protocol):
         """Norms `[T, N, m]` of the probes taken so far."""
         ...
 
+    def work(self) -> int:
+        """FLOPs of one more probe."""
+        ...
+
 
 class _Block:
     """`| H_ii r |_1`: one product per token and probe, run from the probed token on."""
@@ -209,6 +230,7 @@ class _Block:
     def __init__(self, products: _Products) -> None:
         self.products = products
         self.rounds: list[Tensor] = []
+        self.each = [products.work(token) for token in range(products.tokens)]
 
     def add(self, first: int, stop: int) -> None:
         """Items are (token, probe) pairs in the order of tokens, so that suffixes batch well."""
@@ -229,10 +251,14 @@ class _Block:
             directions[batch, own] = signs
             found = [rows[batch, own].abs().sum(-1) for rows in products(directions, start)]
             norms[:, low:high] = torch.stack(found).cpu()
-            products.done(high - low)
+            products.done(high - low, sum(self.each[item] for item in token.tolist()))
 
         run_batches(total, products.budget, size, run)
         self.rounds.append(norms.view(-1, products.tokens, probes))
+
+    def work(self) -> int:
+        """FLOPs of one more probe."""
+        return sum(self.each)
 
     def samples(self) -> Tensor:
         """Norms `[T, N, m]`."""
@@ -259,13 +285,17 @@ class _Row:
             found = products(products.signs(samples, positions), 0)
             for index, rows in enumerate(found):
                 norms[index, :, low:high] = rows[:, : products.tokens].abs().sum(-1).t().cpu()
-            products.done(high - low)
+            products.done(high - low, (high - low) * self.work())
 
         def size(item: int) -> int:
             return products.budget.batch(products.length, stop - first - item)
 
         run_batches(stop - first, products.budget, size, run)
         self.rounds.append(norms)
+
+    def work(self) -> int:
+        """FLOPs of one more probe."""
+        return self.products.work(0)
 
     def samples(self) -> Tensor:
         """Norms `[T, N, m]`."""
@@ -303,17 +333,17 @@ class _Coded:
     K = N'. With 8 codes the level was 0.91 to 0.98 of the converged value on a 3M-parameter model.
 
     `codes="auto"`: the first probe measures the ratio `R` of off-diagonal to diagonal energy with
-    8 codes (`var_k = R` times the signal); K is then the power of two from 8 on with `R / K <= 2`.
+    8 codes (`var_k = R` times the signal); K is then the power of two from 8 on with `R / K <= 2`,
+    at most 256.
     """
 
-    # Beyond this the noise has swallowed the signal and the level says little.
-    _WORST_SHARE = 0.98
-
-    def __init__(self, products: _Products, codes: int | Literal["auto"]) -> None:
+    def __init__(self, products: _Products, config: HeatConfig) -> None:
         self.products = products
         self.order = code_length(products.tokens)
-        self.automatic = codes == "auto"
-        self.codes = min(FIRST_CODES if codes == "auto" else int(codes), self.order)
+        self.probes = config.probes_max if config.probes == "auto" else config.probes
+        self.automatic = config.codes == "auto"
+        codes = FIRST_CODES if config.codes == "auto" else config.codes
+        self.codes = min(codes, self.order)
         self.norms: list[Tensor] = []
         shape = (len(products.adjoints), products.tokens)
         self.noise = torch.zeros(shape, dtype=products.dtype)
@@ -325,6 +355,8 @@ class _Coded:
             total, squares = self._decode(probe, 0, self.codes)
             if self.automatic and probe == 0:
                 before, self.codes = self.codes, self._choose(total, squares)
+                spared = min(MOST_CODES, self.order) - self.codes
+                self.products.skip(self.probes * spared * self.products.work(0))
                 if self.codes > before:
                     more = self._decode(probe, before, self.codes)
                     total, squares = total + more[0], squares + more[1]
@@ -357,13 +389,17 @@ class _Coded:
             # Nothing is added before everything is there: a batch that fails is run again.
             total.add_(sums.to(total.device))
             squares.add_(of_squares.to(squares.device))
-            products.done(stop - first)
+            products.done(stop - first, (stop - first) * products.work(0))
 
         def size(item: int) -> int:
             return products.budget.batch(products.length, high - low - item)
 
         run_batches(high - low, products.budget, size, run)
         return total, squares
+
+    def work(self) -> int:
+        """FLOPs of one more probe."""
+        return self.codes * self.products.work(0)
 
     def _moments(self, total: Tensor, squares: Tensor) -> tuple[Tensor, Tensor]:
         """`z-` and its variance v, `[T, N, d]`."""
@@ -377,7 +413,7 @@ class _Coded:
         mean, noise = self._moments(total, squares)
         noise_energy, energy = noise.sum(-1), mean.square().sum(-1)
         share = float((noise_energy / energy.clamp_min(1e-30)).median())
-        share = min(share, self._WORST_SHARE)
+        share = min(share, _WORST_SHARE)
         ratio = self.codes * share / (1 - share)
         codes = FIRST_CODES
         while codes < self.order and ratio / codes > 2:
@@ -387,7 +423,7 @@ class _Coded:
     def samples(self) -> Tensor:
         """Norms `[T, N, m]`, with the noise's inflation taken out."""
         share = torch.where(self.energy > 0, self.noise / self.energy, 0.0)
-        level = share.median(dim=-1, keepdim=True).values.clamp(0, self._WORST_SHARE)
+        level = share.median(dim=-1, keepdim=True).values.clamp(0, _WORST_SHARE)
         return torch.stack(self.norms, dim=-1) * (1 - level).sqrt()[..., None]
 
 
@@ -419,9 +455,8 @@ def _gauss_newton(
                 p.dtype,
             )
             u = root * sign - p * (root @ sign)
-            pulled = pull_logits(trunk, adjoint.target, u[None])
+            pulled = pull_logits(trunk, adjoint.target, u[None], step)
             factors[sample] = pulled[:tokens].to(dtype).cpu()
-            step(1)
         for token in range(tokens):
             signs = rademacher(
                 config.seed,
@@ -432,4 +467,5 @@ def _gauss_newton(
             )
             rows = factors[:, token]
             result[index, token] = (signs @ rows.t() @ rows / probes).abs().sum(-1).mean()
+        step(trunk.work.block_norms(probes))
     return result

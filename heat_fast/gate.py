@@ -12,7 +12,8 @@ Two readings of `Phi`, for target position p:
 
     Phi[l,h,i] = (e_p' A^_l ... A^_1)_i,               A^ = (I + A[l,h]) / 2
 
-Both are row-vector products taken from the top block down; no `T x T` map is kept.
+Both are row-vector products taken from the top block down; no `T x T` map is kept. The first keeps
+one row per target, the second one per target, block and head, for a few heads at a time.
 """
 
 from __future__ import annotations
@@ -23,8 +24,13 @@ from torch import Tensor
 from heat_fast.decoder.norm import wide
 from heat_fast.errors import NumericalError
 from heat_fast.kernels.value_norm_rollout import attention_flow, value_output_norms
+from heat_fast.planner import slices
 from heat_fast.progress import Step
 from heat_fast.trunk import Trunk
+
+# The rows of `input_path`, one for each head, block and target, that are kept at once: 64 MB.
+ROLLOUT_ELEMENTS = 1 << 24
+_ALL = slice(None)
 
 
 def gate(trunk: Trunk, rollout: str, step: Step) -> Tensor:
@@ -50,33 +56,36 @@ def _targets(trunk: Trunk, dtype: torch.dtype) -> Tensor:
     return torch.eye(trunk.length, dtype=dtype, device=trunk.embeddings.device)[first:]
 
 
-def _norms(trunk: Trunk, layer: int, dtype: torch.dtype) -> Tensor:
-    """`| V[h,i] W_O^h |_1`, `[Hk, G, M]`."""
+def _norms(trunk: Trunk, layer: int, dtype: torch.dtype, heads: slice = _ALL) -> Tensor:
+    """`| V[h,i] W_O^h |_1`, `[Hk, G, M]`, of some key-value heads."""
     state = trunk.states[layer].attention
-    heads, group, _, width = state.query.shape
+    count, group, _, width = state.query.shape
     output = trunk.decoder.blocks[layer].attention.output
-    weight = output.matrix(heads * group * width, state.value)
-    return value_output_norms(state.value, weight, dtype)
+    weight = output.matrix(count * group * width, state.value).unflatten(1, (count, -1))
+    return value_output_norms(state.value[heads], weight[:, heads].flatten(1), dtype)
 
 
-def _flow(trunk: Trunk, layer: int, rho: Tensor) -> Tensor:
+def _flow(trunk: Trunk, layer: int, rho: Tensor, heads: slice = _ALL) -> Tensor:
     """`rho A[l,h]`, `[Hk, G, R, M]`, for weights over all positions `[.., R, M]`."""
     state = trunk.states[layer].attention
     masking = trunk.decoder.blocks[layer].attention.masking
     rho = rho[..., state.first_query :].to(state.query.device)
-    return attention_flow(state.query, state.key, state.normaliser, rho, masking)
+    return attention_flow(
+        state.query[heads], state.key[heads], state.normaliser[heads], rho, masking
+    )
 
 
 def _value_path(trunk: Trunk, step: Step) -> Tensor:
     dtype = wide(trunk.embeddings.dtype)
     rho = _targets(trunk, dtype)
     total = torch.zeros_like(rho)
-    for layer in reversed(range(len(trunk.states))):
+    layers = reversed(range(len(trunk.states)))
+    for layer, work in zip(layers, trunk.work.gate("value_path"), strict=True):
         flow = _flow(trunk, layer, rho)
         norms = _norms(trunk, layer, dtype)
         total += (flow * norms[:, :, None]).sum((0, 1)).to(total.device)
         rho = (rho + flow.mean((0, 1)).to(rho.device)) / 2
-        step(1)
+        step(work)
     return total
 
 
@@ -85,15 +94,21 @@ def _input_path(trunk: Trunk, step: Step) -> Tensor:
     start = _targets(trunk, dtype)
     count = len(trunk.states)
     heads, group = trunk.states[0].attention.query.shape[:2]
-    # Rows of a block's rollout are appended when the walk down reaches it, so that one pass serves
-    # all blocks: [Hk, G, (blocks so far) * n, M].
-    rho = start.new_zeros(heads, group, 0, trunk.length)
-    norms = []
-    for layer in reversed(range(count)):
-        rho = torch.cat((rho, start.expand(heads, group, -1, -1)), dim=2)
-        rho = (rho + _flow(trunk, layer, rho).to(rho.device)) / 2
-        norms.append(_norms(trunk, layer, dtype).to(rho.device))
-        step(1)
-    rows = rho.unflatten(2, (count, -1))
-    weights = torch.stack(norms, dim=2)
-    return torch.einsum("hglni,hgli->ni", rows, weights)
+    # Every head's rollout is its own, so heads are taken a few at a time.
+    few = max(1, ROLLOUT_ELEMENTS // (group * count * start.numel()))
+    work = [each // heads for each in trunk.work.gate("input_path")]
+    total = torch.zeros_like(start)
+    for part in slices(heads, few):
+        size = part.stop - part.start
+        # Rows of a block's rollout are appended when the walk down reaches it, so that one pass
+        # serves all blocks: [heads, G, (blocks so far) * n, M].
+        rho = start.new_zeros(size, group, 0, trunk.length)
+        norms = []
+        for visited, layer in enumerate(reversed(range(count))):
+            rho = torch.cat((rho, start.expand(size, group, -1, -1)), dim=2)
+            rho = (rho + _flow(trunk, layer, rho, part).to(rho.device)) / 2
+            norms.append(_norms(trunk, layer, dtype, part).to(rho.device))
+            step(size * work[visited])
+        rows = rho.unflatten(2, (count, -1))
+        total += torch.einsum("hglni,hgli->ni", rows, torch.stack(norms, dim=2))
+    return total

@@ -65,12 +65,12 @@ def information(
         last[first:stop] = _run_branches(trunk, vector, first, stop)
         ledger.counts["branches"] += stop - first
         ledger.counts["branch_tokens"] += (stop - first) * (trunk.length - first)
-        step(stop - first)
+        step(sum(trunk.work.branch(start) for start in range(first, stop)))
 
     run_batches(count, budget, size, run)
     # The logits of all branches together: the vocabulary's weights are read a few times, not once
     # for every batch.
-    divergence, drop = _divergences(trunk, last)
+    divergence, drop = _divergences(trunk, last, step)
     finite = torch.isfinite(divergence).all(-1)
     if not bool(finite.all()):
         token = int((~finite).nonzero()[0])
@@ -96,7 +96,7 @@ def _run_branches(
     return x
 
 
-def _divergences(trunk: Trunk, last: Tensor) -> tuple[Tensor, Tensor]:
+def _divergences(trunk: Trunk, last: Tensor, step: Step) -> tuple[Tensor, Tensor]:
     """KL and drop `[B, n]` from the last residual rows, a few branches' logits at a time."""
     targets, vocabulary = trunk.log_probs.shape
     ids = torch.tensor(trunk.targets, device=trunk.log_probs.device)
@@ -120,6 +120,7 @@ def _divergences(trunk: Trunk, last: Tensor) -> tuple[Tensor, Tensor]:
         else:
             kl, lost = masked_kl(trunk.log_probs, head.logits(rows), ids)
         divergence[first:stop], drop[first:stop] = kl, lost
+        step((stop - first) * targets * trunk.work.logits)
 
     run_batches(len(last), budget, lambda first: budget.batch(1, len(last) - first), run)
     return divergence, drop

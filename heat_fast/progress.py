@@ -1,18 +1,67 @@
-"""Progress of a long run, reported to whoever asked, and the time and work each component took."""
+"""Progress of a long run: what is told to whoever asked, the bars that show it, and the accounts.
+
+The unit is a floating-point operation of the definition (`heat_fast.work`), so that `done / total`
+is a share of a component's time: the cost of a token falls with its position in the prompt, and
+counting tokens would promise half the speed at first and twice at last.
+"""
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    ProgressColumn,
+    Task,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
+from rich.progress import Progress as RichProgress
+from rich.text import Text
 
-#: `(component, done, total)`: called after every batch with the units of work done so far.
+#: `(component, done, total)`, called when a component begins (`done` is 0) and after every batch.
+#:
+#: Components are "trunk", "gate", "information" and "curvature", in FLOPs of the definition, and
+#: "total", which goes from 0 to 1 when everything is done. `done` never falls and ends at `total`.
+#: With `probes="auto"` or `codes="auto"` the curvature's total is an upper bound, which falls to
+#: the work that is needed as soon as that is known; otherwise `total` does not change.
 Progress = Callable[[str, int, int], None]
 
-#: Called by a component with the number of units it has just finished.
+#: Called by a component with the work that it has just finished.
 Step = Callable[[int], None]
+
+
+class Meter:
+    """Work done of the work expected of one component; every change is passed on."""
+
+    def __init__(self, name: str, total: int, progress: Progress | None) -> None:
+        self.done = 0
+        self.total = total
+        self._name = name
+        self._progress = progress
+        self._tell()
+
+    def __call__(self, work: int) -> None:
+        """Count work that is finished."""
+        self.done += work
+        self._tell()
+
+    def skip(self, work: int) -> None:
+        """Take back work that turned out not to be needed."""
+        if work:
+            self.total -= work
+            self._tell()
+
+    def _tell(self) -> None:
+        if self._progress is not None:
+            self._progress(self._name, self.done, self.total)
 
 
 class Ledger:
@@ -25,22 +74,79 @@ class Ledger:
         self._device = device
 
     @contextmanager
-    def component(self, name: str, total: int) -> Iterator[Step]:
-        """Time a component of `total` units; the value is called with each number of units done."""
-        done = 0
-
-        def step(units: int) -> None:
-            nonlocal done
-            done += units
-            if self._progress is not None:
-                self._progress(name, done, total)
-
+    def component(self, name: str, total: int) -> Iterator[Meter]:
+        """Time a component that expects `total` work; the value is called with what is done."""
         begin = time.perf_counter()
-        if self._progress is not None:
-            self._progress(name, 0, total)
-        yield step
-        if self._progress is not None and done < total:  # it took less than it might have
-            self._progress(name, total, total)
+        meter = Meter(name, total, self._progress)
+        yield meter
+        meter.skip(meter.total - meter.done)
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin
+
+
+@contextmanager
+def bars(*, bounded: bool = False, console: Console | None = None) -> Iterator[Progress | None]:
+    """A callback that draws one bar per component, or None where there is nothing to draw on.
+
+    Each bar has the component's name, the share of its work that is done, the time it has taken
+    and the time that remains. `bounded`: the curvature's total is an upper bound, and so is the
+    time that remains. Drawn on standard error if that is a terminal or a notebook, unless a
+    `console` is given, and removed at the end.
+
+    Example:
+        >>> import heat_fast
+        >>> from heat_fast.progress import bars
+        >>> demo = heat_fast.load_demo_model()
+        >>> with bars() as progress:
+        ...     result = heat_fast.attribute(demo.model, None, [5, 6], 7, progress=progress)
+    """
+    if console is None:
+        console = Console(stderr=True)
+        if not (console.is_jupyter or (sys.stderr is not None and sys.stderr.isatty())):
+            yield None
+            return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+        _Remaining(),
+    )
+    with RichProgress(*columns, console=console, transient=True, refresh_per_second=4) as drawn:
+        tasks: dict[str, Any] = {}
+
+        def update(component: str, done: int, total: int) -> None:
+            if component == "total":  # it ends only when everything has: no bar to watch
+                return
+            if component not in tasks:
+                most = bounded and component == "curvature"
+                tasks[component] = drawn.add_task(component, total=total, since=None, most=most)
+            since = drawn.tasks[tasks[component]].elapsed
+            drawn.update(tasks[component], completed=done, total=total, since=since)
+
+        yield update
+
+
+class _Remaining(ProgressColumn):
+    """The time that remains if the rest of the work goes at the speed of what is done.
+
+    rich's own column takes the speed of the last 30 seconds: it knows nothing while a batch takes
+    longer than that, and stands still in between.
+    """
+
+    max_refresh = 0.5
+
+    def render(self, task: Task) -> Text:
+        """`(elapsed at the last batch) / done * total - elapsed`."""
+        since, elapsed = task.fields["since"], task.elapsed
+        if task.finished:
+            return Text("")
+        if not task.completed or not task.total or since is None or elapsed is None:
+            return Text("-:--:-- left", style="progress.remaining")
+        seconds = round(max(0.0, since / task.completed * task.total - elapsed))
+        bound = "at most " if task.fields["most"] else ""
+        minutes, seconds = divmod(seconds, 60)
+        hours, minutes = divmod(minutes, 60)
+        text = f"{bound}{hours}:{minutes:02}:{seconds:02} left"
+        return Text(text, style="progress.remaining")

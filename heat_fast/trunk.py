@@ -11,6 +11,7 @@ Positions `0..M-1` are the `N` prompt tokens and the first `n - 1` of the `n` ta
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -20,6 +21,8 @@ from heat_fast.decoder.block import BlockAdjoint, BlockState
 from heat_fast.decoder.head import HeadAdjoint
 from heat_fast.decoder.norm import wide
 from heat_fast.errors import NumericalError
+from heat_fast.progress import Step
+from heat_fast.work import Work
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,11 @@ class Trunk:
     def bytes(self) -> int:
         """What the kept values occupy."""
         return sum(state.bytes for state in self.states)
+
+    @cached_property
+    def work(self) -> Work:
+        """FLOPs of the pieces of this attribution."""
+        return Work(self.decoder, self.prompt_length, len(self.targets))
 
     def with_derivatives(self) -> Trunk:
         """The trunk with the activations' derivatives kept, for many probes to share."""
@@ -90,7 +98,9 @@ class TargetAdjoint:
     blocks: tuple[BlockAdjoint, ...]
 
 
-def run_trunk(decoder: Decoder, embeddings: Tensor, targets: tuple[int, ...]) -> Trunk:
+def run_trunk(
+    decoder: Decoder, embeddings: Tensor, targets: tuple[int, ...], step: Step | None = None
+) -> Trunk:
     """Run the context `embeddings [M, d]` once and keep what the components need.
 
     Raises `NumericalError` naming the block where a non-finite value first appears.
@@ -103,38 +113,48 @@ def run_trunk(decoder: Decoder, embeddings: Tensor, targets: tuple[int, ...]) ->
         x, state = block.forward(x, trunk.rows(layer, 0))
         require_finite(x, f"block {layer} of the unmodified context")
         states.append(state)
+        if step is not None:
+            step(trunk.work.block(layer))
     logits = decoder.head.logits(x[0])
     require_finite(logits, "the logits of the unmodified context")
+    if step is not None:
+        step(len(targets) * trunk.work.logits)
     normaliser = torch.logsumexp(logits, dim=-1)
     log_probs = torch.log_softmax(logits, dim=-1)
     return Trunk(decoder, embeddings, tuple(states), x[0], log_probs, normaliser, targets)
 
 
-def run_adjoint(trunk: Trunk, target: int, probes: int = 0) -> TargetAdjoint:
+def run_adjoint(trunk: Trunk, target: int, probes: int, step: Step) -> TargetAdjoint:
     """The gradient of one target's log-probability, with all that `probes` sweeps need of it."""
     row = trunk.last[target : target + 1]
     x_bar, head = trunk.decoder.head.gradient(row, trunk.targets[target], probes)
-    gradient, blocks = _pull(trunk, target, x_bar)
+    step(trunk.work.head_gradient(probes))
+    gradient, blocks = _pull(trunk, target, x_bar, step)
     return TargetAdjoint(target, gradient.to(wide(gradient.dtype)) / head.scale, head, blocks)
 
 
-def pull_logits(trunk: Trunk, target: int, logits_bar: Tensor) -> Tensor:
+def pull_logits(trunk: Trunk, target: int, logits_bar: Tensor, step: Step) -> Tensor:
     """Vector-Jacobian product of a target row's logits `[1, V]` with X, `[p + 1, d]`.
 
     Scaled to about 1 on the way through the blocks, as the adjoint of g is.
     """
     x_bar = trunk.decoder.head.adjoint(trunk.last[target : target + 1], logits_bar)
-    return _pull(trunk, target, x_bar)[0]
+    step(trunk.work.head_gradient(0))
+    return _pull(trunk, target, x_bar, step)[0]
 
 
-def _pull(trunk: Trunk, target: int, x_bar: Tensor) -> tuple[Tensor, tuple[BlockAdjoint, ...]]:
+def _pull(
+    trunk: Trunk, target: int, x_bar: Tensor, step: Step
+) -> tuple[Tensor, tuple[BlockAdjoint, ...]]:
     """From the adjoint of a target's last residual row down to the embeddings."""
     adjoints = []
-    for layer in reversed(range(len(trunk.states))):
+    layers = reversed(range(len(trunk.states)))
+    for layer, work in zip(layers, trunk.work.adjoint(target), strict=True):
         rows = trunk.target_rows(layer, 0, target)
         x_bar, adjoint = trunk.decoder.blocks[layer].adjoint(trunk.states[layer], x_bar, rows)
         require_finite(x_bar, f"the gradient at block {layer}")
         adjoints.append(adjoint)
+        step(work)
     return x_bar, tuple(reversed(adjoints))
 
 

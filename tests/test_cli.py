@@ -203,7 +203,7 @@ def test_options_reach_the_engine(run: Run, engine: Callable[[Any], Recorder]) -
         aggregate="max",
     )
     assert (call["prompt"], call["target"]) == (PROMPT, " blue")
-    assert call["progress"] is None  # standard error is not a terminal here
+    assert call["progress"] is True
     assert call["model"].dtype == torch.float64
     assert not call["model"].training
 
@@ -582,6 +582,7 @@ def test_progress_goes_to_a_terminal_on_standard_error_only(
     assert process.returncode == 0, shown
     assert json.loads(output)["prompt_text"] == PROMPT
     assert b"curvature" in shown and b"information" in shown
+    assert b"100%" in shown and b"left" in shown
 
 
 def test_a_terminal_that_speaks_ascii(repository: Path, model_folder: str) -> None:

@@ -121,6 +121,8 @@ def snapshot(model: Any) -> dict[str, Any]:
         "grad_mode": torch.is_grad_enabled(),
         "default_dtype": torch.get_default_dtype(),
         "threads": torch.get_num_threads(),
+        "inference": torch.is_inference_mode_enabled(),
+        "autocast": torch.is_autocast_enabled("cpu"),
     }
 
 
@@ -238,13 +240,13 @@ def test_running_out_of_memory_halves_and_goes_on(
     tried = limit_batch(monkeypatch, kernel, 3, failure)
     calls: list[tuple[str, int, int]] = []
     actual = measure(model, ids, [4, 6], progress=lambda *call: calls.append(call), **settings)
+    check_progress(calls)
     same(kernel, expected, actual, ROUNDING)
     assert max(tried) > 3, "the limit was never met"
     retries = actual.result.metadata["out_of_memory_retries"]
     assert retries >= 1
     assert actual.result.metadata["token_budget"] == 96 >> retries
     check_counts(actual, expected)
-    check_progress(calls, {"information": LENGTH, "curvature": 2 * LENGTH * PROBES})
 
 
 @pytest.mark.parametrize("estimator", ["coded", "row"])
@@ -278,18 +280,17 @@ def test_other_runtime_errors_are_not_swallowed(monkeypatch: pytest.MonkeyPatch)
     assert len(tried) == 1
 
 
-# --- progress and interruption ------------------------------------------------------------------
+# --- counts, progress and interruption ----------------------------------------------------------
 
 
-def check_progress(calls: list[tuple[str, int, int]], totals: dict[str, int]) -> None:
-    """Each component counts up from 0 to exactly its total, and is never ahead of itself."""
-    for component, total in totals.items():
+def check_progress(calls: list[tuple[str, int, int]]) -> None:
+    """Each component rises from 0 to exactly the total it began with, and never stands still."""
+    for component in {name for name, _, _ in calls}:
         steps = [(done, of) for name, done, of in calls if name == component]
-        assert steps[0] == (0, total), component
-        assert steps[-1] == (total, total), component
         done = [step for step, _ in steps]
+        assert done[0] == 0 and done[-1] == steps[0][1], component
         assert done == sorted(set(done)), component
-        assert {of for _, of in steps} == {total}, component
+        assert len({of for _, of in steps}) == 1, component
 
 
 PRODUCTS: dict[str, tuple[dict[str, Any], int]] = {
@@ -305,8 +306,7 @@ PRODUCTS: dict[str, tuple[dict[str, Any], int]] = {
 
 @pytest.mark.parametrize("targets", [1, 3])
 @pytest.mark.parametrize(("settings", "products"), PRODUCTS.values(), ids=PRODUCTS)
-def test_progress_and_counts(settings: dict[str, Any], products: int, targets: int) -> None:
-    calls: list[tuple[str, int, int]] = []
+def test_counts(settings: dict[str, Any], products: int, targets: int) -> None:
     result = heat_fast.attribute(
         families.build("llama"),
         None,
@@ -314,17 +314,11 @@ def test_progress_and_counts(settings: dict[str, Any], products: int, targets: i
         [4, 6, 8][:targets],
         probes=PROBES,
         token_budget=40,
-        progress=lambda *call: calls.append(call),
         **settings,
     )
-    totals = {"total": 1, "trunk": 1, "gate": 3, "information": LENGTH}
-    check_progress(calls, totals | {"curvature": targets * max(1, products)})
-    assert {name for name, _, _ in calls} == {*totals, "curvature"}
-
     counts = result.metadata["counts"]
     assert counts["hvp"] == (products * targets if "curvature" not in settings else 0)
     assert counts["branches"] == LENGTH
-    assert set(result.metadata["seconds"]) == {*totals, "curvature"}
 
 
 def test_branch_tokens_are_the_rows_that_were_run() -> None:
@@ -341,21 +335,53 @@ def test_branch_tokens_are_the_rows_that_were_run() -> None:
 
 
 @pytest.mark.parametrize("component", ["trunk", "gate", "information", "curvature", "total"])
-def test_interruption_leaves_the_model_usable(component: str) -> None:
-    model, ids = lived_in("llama"), ids_of()
-    expected = measure(model, ids, 4, probes=PROBES)
+@pytest.mark.parametrize("name", ["llama", "gpt2", "phi3_longrope_long"])
+def test_interruption_leaves_the_model_usable(name: str, component: str) -> None:
+    """At the component's start, in its middle and at its end."""
+    model, ids = lived_in(name, "sdpa"), ids_of(name)
+    calls: list[str] = []
+    expected = measure(
+        model, ids, 4, probes=1, token_budget=30, progress=lambda part, *_: calls.append(part)
+    )
+    before = snapshot(model)
+    count = calls.count(component)
+    for moment in {1, (count + 1) // 2, count}:
+        left = moment
+
+        def interrupt(part: str, done: int, total: int) -> None:
+            nonlocal left
+            left -= part == component
+            if left == 0:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            heat_fast.attribute(model, None, ids, 4, probes=1, token_budget=30, progress=interrupt)
+        check_untouched(before, snapshot(model))
+    again = measure(model, ids, 4, probes=1, token_budget=30)
+    for part, values in expected.parts.items():
+        assert torch.equal(values, again[part]), part
+
+
+@pytest.mark.parametrize("settings", ESTIMATORS.values(), ids=ESTIMATORS)
+def test_interruption_of_every_estimator(settings: dict[str, Any]) -> None:
+    """After the first products, with several targets; attributes of torch are left alone too."""
+    model, ids = lived_in("gemma2"), ids_of("gemma2")
     before = snapshot(model)
 
-    def interrupt(name: str, done: int, _: int) -> None:
-        if name == component and done > 0:
+    def interrupt(part: str, done: int, total: int) -> None:
+        if part == "curvature" and 2 * done > total:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        heat_fast.attribute(model, None, ids, 4, probes=PROBES, progress=interrupt)
+        heat_fast.attribute(
+            model,
+            None,
+            ids,
+            [4, 6],
+            progress=interrupt,
+            **({"probes": PROBES, "token_budget": 20} | settings),
+        )
     check_untouched(before, snapshot(model))
-    again = measure(model, ids, 4, probes=PROBES)
-    for part, values in expected.parts.items():
-        assert torch.equal(values, again[part]), part
 
 
 # --- short dtypes -------------------------------------------------------------------------------

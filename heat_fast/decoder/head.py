@@ -117,8 +117,7 @@ class Head:
         normed = self.projection.adjoint(logits_bar.to(x.dtype), width)
         x_bar, bar = self.norm.adjoint(state, normed)
         result = HeadAdjoint(target, scale, state, bar, probabilities, slope, bend, None)
-        # Two products with [V, d] for each probe, against d of them once.
-        if 2 * probes > width:
+        if shares_curvature(probes, width):
             unit = torch.eye(width, dtype=x.dtype, device=x.device)
             parts = [self._curve(result, unit[part]) for part in _unit_rows(width)]
             result = replace(result, curvature=torch.cat(parts))
@@ -148,6 +147,14 @@ class Head:
         else:
             curved = normed_dot @ bar.curvature
         return self.norm.adjoint_tangent(bar.state, x_dot, bar.bar, curved)
+
+
+def shares_curvature(probes: int, width: int) -> bool:
+    """Whether the head's Hessian is formed once, by d products with `[V, d]`, for all probes.
+
+    Each probe takes two of them otherwise; those of the Hessian are batched better.
+    """
+    return 2 * probes > width
 
 
 def _unit_rows(width: int) -> list[slice]:

@@ -7,8 +7,6 @@ derivative: `tangent` and `adjoint` are all that the second-order sweeps need of
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -47,13 +45,20 @@ class Linear:
         self._differentiable = True
         self._matrix: Tensor | None = None
 
-    @property
-    def out_features(self) -> int:
-        """Width of the output."""
+    def out_features(self, in_features: int) -> int:
+        """Width of the output; a layer that does not say is asked by one row of zeros."""
         if self.weight is not None:
             return int(self.weight.shape[0])
-        module: Any = self.module
-        return int(module.out_features if hasattr(module, "out_features") else module.nf)
+        for name in ("out_features", "nf"):
+            width = getattr(self.module, name, None)
+            if isinstance(width, int):
+                return width
+        like = next((p for p in self.module.parameters() if p.is_floating_point()), torch.empty(0))
+        row = torch.zeros(1, in_features, dtype=like.dtype, device=like.device)
+        devices = [like.device] if like.is_cuda else []
+        # A layer in training may draw random numbers, whose state is the user's.
+        with torch.no_grad(), torch.random.fork_rng(devices):
+            return int(self.module(row).shape[-1])
 
     def forward(self, x: Tensor) -> Tensor:
         """`y = x W' + b`, by the module itself."""

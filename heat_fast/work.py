@@ -1,0 +1,169 @@
+"""Floating-point operations of every piece of an attribution: the unit of progress and of cost.
+
+They are the floor of the definition: every matrix product that the formulas ask for, causal pairs
+only, each once. With `P` weights per block, `H` query heads of size `D`, a run from position `i` of
+`M` has `M - i` rows, `A_i = sum_{j >= i} (j + 1)` causal pairs with all keys and
+`O_i = sum_{j >= i} (j - i + 1)` with its own:
+
+    forward (trunk, branch)     2 P (M - i) + 4 H D A_i
+    tangent, going up           2 P (M - i) + 2 H D (2 A_i + 2 O_i)
+    its adjoint, going down     2 P (M - i) + 2 H D (2 A_i + 6 O_i)
+    primal adjoint              2 P M + 10 H D A_0
+    flow of the gate            2 H A_0 (D + rows)
+
+(a product with a key or value tangent touches own keys only; the primal adjoint and the gate make
+the scores anew). The last block makes queries, and with them the output and the feed-forward layer,
+for the target rows alone. Windows shorter than the context are counted as if they were the whole
+context. Element-wise work is left out: it grows with the same rows and pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
+
+from heat_fast.decoder import Decoder
+from heat_fast.decoder.attention import FusedProjection, SeparateProjection
+from heat_fast.decoder.block import Block
+from heat_fast.decoder.head import shares_curvature
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of one block, or the sums of several; all that is counted is linear in them."""
+
+    shared: int  # weights met by every row: keys and values
+    queried: int  # weights met by query rows: queries, output projection, feed-forward layer
+    count: int  # H
+    heads: int  # H * D
+    key_heads: int  # Hk * D
+    hidden: int  # f, both halves if gated
+
+
+def shape(block: Block, width: int) -> Shape:
+    """The sizes of a block of a model of width d."""
+    projection = block.attention.projection
+    if isinstance(projection, SeparateProjection):
+        query = projection.query.out_features(width)
+        keys = projection.key.out_features(width)
+    else:
+        assert isinstance(projection, FusedProjection)
+        query = projection.heads * projection.head_dim
+        keys = projection.key_heads * projection.head_dim
+    gate = block.mlp.gate.out_features(width)
+    hidden = gate + (0 if block.mlp.up is None else block.mlp.up.out_features(width))
+    inner = gate // 2 if block.mlp.fused else gate
+    return Shape(
+        shared=2 * keys * width,
+        queried=(2 * query + hidden + inner) * width,
+        count=query // projection.head_dim,
+        heads=query,
+        key_heads=keys,
+        hidden=hidden,
+    )
+
+
+def pairs(start: int, stop: int) -> int:
+    """Causal pairs of queries `start..stop-1` with all keys up to themselves."""
+    return (stop * (stop + 1) - start * (start + 1)) // 2
+
+
+class Work:
+    """FLOPs of the pieces of one attribution of `tokens` prompt and `targets` target tokens."""
+
+    def __init__(self, decoder: Decoder, tokens: int, targets: int) -> None:
+        self.width = decoder.hidden_size
+        self.tokens = tokens
+        self.targets = targets
+        self.length = tokens + targets - 1
+        self.shapes = [shape(block, self.width) for block in decoder.blocks]
+        #: One row of logits, or its adjoint.
+        self.logits = 2 * self.width * decoder.head.projection.out_features(self.width)
+        body = [astuple(each) for each in self.shapes[:-1]]
+        self._body = Shape(*(sum(sizes) for sizes in zip(*body, strict=True))) if body else None
+
+    def block(self, layer: int, start: int = 0) -> int:
+        """A forward run of positions `start..M-1` through one block."""
+        last = layer == len(self.shapes) - 1
+        return self._forward(self.shapes[layer], start, self.targets if last else None)
+
+    def branch(self, start: int) -> int:
+        """A forward run of positions `start..M-1` through all blocks."""
+        total = self._forward(self.shapes[-1], start, self.targets)
+        return total if self._body is None else total + self._forward(self._body, start, None)
+
+    def _forward(self, sizes: Shape, start: int, queries: int | None) -> int:
+        rows = self.length - start
+        queries = rows if queries is None else queries
+        seen = pairs(self.length - queries, self.length)
+        return 2 * (sizes.shared * rows + sizes.queried * queries) + 4 * sizes.heads * seen
+
+    def trunk(self) -> int:
+        """The unmodified context with its logits."""
+        return self.branch(0) + self.targets * self.logits
+
+    def gate(self, rollout: str) -> list[int]:
+        """The gate, block by block from the top."""
+        each = []
+        for visited, sizes in enumerate(reversed(self.shapes)):
+            queries = self.targets if visited == 0 else self.length
+            # `input_path` carries rows for every block that it has met.
+            rows = self.targets * (1 if rollout == "value_path" else visited + 1)
+            seen = pairs(self.length - queries, self.length)
+            norms = 2 * sizes.heads * self.width * self.length
+            each.append(norms + 2 * seen * (sizes.heads + sizes.count * rows))
+        return each
+
+    def up(self, start: int) -> int:
+        """One tangent from `start` on, for all targets together."""
+        total = self._sweep(self.shapes[-1], start, self.length, self.targets, 2)
+        if self._body is not None:
+            total += self._sweep(self._body, start, self.length, None, 2)
+        return total
+
+    def down(self, start: int, target: int) -> int:
+        """One tangent of the adjoint of one target, down to `start`; without the head."""
+        stop = self.tokens + target
+        total = self._sweep(self.shapes[-1], start, stop, 1, 6)
+        if self._body is not None:
+            total += self._sweep(self._body, start, stop, None, 6)
+        return total
+
+    @staticmethod
+    def _sweep(sizes: Shape, start: int, stop: int, queries: int | None, own: int) -> int:
+        rows = stop - start
+        # Rows that make no query have their keys and values moved all the same.
+        queries = rows if queries is None else min(queries, rows)
+        seen = pairs(stop - queries, stop)
+        seen_own = pairs(rows - queries, rows)
+        weights = 2 * (sizes.shared * rows + sizes.queried * queries)
+        return weights + 2 * sizes.heads * (2 * seen + own * seen_own)
+
+    def adjoint(self, target: int) -> list[int]:
+        """The primal adjoint of one target, block by block from the top; without the head."""
+        stop = self.tokens + target
+        each = []
+        for visited, sizes in enumerate(reversed(self.shapes)):
+            queries = 1 if visited == 0 else stop
+            seen = pairs(stop - queries, stop)
+            weights = 2 * (sizes.shared * stop + sizes.queried * queries)
+            each.append(weights + 10 * sizes.heads * seen)
+        return each
+
+    def head_gradient(self, probes: int) -> int:
+        """The head's part of a target's adjoint, with what `probes` products share."""
+        shared = 2 * self.width * self.logits if shares_curvature(probes, self.width) else 0
+        return 2 * self.logits + shared
+
+    def head_product(self, probes: int) -> int:
+        """The head's part of one of `probes` products of one target."""
+        return 2 * self.width**2 if shares_curvature(probes, self.width) else 2 * self.logits
+
+    def product(self, targets: Sequence[int], probes: int, start: int) -> int:
+        """One Hessian-vector product from `start` on, of `probes` in all, of some targets."""
+        down = sum(self.down(start, target) for target in targets)
+        return self.up(start) + down + len(targets) * self.head_product(probes)
+
+    def block_norms(self, probes: int) -> int:
+        """The Gauss-Newton block norms from `probes` factors and as many probes, one target."""
+        return 4 * self.tokens * probes**2 * self.width
