@@ -187,7 +187,13 @@ class Attributor:
                 step(work.trunk())
             if targets is None:  # the trunk of a single target does not depend on it
                 trunk = replace(trunk, targets=(int(trunk.log_probs[0].argmax()),))
-            budget = token_budget(trunk.bytes, trunk.length, device, config.token_budget)
+            budget = token_budget(
+                trunk.bytes,
+                trunk.length,
+                device,
+                config.token_budget,
+                trunk.decoder.concurrent,
+            )
             with ledger.component("gate", sum(work.gate(config.rollout))) as step:
                 gates = gate(trunk, config.rollout, step).cpu()
             kl, drop = self._information(trunk, vector, budget, ledger)
@@ -284,6 +290,7 @@ class Attributor:
             "seconds": {name: round(value, 6) for name, value in ledger.seconds.items()},
             "counts": ledger.counts,
             "token_budget": budget.rows,
+            "workers": budget.workers,
             "out_of_memory_retries": budget.halvings,
             "implementation": {"curvature": "tangent sweeps", **_kernels(ran)},
         }

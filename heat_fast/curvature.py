@@ -241,7 +241,7 @@ class _Block:
         def size(item: int) -> int:
             return products.budget.batch(products.length - item // probes, total - item)
 
-        def run(low: int, high: int) -> None:
+        def run(low: int, high: int) -> Tensor:
             items = torch.arange(low, high)
             token, start = items // probes, low // probes
             signs = products.signs(first + items % probes, token)
@@ -250,10 +250,14 @@ class _Block:
             directions = signs.new_zeros(high - low, products.length - start, products.width)
             directions[batch, own] = signs
             found = [rows[batch, own].abs().sum(-1) for rows in products(directions, start)]
-            norms[:, low:high] = torch.stack(found).cpu()
-            products.done(high - low, sum(self.each[item] for item in token.tolist()))
+            return torch.stack(found).cpu()
 
-        run_batches(total, products.budget, size, run)
+        def keep(low: int, high: int, found: Tensor) -> None:
+            norms[:, low:high] = found
+            work = sum(self.each[item // probes] for item in range(low, high))
+            products.done(high - low, work)
+
+        run_batches(total, products.budget, size, run, keep)
         self.rounds.append(norms.view(-1, products.tokens, probes))
 
     def work(self) -> int:
@@ -280,17 +284,20 @@ class _Row:
         )
         positions = torch.arange(products.length)
 
-        def run(low: int, high: int) -> None:
+        def run(low: int, high: int) -> list[Tensor]:
             samples = torch.arange(first + low, first + high)[:, None]
             found = products(products.signs(samples, positions), 0)
+            return [rows[:, : products.tokens].abs().sum(-1).t().cpu() for rows in found]
+
+        def keep(low: int, high: int, found: list[Tensor]) -> None:
             for index, rows in enumerate(found):
-                norms[index, :, low:high] = rows[:, : products.tokens].abs().sum(-1).t().cpu()
+                norms[index, :, low:high] = rows
             products.done(high - low, (high - low) * self.work())
 
         def size(item: int) -> int:
             return products.budget.batch(products.length, stop - first - item)
 
-        run_batches(stop - first, products.budget, size, run)
+        run_batches(stop - first, products.budget, size, run, keep)
         self.rounds.append(norms)
 
     def work(self) -> int:
@@ -378,7 +385,7 @@ class _Coded:
         total = torch.zeros(shape, dtype=products.dtype, device=products.device)
         squares = torch.zeros_like(total)
 
-        def run(first: int, stop: int) -> None:
+        def run(first: int, stop: int) -> tuple[Tensor, Tensor]:
             code = walsh(chosen[first:stop, None], positions)[..., None].to(signs.dtype)
             directions = signs.new_zeros(stop - first, products.length, products.width)
             directions[:, : products.tokens] = code * signs
@@ -386,7 +393,10 @@ class _Coded:
             decoded = [rows[:, : products.tokens] * code for rows in products(directions, 0)]
             sums = torch.stack([part.sum(0) for part in decoded])
             of_squares = torch.stack([part.square().sum(0) for part in decoded])
-            # Nothing is added before everything is there: a batch that fails is run again.
+            return sums, of_squares
+
+        def keep(first: int, stop: int, found: tuple[Tensor, Tensor]) -> None:
+            sums, of_squares = found
             total.add_(sums.to(total.device))
             squares.add_(of_squares.to(squares.device))
             products.done(stop - first, (stop - first) * products.work(0))
@@ -394,7 +404,7 @@ class _Coded:
         def size(item: int) -> int:
             return products.budget.batch(products.length, high - low - item)
 
-        run_batches(high - low, products.budget, size, run)
+        run_batches(high - low, products.budget, size, run, keep)
         return total, squares
 
     def work(self) -> int:

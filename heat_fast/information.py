@@ -61,16 +61,19 @@ def information(
     def size(first: int) -> int:
         return budget.batch(trunk.length - first, count - first)
 
-    def run(first: int, stop: int) -> None:
-        last[first:stop] = _run_branches(trunk, vector, first, stop)
+    def run(first: int, stop: int) -> Tensor:
+        return _run_branches(trunk, vector, first, stop)
+
+    def keep(first: int, stop: int, found: Tensor) -> None:
+        last[first:stop] = found
         ledger.counts["branches"] += stop - first
         ledger.counts["branch_tokens"] += (stop - first) * (trunk.length - first)
         step(sum(trunk.work.branch(start) for start in range(first, stop)))
 
-    run_batches(count, budget, size, run)
+    run_batches(count, budget, size, run, keep)
     # The logits of all branches together: the vocabulary's weights are read a few times, not once
     # for every batch.
-    divergence, drop = _divergences(trunk, last, step)
+    divergence, drop = _divergences(trunk, last, budget.workers, step)
     finite = torch.isfinite(divergence).all(-1)
     if not bool(finite.all()):
         token = int((~finite).nonzero()[0])
@@ -96,7 +99,7 @@ def _run_branches(
     return x
 
 
-def _divergences(trunk: Trunk, last: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+def _divergences(trunk: Trunk, last: Tensor, workers: int, step: Step) -> tuple[Tensor, Tensor]:
     """KL and drop `[B, n]` from the last residual rows, a few branches' logits at a time."""
     targets, vocabulary = trunk.log_probs.shape
     ids = torch.tensor(trunk.targets, device=trunk.log_probs.device)
@@ -105,9 +108,9 @@ def _divergences(trunk: Trunk, last: Tensor, step: Step) -> tuple[Tensor, Tensor
     head = trunk.decoder.head
     streamed = vocabulary > STREAMED_VOCABULARY and head.projection.weight is not None
     width = VOCABULARY_CHUNK if streamed else vocabulary
-    budget = Budget(max(1, LOGIT_ELEMENTS // (targets * width)))
+    budget = Budget(max(1, LOGIT_ELEMENTS // (targets * width)), workers)
 
-    def run(first: int, stop: int) -> None:
+    def run(first: int, stop: int) -> tuple[Tensor, Tensor]:
         rows = last[first:stop]
         if streamed:
             chunks = head.logit_chunks(rows, VOCABULARY_CHUNK)
@@ -119,8 +122,11 @@ def _divergences(trunk: Trunk, last: Tensor, step: Step) -> tuple[Tensor, Tensor
                 )
         else:
             kl, lost = masked_kl(trunk.log_probs, head.logits(rows), ids)
-        divergence[first:stop], drop[first:stop] = kl, lost
+        return kl, lost
+
+    def keep(first: int, stop: int, found: tuple[Tensor, Tensor]) -> None:
+        divergence[first:stop], drop[first:stop] = found
         step((stop - first) * targets * trunk.work.logits)
 
-    run_batches(len(last), budget, lambda first: budget.batch(1, len(last) - first), run)
+    run_batches(len(last), budget, lambda first: budget.batch(1, len(last) - first), run, keep)
     return divergence, drop

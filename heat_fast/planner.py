@@ -1,18 +1,28 @@
 """How much to run at once: token rows per batch, and what happens when memory runs out.
 
-On a CPU batches of about 512 token rows are fastest: larger temporaries leave the cache. On a GPU
-the budget follows from the memory that is free and the model's shape. When an allocation fails the
-budget is halved and the batch tried again; nothing that was computed is lost.
+On a CPU batches of about 512 token rows are fastest: larger temporaries leave the cache. Several
+batches run side by side, each on its own share of torch's threads. On a GPU the budget follows
+from the memory that is free and the model's shape. When an allocation fails the budget is halved
+and the batch tried again; nothing that was computed is lost.
 """
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from contextvars import copy_context
 from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
 CPU_ROWS = 512
+# Python itself takes a few milliseconds of each batch, one thread at a time.
+MOST_WORKERS = 8
+
+Result = TypeVar("Result")
 
 # The C library gives freed memory back to the system, page by page, and every use of it then
 # faults the pages in again, unless it has seen a large block come and go. The largest that counts.
@@ -22,9 +32,13 @@ _LARGEST = 1 << 16
 
 @dataclass
 class Budget:
-    """Token rows per batch; halves itself when memory runs out. `halvings` counts how often."""
+    """Token rows per batch, and how many batches run at once.
+
+    The rows are halved when memory runs out; `halvings` counts how often.
+    """
 
     rows: int
+    workers: int = 1
     halvings: int = 0
 
     def batch(self, rows_each: int, most: int) -> int:
@@ -49,16 +63,20 @@ def keep_heap() -> None:
     torch.empty(_LARGEST_HEAP_BLOCK, dtype=torch.uint8)
 
 
-def token_budget(trunk_bytes: int, length: int, device: torch.device, asked: int | None) -> Budget:
+def token_budget(
+    trunk_bytes: int, length: int, device: torch.device, asked: int | None, concurrent: bool
+) -> Budget:
     """The budget asked for, or the planner's choice for this device.
 
     On a GPU a row of a sweep keeps about three times the bytes of a row of the trunk (tangents,
-    their temporaries and the products of the way down); half of the free memory is used.
+    their temporaries and the products of the way down); half of the free memory is used. On a CPU
+    batches run side by side if several threads may run the model at once (`concurrent`).
     """
+    if device.type != "cuda":
+        workers = min(torch.get_num_threads(), MOST_WORKERS) if concurrent else 1
+        return Budget(asked or CPU_ROWS, workers)
     if asked is not None:
         return Budget(asked)
-    if device.type != "cuda":
-        return Budget(CPU_ROWS)
     free, _ = torch.cuda.mem_get_info(device)
     each = max(1, 3 * trunk_bytes // max(1, length))
     return Budget(max(CPU_ROWS, min(_LARGEST, free // 2 // each)))
@@ -82,31 +100,107 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
+class _Batch(NamedTuple):
+    """Items being run: under which budget they were taken, and whether nothing ran beside them."""
+
+    first: int
+    stop: int
+    rows: int
+    alone: bool
+
+
 def run_batches(
     total: int,
     budget: Budget,
     size: Callable[[int], int],
-    run: Callable[[int, int], None],
+    run: Callable[[int, int], Result],
+    keep: Callable[[int, int, Result], None],
 ) -> None:
-    """Run items `0..total-1` in order, batch by batch.
+    """Run items `0..total-1`, batch by batch, several batches at once if the budget has workers.
 
-    `size(first)` is how many items fit from `first` on under the present budget; `run(first, stop)`
-    does a batch and must write its result only at its end, so that a failed batch can be repeated.
+    `size(first)` is how many items fit from `first` on under the present budget. `run(first, stop)`
+    does a batch and returns its result; it may be called on another thread, and again after an
+    allocation failed, so it must change nothing. `keep(first, stop, result)` is called on this
+    thread, in order, once for every item: results do not depend on which batch ends first.
     """
-    first = 0
-    while first < total:
-        stop = min(total, first + max(1, size(first)))
-        fits = True
-        try:
-            run(first, stop)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error) or stop - first <= 1:
-                raise
-            fits = False
-        if fits:
-            first = stop
-        else:  # not within `except`, where the traceback still holds the batch's tensors
-            budget.shrink()
+    pending = [(0, total)] if total else []  # ranges still to be run, the next one last
+    running: dict[Future[Result], _Batch] = {}
+    ready: dict[int, tuple[int, Result]] = {}
+    kept, workers = 0, min(budget.workers, total)
+    share = -(-total // max(1, workers))  # every worker gets something
+    with _submitting(workers) as submit:
+        while pending or running:
+            while pending and len(running) < workers:
+                first, limit = pending.pop()
+                stop = min(limit, first + max(1, min(share, size(first))))
+                if stop < limit:
+                    pending.append((stop, limit))
+                batch = _Batch(first, stop, budget.rows, alone=workers == 1)
+                running[submit(run, first, stop)] = batch
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                batch = running.pop(future)
+                error = future.exception()
+                if error is None:
+                    ready[batch.first] = batch.stop, future.result()
+                    continue
+                single = batch.stop - batch.first <= 1
+                if not is_out_of_memory(error) or (single and batch.alone):
+                    raise error
+                # The traceback holds the batch's tensors.
+                traceback.clear_frames(error.__traceback__)
+                if single:
+                    workers = 1  # it may fit when it is alone
+                if batch.rows == budget.rows:  # else a batch beside it has already shrunk it
+                    budget.shrink()
+                pending.append((batch.first, batch.stop))
+            while kept in ready:
+                stop, result = ready.pop(kept)
+                keep(kept, stop, result)
+                kept = stop
+
+
+@contextmanager
+def _submitting(workers: int) -> Iterator[Callable[..., Future[Any]]]:
+    """`submit(run, first, stop)` on a pool of threads that share torch's; at once for one worker.
+
+    Every operation of a small batch would otherwise make all of torch's threads wait for each
+    other, thousands of times a second; on a machine with other work that costs many times the
+    work itself.
+    """
+    if workers <= 1:
+        yield _at_once
+        return
+    threads = torch.get_num_threads()
+    pool = ThreadPoolExecutor(
+        workers,
+        thread_name_prefix="heat_fast",
+        initializer=torch.set_num_threads,
+        initargs=(max(1, threads // workers),),
+    )
+    try:
+        # The choice of kernels is the caller's.
+        yield lambda run, first, stop: pool.submit(
+            copy_context().run, _undisturbed, run, first, stop
+        )
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+        torch.set_num_threads(threads)  # the matrix library's own setting is the process'
+
+
+def _undisturbed(run: Callable[[int, int], Result], first: int, stop: int) -> Result:
+    """A batch on a new thread, whose torch modes are the defaults."""
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
+        return run(first, stop)
+
+
+def _at_once(run: Callable[[int, int], Result], first: int, stop: int) -> Future[Result]:
+    """A batch on this thread; an interruption goes straight through."""
+    future: Future[Result] = Future()
+    try:
+        future.set_result(run(first, stop))
+    except Exception as error:
+        future.set_exception(error)
+    return future
 
 
 def slices(total: int, step: int) -> Iterator[slice]:

@@ -40,6 +40,9 @@ class Heads:
 class Projection(Protocol):
     """How a family makes queries, keys and values; flat features, `[B, rows, heads, D]` each."""
 
+    @property
+    def linears(self) -> tuple[Linear, ...]: ...
+
     def forward(self, x: Tensor, queries: int) -> Heads: ...
 
     def tangent(self, x_dot: Tensor, queries: int) -> Heads: ...
@@ -55,6 +58,11 @@ class SeparateProjection:
         self.key = key
         self.value = value
         self.head_dim = head_dim
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        """The three layers."""
+        return self.query, self.key, self.value
 
     def _heads(self, x: Tensor) -> Tensor:
         heads: Tensor = x.unflatten(-1, (-1, self.head_dim))
@@ -100,6 +108,11 @@ class FusedProjection:
         self.key_heads = key_heads
         self.head_dim = head_dim
         self.interleaved = interleaved
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        """The one layer."""
+        return (self.linear,)
 
     def _split(self, features: Tensor, queries: int) -> Heads:
         if self.interleaved:

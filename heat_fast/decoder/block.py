@@ -29,6 +29,7 @@ from heat_fast.decoder.attention import (
     AttentionTangent,
     Rows,
 )
+from heat_fast.decoder.linear import Linear
 from heat_fast.decoder.mlp import Mlp, MlpAdjoint, MlpState, MlpTangent
 from heat_fast.decoder.norm import AnyNorm, Identity, Norm, NormAdjoint, NormState, kept
 
@@ -150,6 +151,16 @@ class Block:
         self.post_attention: AnyNorm = post_attention or Identity()
         self.post_mlp: AnyNorm = post_mlp or Identity()
         self.device = device
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        """All affine submodules."""
+        mlp = (self.mlp.gate, self.mlp.up, self.mlp.down)
+        return (
+            *self.attention.projection.linears,
+            self.attention.output,
+            *(linear for linear in mlp if linear is not None),
+        )
 
     def _here(self, x: Tensor) -> Tensor:
         """Move to this block's device: a device map may spread the blocks over several."""

@@ -11,6 +11,11 @@ import torch
 from torch import Tensor, nn
 
 
+def is_hooked(module: nn.Module) -> bool:
+    """Whether something takes part in the module's call beside its own forward."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook"))
+
+
 def dense_weight(module: nn.Module) -> Tensor | None:
     """Return the `[out, in]` weight of a plain matrix layer, or None for anything else.
 
@@ -22,8 +27,7 @@ def dense_weight(module: nn.Module) -> Tensor | None:
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.is_meta:
         return None
-    hooked = module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook")
-    if hooked or hasattr(module, "parametrizations"):
+    if is_hooked(module) or hasattr(module, "parametrizations"):
         return None
     if type(module) is nn.Linear:
         return weight.detach()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from heat_fast.decoder.block import Block
 from heat_fast.decoder.head import Head
+from heat_fast.decoder.linear import is_hooked
 from heat_fast.errors import UnsupportedModelError
 
 
@@ -40,6 +41,22 @@ class Decoder:
     def hidden_size(self) -> int:
         """Width of the residual stream, d."""
         return int(self.embeddings_weight.shape[-1])
+
+    @property
+    def concurrent(self) -> bool:
+        """Whether several threads may run the blocks at once.
+
+        Plain layers keep no state. Of anything else (hooks that fetch weights, adapters,
+        quantised kernels) nothing is known.
+        """
+        linears = [linear for block in self.blocks for linear in block.linears]
+        activations = [block.mlp.activation for block in self.blocks]
+        return all(
+            linear.weight is not None for linear in (*linears, self.head.projection)
+        ) and all(
+            not isinstance(activation, nn.Module) or not is_hooked(activation)
+            for activation in activations
+        )
 
     def enter(self, embeddings: Tensor, start: int) -> Tensor:
         """The residual stream `[B, S, d]` of embeddings whose first row stands at `start`."""
