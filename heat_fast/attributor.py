@@ -23,7 +23,7 @@ from heat_fast.decoder import check_supported, view
 from heat_fast.decoder.norm import wide
 from heat_fast.errors import ConfigError, HeatError, InputError, UnsupportedModelError
 from heat_fast.gate import gate
-from heat_fast.information import information, replacement
+from heat_fast.information import ExactBranches, information, replacement
 from heat_fast.planner import (
     Budget,
     is_out_of_memory,
@@ -41,6 +41,7 @@ from heat_fast.prompt import (
     readable_tokens,
 )
 from heat_fast.result import Attribution
+from heat_fast.screening import Screening, screened_information
 from heat_fast.stopping import settled
 from heat_fast.trunk import Trunk, run_adjoint, run_trunk
 
@@ -170,7 +171,12 @@ class Attributor:
             embeddings = embed(torch.tensor(ids, device=device))
             vector = replacement(embed, config.masking, config.sentinel_token, embeddings)
             with ledger.component("trunk", 1) as step:
-                trunk = run_trunk(view(self.model, len(ids)), embeddings, targets or (0,))
+                trunk = run_trunk(
+                    view(self.model, len(ids)),
+                    embeddings,
+                    targets or (0,),
+                    keep_streams=config.branch_tolerance is not None,
+                )
                 _check_faithful(self.model, trunk)
                 step(1)
             if targets is None:  # the trunk of a single target does not depend on it
@@ -178,10 +184,13 @@ class Attributor:
             budget = token_budget(trunk.bytes, trunk.length, device, config.token_budget)
             with ledger.component("gate", len(trunk.states)) as step:
                 gates = gate(trunk, config.rollout, step).cpu()
-            kl, drop = self._information(trunk, vector, budget, ledger)
-            parts, stderr = self._curvature(trunk, gates, kl, drop, budget, ledger)
+            parts, screening = self._information(trunk, vector, gates, budget, ledger)
+            parts, stderr = self._curvature(trunk, parts, budget, ledger)
             finish(1)
         score, envelope = combine(parts, config)
+        metadata = self._metadata(trunk, budget, ledger)
+        if screening is not None:
+            metadata["screening"] = screening.report(parts, score, config)
         readable = readable_tokens(trunk.targets, self.tokenizer)
         return Attribution(
             gate=parts.gate,
@@ -200,25 +209,36 @@ class Attributor:
             target_tokens=readable,
             target_log_probs=trunk.target_log_probs.cpu(),
             curvature_stderr=stderr,
-            metadata=self._metadata(trunk, budget, ledger),
+            information_skipped=None if screening is None else screening.skipped,
+            metadata=metadata,
         )
 
     def _information(
-        self, trunk: Trunk, vector: Tensor, budget: Budget, ledger: Ledger
-    ) -> tuple[Tensor, Tensor]:
+        self, trunk: Trunk, vector: Tensor, gates: Tensor, budget: Budget, ledger: Ledger
+    ) -> tuple[Components, Screening | None]:
+        """The components with gate, I and drop filled in, and what screening left out."""
+        config, screening = self.config, None
         with ledger.component("information", trunk.prompt_length) as step:
-            return information(trunk, vector, budget, ledger, step)
+            if config.coverage is None and config.branch_tolerance is None:
+                tokens = range(trunk.prompt_length)
+                exact = ExactBranches(trunk, vector)
+                kl, drop = information(exact, tokens, budget, ledger, step)
+            else:
+                kl, drop, screening = screened_information(
+                    trunk, vector, gates, config, budget, ledger, step
+                )
+        later = torch.zeros_like(kl)
+        sums = None if screening is None else screening.sums
+        return Components(gates, later, kl, drop, later, sums), screening
 
     def _curvature(
         self,
         trunk: Trunk,
-        gates: Tensor,
-        kl: Tensor,
-        drop: Tensor,
+        parts: Components,
         budget: Budget,
         ledger: Ledger,
     ) -> tuple[Components, Tensor | None]:
-        """All components with S and `|grad g|_1` filled in, and the standard error of S.
+        """The components with S and `|grad g|_1` filled in as well, and the standard error of S.
 
         Targets are taken in groups whose adjoints fit into memory together.
         """
@@ -236,17 +256,14 @@ class Attributor:
                 rows = [adjoint.gradient[:count] for adjoint in adjoints]
                 wide_rows = [row.to(wide(row.dtype)) for row in rows]
                 norms += [row.abs().sum(-1).cpu() for row in wide_rows]
-                others = Components(
-                    gates[group], kl[group], kl[group], drop[group], torch.stack(norms[group])
-                )
+                others = replace(parts.rows(group), gradient_norm=torch.stack(norms[group]))
                 enough = partial(settled, others, config=config)
                 found.append(curvature(trunk, adjoints, config, budget, ledger, step, enough))
                 if not products:
                     step(len(adjoints))
         errors = [part.stderr for part in found if part.stderr is not None]
-        parts = Components(
-            gates, torch.cat([part.values for part in found]), kl, drop, torch.stack(norms)
-        )
+        values = torch.cat([part.values for part in found])
+        parts = replace(parts, curvature=values, gradient_norm=torch.stack(norms))
         return parts, torch.cat(errors) if len(errors) == len(found) else None
 
     def _metadata(self, trunk: Trunk, budget: Budget, ledger: Ledger) -> dict[str, Any]:

@@ -154,6 +154,10 @@ def estimate(
     comes from timing the attribution of a short random prompt (at most 64 tokens) with the same
     settings and scaling it by the ratio of FLOPs; a busy machine shows in it.
 
+    With `coverage` or `branch_tolerance` counts and FLOPs are upper bounds, those of all tokens
+    and all rows (save for the few branches that an audit runs again): what can be left out is
+    known only afterwards.
+
     Raises `InputError` for lengths below 1, `UnsupportedModelError` for an unknown model.
 
     Example:
@@ -174,6 +178,8 @@ def estimate(
     item = decoder.embeddings_weight.element_size()
     rows = max(length, config.token_budget or CPU_ROWS)
     trunk, sweep = _row_bytes(decoder, item)
+    if config.branch_tolerance is not None:  # the residual stream, twice a block
+        trunk += 2 * item * decoder.hidden_size * len(decoder.blocks)
     hessian = config.curvature == "hessian"
     logits = 4 * max(1 << 23, n_targets * decoder.head.projection.out_features)
     seconds = None

@@ -90,9 +90,12 @@ class TargetAdjoint:
     blocks: tuple[BlockAdjoint, ...]
 
 
-def run_trunk(decoder: Decoder, embeddings: Tensor, targets: tuple[int, ...]) -> Trunk:
+def run_trunk(
+    decoder: Decoder, embeddings: Tensor, targets: tuple[int, ...], *, keep_streams: bool = False
+) -> Trunk:
     """Run the context `embeddings [M, d]` once and keep what the components need.
 
+    `keep_streams` keeps the residual stream as well, `2 M d` numbers for every block.
     Raises `NumericalError` naming the block where a non-finite value first appears.
     """
     trunk = Trunk(decoder, embeddings, (), embeddings, embeddings, embeddings, targets)
@@ -100,7 +103,7 @@ def run_trunk(decoder: Decoder, embeddings: Tensor, targets: tuple[int, ...]) ->
     require_finite(x, "the input embeddings")
     states = []
     for layer, block in enumerate(decoder.blocks):
-        x, state = block.forward(x, trunk.rows(layer, 0))
+        x, state = block.forward(x, trunk.rows(layer, 0), keep_streams=keep_streams)
         require_finite(x, f"block {layer} of the unmodified context")
         states.append(state)
     logits = decoder.head.logits(x[0])

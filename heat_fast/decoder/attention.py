@@ -18,7 +18,12 @@ from torch import Tensor
 from heat_fast.decoder.linear import Linear
 from heat_fast.decoder.norm import AnyNorm, Identity, NormAdjoint, NormState, kept
 from heat_fast.decoder.rotary import Rotary
-from heat_fast.kernels.branch_attention import Masking, branch_attention
+from heat_fast.kernels.branch_attention import (
+    Masking,
+    RaggedRows,
+    branch_attention,
+    ragged_attention,
+)
 from heat_fast.kernels.second_order_attention import (
     Primal,
     attention_adjoint,
@@ -273,12 +278,12 @@ class Attention:
             self._split_query(flat.query), self._split_key(flat.key), self._split_key(flat.value)
         )
 
-    def _turn(self, heads: Heads, rows: Rows) -> Heads:
+    def _turn(self, heads: Heads, query_at: int | Tensor, key_at: int | Tensor) -> Heads:
         if self.rotary is None:
             return heads
         return Heads(
-            self.rotary.forward(heads.query, rows.first_query),
-            self.rotary.forward(heads.key, rows.start),
+            self.rotary.forward(heads.query, query_at),
+            self.rotary.forward(heads.key, key_at),
             heads.value,
         )
 
@@ -290,6 +295,15 @@ class Attention:
             self.rotary.adjoint(heads.key, rows.start),
             heads.value,
         )
+
+    def _project(
+        self, x: Tensor, queries: int, query_at: int | Tensor, key_at: int | Tensor
+    ) -> tuple[Heads, NormState, NormState]:
+        """Heads of rows `x [B, S, d]`, normed and turned, and the head norms' states."""
+        raw = self._split(self.projection.forward(x, queries))
+        query, query_norm = self.query_norm.forward(raw.query)
+        key, key_norm = self.key_norm.forward(raw.key)
+        return self._turn(Heads(query, key, raw.value), query_at, key_at), query_norm, key_norm
 
     def _pull_output(self, y_bar: Tensor, state: AttentionState) -> Tensor:
         """Adjoint of the output projection, split into heads `[Hk, B, G, Q, D]`."""
@@ -311,10 +325,7 @@ class Attention:
 
         The returned state is a primal for `B = 1`, `rows.start = 0`.
         """
-        raw = self._split(self.projection.forward(x, rows.queries))
-        query, query_norm = self.query_norm.forward(raw.query)
-        key, key_norm = self.key_norm.forward(raw.key)
-        heads = self._turn(Heads(query, key, raw.value), rows)
+        heads, query_norm, key_norm = self._project(x, rows.queries, rows.first_query, rows.start)
         if prefix is None:
             below_key = below_value = heads.key[:, 0, :0]
         else:
@@ -335,6 +346,21 @@ class Attention:
             first_query=rows.first_query,
         )
 
+    def forward_ragged(self, x: Tensor, rows: RaggedRows, trunk: AttentionState) -> Tensor:
+        """`y [Q, d]` from normed rows `x [R, d]` of branches that are the trunk elsewhere."""
+        first = len(rows.position) - rows.queries
+        heads, _, _ = self._project(x[None], rows.queries, rows.position[first:], rows.position)
+        output = ragged_attention(
+            heads.query[:, 0],
+            heads.key[:, 0, : rows.keys],
+            heads.value[:, 0, : rows.keys],
+            trunk.key,
+            trunk.value,
+            rows,
+            self.masking,
+        )
+        return self.output.forward(self._merge_query(output[:, None]).flatten(2))[0]
+
     def tangent(
         self, state: AttentionState, x_dot: Tensor, rows: Rows
     ) -> tuple[Tensor, AttentionTangent]:
@@ -346,7 +372,7 @@ class Attention:
             self.key_norm.tangent(key_norm, raw.key),
             raw.value,
         )
-        heads = self._turn(normed, rows)
+        heads = self._turn(normed, rows.first_query, rows.start)
         primal = state.primal(rows, self.masking)
         output = attention_tangent(primal, heads.query, heads.key, heads.value)
         y = self.output.tangent(self._merge_query(output).flatten(2))

@@ -30,17 +30,20 @@ class Rotary:
             return swapped
         return x.roll(x.shape[-1] // 2, -1)
 
-    def _turn(self, x: Tensor, start: int, sign: int) -> Tensor:
-        rows = slice(start, start + x.shape[-2])
+    def _turn(self, x: Tensor, at: int | Tensor, sign: int) -> Tensor:
+        rows = at.to(self.cos.device) if isinstance(at, Tensor) else slice(at, at + x.shape[-2])
         cos, sin = self.cos[rows].to(x.device), self.signed_sin[rows].to(x.device)
         width = cos.shape[-1]
         turned = x[..., :width]
         turned = torch.addcmul(turned * cos, self._partners(turned), sin, value=sign)
         return turned if width == x.shape[-1] else torch.cat((turned, x[..., width:]), dim=-1)
 
-    def forward(self, x: Tensor, start: int) -> Tensor:
-        """Rotate `x [..., S, D]`, whose first row stands at position `start`; also the tangent."""
-        return self._turn(x, start, 1)
+    def forward(self, x: Tensor, at: int | Tensor) -> Tensor:
+        """Rotate `x [..., S, D]`; also the tangent.
+
+        `at`: the position of the first row, or the positions `[S]` of all.
+        """
+        return self._turn(x, at, 1)
 
     def adjoint(self, y_bar: Tensor, start: int) -> Tensor:
         """The transposed map: the same angles turned back, the same scale."""
