@@ -22,6 +22,9 @@ the attention and after the feed-forward layer of every block; where it differs 
 share of the trunk's l2 norm, the row is frozen: from then on nothing is computed for it and others
 see the trunk's keys and values there. The target rows always stay, and so do rows that the windows
 of the blocks so far keep out of the replaced token's reach: they are the trunk's only for now.
+Frozen rows do not wake, so a path through a row that changes little in one block and much in a
+later one (a head that copies) is lost; and many small changes that are left out add up, so that
+small divergences come out too small.
 
 Neither has a guarantee, since information has no upper bound. Both therefore measure a random
 sample of what they left out exactly, report it (`Screening.report`), and use it in the result.
