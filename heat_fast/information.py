@@ -86,7 +86,7 @@ class ExactBranches:
         return length
 
     def run(self, tokens: Sequence[int], *, locate: bool = False) -> Tensor:
-        """The last residual rows `[B, n, d]`; `locate` names the block of non-finite values."""
+        """The last residual rows `[B, n, d]`; `locate` (one token) names a non-finite block."""
         decoder, first, batch = self.trunk.decoder, tokens[0], len(tokens)
         embeddings = self.trunk.embeddings[first:].repeat(batch, 1, 1)
         index = torch.arange(batch, device=embeddings.device)
@@ -96,7 +96,7 @@ class ExactBranches:
             # Indexed, not unpacked: a name would keep this block's state alive during the next.
             x = block.forward(x, self.trunk.rows(layer, first), self.trunk.states[layer])[0]
             if locate:
-                require_finite(x, f"block {layer} with one of tokens {list(tokens)} masked")
+                require_finite(x, f"block {layer} with token {first} masked")
         self.branch_tokens += batch * (self.trunk.length - first)
         return x
 
