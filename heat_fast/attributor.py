@@ -25,7 +25,7 @@ from heat_fast.decoder import check_supported, view
 from heat_fast.decoder.norm import wide
 from heat_fast.errors import ConfigError, HeatError, InputError, UnsupportedModelError
 from heat_fast.gate import gate
-from heat_fast.information import information, replacement
+from heat_fast.information import ExactBranches, information, replacement
 from heat_fast.kernels.dispatch import Record, using
 from heat_fast.planner import (
     Budget,
@@ -44,6 +44,7 @@ from heat_fast.prompt import (
     readable_tokens,
 )
 from heat_fast.result import Attribution
+from heat_fast.screening import Screening, screened_information
 from heat_fast.stopping import settled
 from heat_fast.trunk import Trunk, run_adjoint, run_trunk
 from heat_fast.work import Work
@@ -182,7 +183,13 @@ class Attributor:
             work = Work(decoder, len(encoded), len(targets or (0,)))
             # The model's own forward, that the trunk is checked against, is as much again.
             with ledger.component("trunk", 2 * work.trunk()) as step:
-                trunk = run_trunk(decoder, embeddings, targets or (0,), step)
+                trunk = run_trunk(
+                    decoder,
+                    embeddings,
+                    targets or (0,),
+                    step,
+                    keep_streams=config.branch_tolerance is not None,
+                )
                 _check_faithful(self.model, trunk)
                 step(work.trunk())
             if targets is None:  # the trunk of a single target does not depend on it
@@ -196,10 +203,13 @@ class Attributor:
             )
             with ledger.component("gate", sum(work.gate(config.rollout))) as step:
                 gates = gate(trunk, config.rollout, step).cpu()
-            kl, drop = self._information(trunk, vector, budget, ledger)
-            parts, stderr = self._curvature(trunk, gates, kl, drop, budget, ledger)
+            parts, screening = self._information(trunk, vector, gates, budget, ledger)
+            parts, stderr = self._curvature(trunk, parts, budget, ledger)
             finish(1)
         score, envelope = combine(parts, config)
+        metadata = self._metadata(trunk, budget, ledger, ran)
+        if screening is not None:
+            metadata["screening"] = screening.report(parts, score, config)
         readable = readable_tokens(trunk.targets, self.tokenizer)
         return Attribution(
             gate=parts.gate,
@@ -218,28 +228,38 @@ class Attributor:
             target_tokens=readable,
             target_log_probs=trunk.target_log_probs.cpu(),
             curvature_stderr=stderr,
-            metadata=self._metadata(trunk, budget, ledger, ran),
+            information_skipped=None if screening is None else screening.skipped,
+            metadata=metadata,
         )
 
     def _information(
-        self, trunk: Trunk, vector: Tensor, budget: Budget, ledger: Ledger
-    ) -> tuple[Tensor, Tensor]:
-        work = trunk.work
-        branches = sum(work.branch(start) for start in range(work.tokens))
-        logits = work.tokens * work.targets * work.logits
-        with ledger.component("information", branches + logits) as step:
-            return information(trunk, vector, budget, ledger, step)
+        self, trunk: Trunk, vector: Tensor, gates: Tensor, budget: Budget, ledger: Ledger
+    ) -> tuple[Components, Screening | None]:
+        """The components with gate, I and drop filled in, and what screening left out."""
+        config, work, screening = self.config, trunk.work, None
+        expected = sum(work.branch(start) for start in range(work.tokens))
+        expected += work.tokens * work.targets * work.logits
+        with ledger.component("information", expected) as step:
+            if config.coverage is None and config.branch_tolerance is None:
+                tokens = range(trunk.prompt_length)
+                exact = ExactBranches(trunk, vector)
+                kl, drop = information(exact, tokens, budget, ledger, step)
+            else:
+                kl, drop, screening = screened_information(
+                    trunk, vector, gates, config, budget, ledger, step
+                )
+        later = torch.zeros_like(kl)
+        sums = None if screening is None else screening.sums
+        return Components(gates, later, kl, drop, later, sums), screening
 
     def _curvature(
         self,
         trunk: Trunk,
-        gates: Tensor,
-        kl: Tensor,
-        drop: Tensor,
+        parts: Components,
         budget: Budget,
         ledger: Ledger,
     ) -> tuple[Components, Tensor | None]:
-        """All components with S and `|grad g|_1` filled in, and the standard error of S.
+        """The components with S and `|grad g|_1` filled in as well, and the standard error of S.
 
         Targets are taken in groups whose adjoints fit into memory together.
         """
@@ -258,15 +278,12 @@ class Attributor:
                 rows = [adjoint.gradient[:count] for adjoint in adjoints]
                 wide_rows = [row.to(wide(row.dtype)) for row in rows]
                 norms += [row.abs().sum(-1).cpu() for row in wide_rows]
-                others = Components(
-                    gates[group], kl[group], kl[group], drop[group], torch.stack(norms[group])
-                )
+                others = replace(parts.rows(group), gradient_norm=torch.stack(norms[group]))
                 enough = partial(settled, others, config=config)
                 found.append(curvature(trunk, adjoints, config, budget, ledger, step, enough))
         errors = [part.stderr for part in found if part.stderr is not None]
-        parts = Components(
-            gates, torch.cat([part.values for part in found]), kl, drop, torch.stack(norms)
-        )
+        values = torch.cat([part.values for part in found])
+        parts = replace(parts, curvature=values, gradient_norm=torch.stack(norms))
         return parts, torch.cat(errors) if len(errors) == len(found) else None
 
     def _metadata(
@@ -310,7 +327,9 @@ def _reporting(
 ) -> AbstractContextManager[Progress | None]:
     """The callback that was asked for: bars, the caller's own, or None."""
     if progress is True:
-        return bars(bounded="auto" in (config.probes, config.codes))
+        sampled = "auto" in (config.probes, config.codes)
+        screened = config.coverage is not None
+        return bars(bounded=["curvature"] * sampled + ["information"] * screened)
     if progress is None or progress is False:
         return nullcontext()
     if not callable(progress):

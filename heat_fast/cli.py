@@ -185,6 +185,20 @@ def attribute(
             metavar=_values(settings.Aggregate), help="Several targets into one score per token."
         ),
     ] = None,
+    coverage: Annotated[
+        float | None,
+        typer.Option(
+            help="Leave out tokens' information once this share of its part of the score is "
+            "likely to be measured (0.95, say)."
+        ),
+    ] = None,
+    branch_tolerance: Annotated[
+        float | None,
+        typer.Option(
+            help="Skip what differs from the prompt's own run by less than this share when a "
+            "token is masked (0.02, say)."
+        ),
+    ] = None,
     kernels: Annotated[
         str | None,
         typer.Option(
@@ -239,6 +253,8 @@ def attribute(
             "sentinel_token": sentinel_token,
             "normalize": normalize,
             "aggregate": aggregate,
+            "coverage": coverage,
+            "branch_tolerance": branch_tolerance,
             "kernels": kernels,
         }
         chosen = {name: value for name, value in overrides.items() if value is not None}
@@ -551,10 +567,11 @@ def _errors_reported(debug: bool) -> Iterator[None]:
 
 
 # Names of settings that are no English words and may be replaced wherever they stand.
-_UNMISTAKABLE = re.compile(r"(?<![\w-])(beta|gamma|alpha|sentinel_token)(?!\w)")
+_UNMISTAKABLE = re.compile(r"(?<![\w-])(beta|gamma|alpha|sentinel_token|branch_tolerance)(?!\w)")
 _SETTING = re.compile(
     r"(?<![\w-])(curvature|estimator|probes|codes|seed|beta|gamma|alpha|rollout|masking|"
-    r"sentinel_token|normalize|aggregate|kernels|variant)=('[^']*'|<\w+>|-?\w[\w.+-]*\w|-?\w)"
+    r"sentinel_token|normalize|aggregate|coverage|branch_tolerance|kernels|variant)="
+    r"('[^']*'|<\w+>|-?\w[\w.+-]*\w|-?\w)"
 )
 
 

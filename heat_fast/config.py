@@ -135,6 +135,13 @@ def _fraction(name: str, value: Any) -> float:
     return number
 
 
+def _positive(name: str, value: Any) -> float:
+    number: float = _number(minimum=0)(name, value)
+    if number == 0:
+        raise _error(name, value, "a positive number", "Choose, say, 0.02.")
+    return number
+
+
 def _variant(name: str, value: Any) -> str:
     if not isinstance(value, str) or value not in PRESETS:
         expected = "the name of a preset, " + " or ".join(repr(preset) for preset in PRESETS)
@@ -184,7 +191,13 @@ class HeatConfig:
         divided by its own sum over tokens before they are mixed).
     aggregate: how several targets become one score per token: ``"mean"`` (default), ``"max"``
         or ``"sum"`` (paper Eq. 23).
-    seed: seed of the probes, 0 to 2^63 - 1. Default 0.
+    coverage: None (default: the information of every token), or the share, between 0 and 1, of
+        the information part of the score that has to be measured: tokens with small gates are
+        left out once they are unlikely to hold the rest. See :mod:`heat_fast.screening`.
+    branch_tolerance: None (default: exact), or a positive number: where a masked prompt's
+        residual stream differs from the prompt's own by less than that share (l2 norm), nothing
+        more is computed. See :mod:`heat_fast.screening`.
+    seed: seed of the probes and of the audits of screening, 0 to 2^63 - 1. Default 0.
     token_budget: token rows run in one batch; None (default) leaves the choice to the planner.
     kernels: ``"auto"`` (default): the compiled kernels wherever they serve, torch elsewhere;
         ``"native"``: the same, and an error where they are missing; ``"reference"``: torch alone.
@@ -230,6 +243,10 @@ class HeatConfig:
         default=_UNSET, metadata=_spec(None, _optional(_one_of(Normalize, also=_OR_NONE)))
     )
     aggregate: Aggregate = field(default=_UNSET, metadata=_spec("mean", _one_of(Aggregate)))
+    coverage: float | None = field(default=_UNSET, metadata=_spec(None, _optional(_fraction)))
+    branch_tolerance: float | None = field(
+        default=_UNSET, metadata=_spec(None, _optional(_positive))
+    )
     seed: int = field(default=_UNSET, metadata=_spec(0, _integer(minimum=0, maximum=2**63 - 1)))
     token_budget: int | None = field(
         default=_UNSET, metadata=_spec(None, _optional(_integer(minimum=1, also=_OR_NONE)))

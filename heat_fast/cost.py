@@ -97,6 +97,10 @@ def estimate(
     settings and scaling it by the ratio of FLOPs; a busy machine shows in it. With `probes="auto"`
     or `codes="auto"` everything is an upper bound.
 
+    With `coverage` or `branch_tolerance` counts and FLOPs are upper bounds, those of all tokens
+    and all rows (save for the few branches that an audit runs again): what can be left out is
+    known only afterwards.
+
     Raises `InputError` for lengths below 1, `UnsupportedModelError` for an unknown model.
 
     Example:
@@ -116,7 +120,10 @@ def estimate(
     costs = flops(decoder, n_tokens, n_targets, config)
     work = Work(decoder, n_tokens, n_targets)
     rows = max(length, config.token_budget or CPU_ROWS)
-    trunk, sweep = _row_bytes(work, decoder.embeddings_weight.element_size())
+    item = decoder.embeddings_weight.element_size()
+    trunk, sweep = _row_bytes(work, item)
+    if config.branch_tolerance is not None:  # the residual stream, twice a block
+        trunk += 2 * item * decoder.hidden_size * len(decoder.blocks)
     hessian = config.curvature == "hessian"
     logits = 4 * max(1 << 23, n_targets * work.logits // (2 * work.width))
     seconds = None

@@ -5,9 +5,14 @@
 A branch is the trunk with one token replaced. By causality it differs from the trunk at positions
 >= i only, so it is run there alone, against the trunk's keys and values below; the last block runs
 at the target rows. All targets of a response come from the same branches.
+
+Which branches are run, and whether exactly, is `screening.py`'s choice where that is asked for.
 """
 
 from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -51,52 +56,102 @@ def replacement(embed: torch.nn.Module, masking: str, sentinel: int | None, like
     return (total / rows).to(like.dtype)
 
 
+class Branches(ABC):
+    """A way to run branches of `trunk`, whose tokens are replaced by `vector`.
+
+    `layer_rows` counts the rows that went through an attention or feed-forward layer, `all_rows`
+    those of every branch from its own token on.
+    """
+
+    def __init__(self, trunk: Trunk, vector: Tensor) -> None:
+        self.trunk = trunk
+        self.vector = vector
+        self.layer_rows = 0
+        self.all_rows = 0
+
+    @abstractmethod
+    def size(self, length: int) -> int:
+        """How many rows of the budget a branch of `length` rows takes."""
+
+    @abstractmethod
+    def run(self, tokens: Sequence[int]) -> tuple[Tensor, int]:
+        """The last residual rows `[B, n, d]` of the branches of some tokens, in ascending order.
+
+        Also how many rows went through a layer. Changes nothing: batches run side by side.
+        """
+
+    def done(self, tokens: Sequence[int], layer_rows: int) -> None:
+        """Count the rows of a batch that was run."""
+        self.layer_rows += layer_rows
+        self.all_rows += self._layers * sum(self.trunk.length - token for token in tokens)
+
+    @property
+    def branch_tokens(self) -> int:
+        """Rows run; one that was left out on its way counts by its share of the layers."""
+        return round(self.layer_rows / self._layers)
+
+    @property
+    def _layers(self) -> int:
+        return 2 * len(self.trunk.decoder.blocks)
+
+
+class ExactBranches(Branches):
+    """All rows from the first replaced token of a batch on."""
+
+    def size(self, length: int) -> int:
+        """A branch takes its rows."""
+        return length
+
+    def run(self, tokens: Sequence[int]) -> tuple[Tensor, int]:
+        """See `Branches.run`."""
+        return self.last(tokens), self._layers * len(tokens) * (self.trunk.length - tokens[0])
+
+    def last(self, tokens: Sequence[int], *, locate: bool = False) -> Tensor:
+        """The last residual rows `[B, n, d]`; `locate` (one token) names a non-finite block."""
+        decoder, first, batch = self.trunk.decoder, tokens[0], len(tokens)
+        embeddings = self.trunk.embeddings[first:].repeat(batch, 1, 1)
+        index = torch.arange(batch, device=embeddings.device)
+        embeddings[index, torch.tensor(tokens, device=embeddings.device) - first] = self.vector
+        x = decoder.enter(embeddings, first)
+        for layer, block in enumerate(decoder.blocks):
+            # Indexed, not unpacked: a name would keep this block's state alive during the next.
+            x = block.forward(x, self.trunk.rows(layer, first), self.trunk.states[layer])[0]
+            if locate:
+                require_finite(x, f"block {layer} with token {first} masked")
+        return x
+
+
 def information(
-    trunk: Trunk, vector: Tensor, budget: Budget, ledger: Ledger, step: Step
+    branches: Branches, tokens: Sequence[int], budget: Budget, ledger: Ledger, step: Step
 ) -> tuple[Tensor, Tensor]:
-    """`(KL, drop)`, `[n, N]` each, nats, in at least float32."""
-    count = trunk.prompt_length
+    """`(KL, drop)` of `k` tokens in ascending order, `[n, k]` each, nats, in at least float32."""
+    trunk, count = branches.trunk, len(tokens)
     last = trunk.last.new_empty(count, *trunk.last.shape)
+    before = branches.branch_tokens
 
     def size(first: int) -> int:
-        return budget.batch(trunk.length - first, count - first)
+        return budget.batch(branches.size(trunk.length - tokens[first]), count - first)
 
-    def run(first: int, stop: int) -> Tensor:
-        return _run_branches(trunk, vector, first, stop)
+    def run(first: int, stop: int) -> tuple[Tensor, int]:
+        return branches.run(tokens[first:stop])
 
-    def keep(first: int, stop: int, found: Tensor) -> None:
-        last[first:stop] = found
+    def keep(first: int, stop: int, found: tuple[Tensor, int]) -> None:
+        last[first:stop], rows = found
+        branches.done(tokens[first:stop], rows)
         ledger.counts["branches"] += stop - first
-        ledger.counts["branch_tokens"] += (stop - first) * (trunk.length - first)
-        step(sum(trunk.work.branch(start) for start in range(first, stop)))
+        step(sum(trunk.work.branch(token) for token in tokens[first:stop]))
 
     run_batches(count, budget, size, run, keep)
+    ledger.counts["branch_tokens"] += branches.branch_tokens - before
     # The logits of all branches together: the vocabulary's weights are read a few times, not once
     # for every batch.
     divergence, drop = _divergences(trunk, last, budget.workers, step)
     finite = torch.isfinite(divergence).all(-1)
     if not bool(finite.all()):
-        token = int((~finite).nonzero()[0])
-        _run_branches(trunk, vector, token, token + 1, locate=True)
+        token = tokens[int((~finite).nonzero()[0])]
+        ExactBranches(trunk, branches.vector).last([token], locate=True)
         require_finite(divergence, f"the logits with token {token} masked")
     return divergence.t().cpu(), drop.t().cpu()
-
-
-def _run_branches(
-    trunk: Trunk, vector: Tensor, first: int, stop: int, *, locate: bool = False
-) -> Tensor:
-    """The last residual rows `[B, n, d]` of branches `first..stop-1`, run from position `first`."""
-    decoder, batch = trunk.decoder, stop - first
-    embeddings = trunk.embeddings[first:].repeat(batch, 1, 1)
-    index = torch.arange(batch, device=embeddings.device)
-    embeddings[index, index] = vector
-    x = decoder.enter(embeddings, first)
-    for layer, block in enumerate(decoder.blocks):
-        # Indexed, not unpacked: a name would keep this block's state alive during the next.
-        x = block.forward(x, trunk.rows(layer, first), trunk.states[layer])[0]
-        if locate:
-            require_finite(x, f"block {layer} with one of tokens {first}..{stop - 1} masked")
-    return x
 
 
 def _divergences(trunk: Trunk, last: Tensor, workers: int, step: Step) -> tuple[Tensor, Tensor]:

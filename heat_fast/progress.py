@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,8 +30,9 @@ from rich.text import Text
 #:
 #: Components are "trunk", "gate", "information" and "curvature", in FLOPs of the definition, and
 #: "total", which goes from 0 to 1 when everything is done. `done` never falls and ends at `total`.
-#: With `probes="auto"` or `codes="auto"` the curvature's total is an upper bound, which falls to
-#: the work that is needed as soon as that is known; otherwise `total` does not change.
+#: With `probes="auto"` or `codes="auto"` the curvature's total is an upper bound, and with
+#: `coverage` the information's; it falls to the work that is needed as soon as that is known.
+#: Otherwise `total` does not change.
 Progress = Callable[[str, int, int], None]
 
 #: Called by a component with the work that it has just finished.
@@ -86,12 +87,14 @@ class Ledger:
 
 
 @contextmanager
-def bars(*, bounded: bool = False, console: Console | None = None) -> Iterator[Progress | None]:
+def bars(
+    *, bounded: Collection[str] = (), console: Console | None = None
+) -> Iterator[Progress | None]:
     """A callback that draws one bar per component, or None where there is nothing to draw on.
 
     Each bar has the component's name, the share of its work that is done, the time it has taken
-    and the time that remains. `bounded`: the curvature's total is an upper bound, and so is the
-    time that remains. Drawn on standard error if that is a terminal or a notebook, unless a
+    and the time that remains. `bounded`: components whose total is an upper bound, and with it
+    the time that remains. Drawn on standard error if that is a terminal or a notebook, unless a
     `console` is given, and removed at the end.
 
     Example:
@@ -120,7 +123,7 @@ def bars(*, bounded: bool = False, console: Console | None = None) -> Iterator[P
             if component == "total":  # it ends only when everything has: no bar to watch
                 return
             if component not in tasks:
-                most = bounded and component == "curvature"
+                most = component in bounded
                 tasks[component] = drawn.add_task(component, total=total, since=None, most=most)
             since = drawn.tasks[tasks[component]].elapsed
             drawn.update(tasks[component], completed=done, total=total, since=since)

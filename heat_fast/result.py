@@ -78,6 +78,9 @@ class Attribution:
     curvature_stderr: standard error of the curvature over its probes [T, N], in the units of
         `curvature`; 0 where it is exact, None where it is not known (a single probe, or the
         Gauss-Newton sketch).
+    information_skipped: for each prompt token, whether screening left its information out
+        (`coverage`): its information and log_prob_drop are 0 and were not measured. None where
+        all were.
     metadata: configuration, seed, versions, device, dtype, model, seconds and counts; read-only
         and JSON-able.
 
@@ -118,6 +121,7 @@ class Attribution:
     target_log_probs: Tensor
     metadata: Mapping[str, Any]
     curvature_stderr: Tensor | None = None
+    information_skipped: tuple[bool, ...] | None = None
 
     def __post_init__(self) -> None:
         def store(name: str, value: Any) -> None:
@@ -125,6 +129,8 @@ class Attribution:
 
         for name in ("token_ids", "tokens", "special", "target_ids", "target_tokens"):
             store(name, tuple(getattr(self, name)))
+        if self.information_skipped is not None:
+            store("information_skipped", tuple(map(bool, self.information_skipped)))
         if self.offsets is not None:
             store("offsets", tuple((int(start), int(end)) for start, end in self.offsets))
         for name in self._arrays():
@@ -146,6 +152,7 @@ class Attribution:
             "tokens": (self.tokens, n_tokens),
             "special": (self.special, n_tokens),
             "offsets": (self.offsets, n_tokens),
+            "information_skipped": (self.information_skipped, n_tokens),
             "target_tokens": (self.target_tokens, n_targets),
         }
         for name, (values, expected) in lengths.items():
@@ -281,6 +288,9 @@ class Attribution:
             "special": list(self.special),
             "target_ids": list(self.target_ids),
             "target_tokens": list(self.target_tokens),
+            "information_skipped": (
+                None if self.information_skipped is None else list(self.information_skipped)
+            ),
             "metadata": _through_json(self.metadata),
         }
 
@@ -349,6 +359,11 @@ def _from_file(place: Path, text: str, arrays: Mapping[str, Tensor]) -> Attribut
             target_tokens=_list_of(header, "target_tokens", str),
             metadata=header["metadata"],
             curvature_stderr=arrays.get(_STDERR),
+            information_skipped=(
+                None
+                if header.get("information_skipped") is None
+                else _list_of(header, "information_skipped", bool)
+            ),
             **{name: arrays[name] for name in _ARRAYS},
         )
     except KeyError as error:

@@ -82,6 +82,7 @@ def render(result: Attribution, console: Console, *, top: int = 10) -> Renderabl
         Text(),
         top_table(result, top, colour=colour, ascii_only=ascii_only, width=console.width),
         _targets(result, ascii_only),
+        *_screening(result),
         _facts(result),
     )
 
@@ -118,12 +119,14 @@ def top_table(
 ) -> Table:
     """The k highest-scoring tokens with their score, its share of the total and components.
 
-    What does not fit into `width` columns is left out whole, the bar first, then the share, then
-    components from the last; long tokens are shortened. A number is never cut.
+    Information that screening left out is a dash. What does not fit into `width` columns is left
+    out whole, the bar first, then the share, then components from the last; long tokens are
+    shortened. A number is never cut.
     """
     rows = result.top(k)
     total = math.fsum(result.scores.tolist())
     highest = rows[0].score
+    skipped = result.information_skipped or (False,) * len(result)
 
     def bar(score: float) -> str:
         filled = round(_BAR_WIDTH * score / highest) if highest > 0 else 0
@@ -139,7 +142,7 @@ def top_table(
         "": [bar(row.score) for row in rows],
         "gate": [_number(row.gate) for row in rows],
         "curvature": [_number(row.curvature) for row in rows],
-        "information": [_number(row.information) for row in rows],
+        "information": ["-" if skipped[row.index] else _number(row.information) for row in rows],
     }
     token_width = _fit(columns, width)
     table = Table(box=None, padding=(0, _GAP, 0, 0), pad_edge=False, header_style="bold")
@@ -259,6 +262,37 @@ def _targets(result: Attribution, ascii_only: bool) -> Text:
         text.append(f"; log-probability of all {_number(math.fsum(log_probs))}")
         text.append(f", scores aggregated by {result.aggregate}")
     return text
+
+
+def _screening(result: Attribution) -> list[Text]:
+    """What screening left out, one line for each kind that was asked for."""
+    metadata: Any = result.metadata
+    config, screening = metadata.get("config", {}), metadata.get("screening", {})
+    lines = []
+    if "coverage" in screening:
+        facts = screening["coverage"]
+        audit = facts["audit"]
+        lines.append(
+            f"information skipped for {facts['skipped']:,} of {facts['tokens']:,} tokens "
+            f"(coverage {config.get('coverage')})"
+        )
+        if audit["tokens"]:
+            lines[-1] += (
+                f"; audit of {audit['tokens']}: at most "
+                f"{_number(audit['largest_information'])} nats, an estimated "
+                f"{audit['score_share_lost']:.2%} of the score lost"
+            )
+    if "branch_tolerance" in screening:
+        facts = screening["branch_tolerance"]
+        audit, order = facts["audit"], facts["audit"]["rank_correlation"]
+        lines.append(
+            f"{facts['frozen'] / facts['rows']:.1%} of the branches' rows frozen "
+            f"(tolerance {config.get('branch_tolerance')}); audit of {audit['branches']}: relative "
+            f"error {audit['median_relative_error']:.2%} (median), "
+            f"{audit['largest_relative_error']:.2%} (largest)"
+            + ("" if order is None else f", rank correlation {order:.3f}")
+        )
+    return [Text(line) for line in lines]
 
 
 def _facts(result: Attribution) -> Text:

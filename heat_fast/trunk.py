@@ -99,10 +99,16 @@ class TargetAdjoint:
 
 
 def run_trunk(
-    decoder: Decoder, embeddings: Tensor, targets: tuple[int, ...], step: Step | None = None
+    decoder: Decoder,
+    embeddings: Tensor,
+    targets: tuple[int, ...],
+    step: Step | None = None,
+    *,
+    keep_streams: bool = False,
 ) -> Trunk:
     """Run the context `embeddings [M, d]` once and keep what the components need.
 
+    `keep_streams` keeps the residual stream as well, `2 M d` numbers for every block.
     Raises `NumericalError` naming the block where a non-finite value first appears.
     """
     trunk = Trunk(decoder, embeddings, (), embeddings, embeddings, embeddings, targets)
@@ -110,7 +116,7 @@ def run_trunk(
     require_finite(x, "the input embeddings")
     states = []
     for layer, block in enumerate(decoder.blocks):
-        x, state = block.forward(x, trunk.rows(layer, 0))
+        x, state = block.forward(x, trunk.rows(layer, 0), keep_streams=keep_streams)
         require_finite(x, f"block {layer} of the unmodified context")
         states.append(state)
         if step is not None:

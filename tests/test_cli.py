@@ -179,6 +179,8 @@ def test_options_reach_the_engine(run: Run, engine: Callable[[Any], Recorder]) -
         "--masking": "sentinel",
         "--sentinel-token": "9",
         "--aggregate": "max",
+        "--coverage": "0.9",
+        "--branch-tolerance": "0.02",
         "--device": "cpu",
         "--dtype": "float64",
         "--target": " blue",
@@ -201,6 +203,8 @@ def test_options_reach_the_engine(run: Run, engine: Callable[[Any], Recorder]) -
         masking="sentinel",
         sentinel_token=9,
         aggregate="max",
+        coverage=0.9,
+        branch_tolerance=0.02,
     )
     assert (call["prompt"], call["target"]) == (PROMPT, " blue")
     assert call["progress"] is True

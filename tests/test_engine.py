@@ -467,7 +467,7 @@ def test_overflow_in_a_branch_is_reported_with_its_block() -> None:
     with torch.no_grad():
         model.get_input_embeddings().weight[0] = float("inf")
     model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().nan_to_num(posinf=0.0))
-    with pytest.raises(NumericalError, match=r"block 0 with one of tokens 0\.\.\d+ masked"):
+    with pytest.raises(NumericalError, match="block 0 with token 0 masked"):
         heat_fast.attribute(
             model, None, ids_of("gpt2"), 4, probes=1, masking="sentinel", sentinel_token=0
         )

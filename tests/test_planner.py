@@ -112,7 +112,7 @@ def test_another_error_ends_the_run_at_once(workers: int) -> None:
     with pytest.raises(ZeroDivisionError):
         collect(1000, Budget(1, workers), run)
     assert len(seen) < 20
-    assert threading.active_count() == 1
+    assert not any(thread.name.startswith("heat_fast") for thread in threading.enumerate())
 
 
 def test_failed_batches_release_their_memory() -> None:
@@ -202,5 +202,5 @@ def test_interrupting_one_of_several_threads_leaves_nothing_behind(two_threads: 
     config = HeatConfig(probes=4, token_budget=8)
     with pytest.raises(KeyboardInterrupt):
         Attributor(model, None, config).attribute(list(range(1, 24)), 4, progress=interrupt)
-    assert threading.active_count() == 1
+    assert not any(thread.name.startswith("heat_fast") for thread in threading.enumerate())
     assert torch.get_num_threads() == 2

@@ -275,7 +275,7 @@ class Clock:
         return self.now
 
 
-def drawn(bounded: bool = False) -> Iterator[Any]:
+def drawn(bounded: tuple[str, ...] = ()) -> Iterator[Any]:
     """The callback, the clock and, at last, what the console holds."""
     clock, file = Clock(), io.StringIO()
     console = Console(file=file, force_terminal=True, width=80, get_time=clock)
@@ -317,7 +317,7 @@ def test_a_bar_survives_batches_of_hours_and_a_total_that_falls() -> None:
 
 
 def test_a_bar_of_a_bound_says_at_most() -> None:
-    steps = drawn(bounded=True)
+    steps = drawn(bounded=("curvature",))
     progress, clock = next(steps)
     progress("total", 0, 1)
     progress("information", 0, 10)

@@ -18,7 +18,12 @@ from torch import Tensor
 from heat_fast.decoder.linear import Linear
 from heat_fast.decoder.norm import AnyNorm, Identity, NormAdjoint, NormState, kept
 from heat_fast.decoder.rotary import Rotary
-from heat_fast.kernels.branch_attention import Masking, branch_attention
+from heat_fast.kernels.branch_attention import (
+    Masking,
+    RaggedRows,
+    branch_attention,
+    ragged_attention,
+)
 from heat_fast.kernels.rotary import Table, place
 from heat_fast.kernels.second_order_attention import (
     Primal,
@@ -268,17 +273,16 @@ class Attention:
     # Between flat features [B, S, H, D] and head-major [Hk, B, (G,) S, D]. Heads are turned on the
     # way, unless they pass a norm first.
 
-    def _table(self, start: int, like: Tensor) -> Table | None:
+    def _table(self, at: int | Tensor, like: Tensor) -> Table | None:
         if self.rotary is None or self.normed:
             return None
-        return self.rotary.table(start, like, like.shape[1])
+        return self.rotary.table(at, like, like.shape[1])
 
-    def _split(self, flat: Heads, rows: Rows) -> Heads:
-        key_table = self._table(rows.start, flat.key)
-        query = _head_major(flat.query, self._table(rows.first_query, flat.query))
+    def _split(self, flat: Heads, query_at: int | Tensor, key_at: int | Tensor) -> Heads:
+        query = _head_major(flat.query, self._table(query_at, flat.query))
         return Heads(
             query.unflatten(0, (-1, self.groups)).transpose(1, 2),
-            _head_major(flat.key, key_table),
+            _head_major(flat.key, self._table(key_at, flat.key)),
             _head_major(flat.value, None),
         )
 
@@ -296,12 +300,12 @@ class Attention:
     def _merge_query(x: Tensor) -> Tensor:
         return x.permute(1, 3, 0, 2, 4).flatten(2, 3)
 
-    def _turn(self, heads: Heads, rows: Rows) -> Heads:
+    def _turn(self, heads: Heads, query_at: int | Tensor, key_at: int | Tensor) -> Heads:
         if self.rotary is None or not self.normed:
             return heads
         return Heads(
-            self.rotary.forward(heads.query, rows.first_query),
-            self.rotary.forward(heads.key, rows.start),
+            self.rotary.forward(heads.query, query_at),
+            self.rotary.forward(heads.key, key_at),
             heads.value,
         )
 
@@ -313,6 +317,21 @@ class Attention:
             self.rotary.adjoint(heads.key, rows.start),
             heads.value,
         )
+
+    def _project(
+        self,
+        x: Tensor,
+        queries: int,
+        query_at: int | Tensor,
+        key_at: int | Tensor,
+        *,
+        keep: bool = False,
+    ) -> tuple[Heads, NormState, NormState]:
+        """Heads of rows `x [B, S, d]`, normed and turned, and the head norms' states (`keep`)."""
+        raw = self._split(self.projection.forward(x, queries), query_at, key_at)
+        query, query_norm = self.query_norm.forward(raw.query, keep=keep)
+        key, key_norm = self.key_norm.forward(raw.key, keep=keep)
+        return self._turn(Heads(query, key, raw.value), query_at, key_at), query_norm, key_norm
 
     def _pull_output(self, y_bar: Tensor, state: AttentionState) -> Tensor:
         """Adjoint of the output projection, split into heads `[Hk, B, G, Q, D]`."""
@@ -332,11 +351,9 @@ class Attention:
 
         The returned state is a primal for `B = 1`, `rows.start = 0`, no prefix.
         """
-        raw = self._split(self.projection.forward(x, rows.queries), rows)
-        keep = prefix is None
-        query, query_norm = self.query_norm.forward(raw.query, keep=keep)
-        key, key_norm = self.key_norm.forward(raw.key, keep=keep)
-        heads = self._turn(Heads(query, key, raw.value), rows)
+        heads, query_norm, key_norm = self._project(
+            x, rows.queries, rows.first_query, rows.start, keep=prefix is None
+        )
         if prefix is None:
             below_key = below_value = heads.key[:, 0, :0]
         else:
@@ -357,18 +374,34 @@ class Attention:
             first_query=rows.first_query,
         )
 
+    def forward_ragged(self, x: Tensor, rows: RaggedRows, trunk: AttentionState) -> Tensor:
+        """`y [Q, d]` from normed rows `x [R, d]` of branches that are the trunk elsewhere."""
+        first = len(rows.position) - rows.queries
+        heads, _, _ = self._project(x[None], rows.queries, rows.position[first:], rows.position)
+        output = ragged_attention(
+            heads.query[:, 0],
+            heads.key[:, 0, : rows.keys],
+            heads.value[:, 0, : rows.keys],
+            trunk.key,
+            trunk.value,
+            rows,
+            self.masking,
+        )
+        return self.output.forward(self._merge_query(output[:, None]).flatten(2))[0]
+
     def tangent(
         self, state: AttentionState, x_dot: Tensor, rows: Rows
     ) -> tuple[Tensor, AttentionTangent]:
         """`y. [B, Q, d]` from `x. [B, S, d]`."""
-        raw = self._split(self.projection.tangent(x_dot, rows.queries), rows)
+        flat = self.projection.tangent(x_dot, rows.queries)
+        raw = self._split(flat, rows.first_query, rows.start)
         query_norm, key_norm = state.norms(rows)
         normed = Heads(
             self.query_norm.tangent(query_norm, raw.query),
             self.key_norm.tangent(key_norm, raw.key),
             raw.value,
         )
-        heads = self._turn(normed, rows)
+        heads = self._turn(normed, rows.first_query, rows.start)
         primal = state.primal(rows, self.masking)
         output = attention_tangent(primal, heads.query, heads.key, heads.value)
         y = self.output.tangent(self._merge_query(output).flatten(2))

@@ -5,7 +5,8 @@
 
 This is the one description of every family's block. Its four readings interpret it:
 
-    forward          x -> y                          (trunk and branches)
+    forward          x -> y                          (trunk and branches; `attend_ragged` and
+                                                      `feed` for branches mostly like the trunk)
     tangent          x. -> y.                        (probes going up)
     adjoint          y_ -> x_                        (the target's gradient, once)
     adjoint_tangent  (x., y_, y_.) -> x_.            (probes coming down: a Hessian-vector product)
@@ -32,6 +33,15 @@ from heat_fast.decoder.attention import (
 from heat_fast.decoder.linear import Linear
 from heat_fast.decoder.mlp import Mlp, MlpAdjoint, MlpState, MlpTangent
 from heat_fast.decoder.norm import AnyNorm, Identity, Norm, NormAdjoint, NormState, kept
+from heat_fast.kernels.branch_attention import RaggedRows
+
+
+@dataclass(frozen=True)
+class Streams:
+    """The residual stream of one block, `[Q, d]` each: `middle` is `x1`, `leaving` is `y`."""
+
+    middle: Tensor
+    leaving: Tensor
 
 
 @dataclass(frozen=True)
@@ -40,7 +50,8 @@ class BlockState:
 
     `entry [S, d]`: the residual stream entering, normalised for the attention; `mlp_entry [Q, d]`:
     the one entering the feed-forward layer, normalised; `attended`, `fed [Q, d]`: the layers'
-    outputs, normalised, where post-norms follow.
+    outputs, normalised, where post-norms follow; `streams`: kept where branches are compared
+    with them.
     """
 
     entry: NormState
@@ -49,6 +60,7 @@ class BlockState:
     mlp_entry: NormState
     mlp: MlpState
     fed: NormState
+    streams: Streams | None = None
 
     @property
     def bytes(self) -> int:
@@ -167,7 +179,12 @@ class Block:
         return x if self.device is None or x.device == self.device else x.to(self.device)
 
     def forward(
-        self, x: Tensor, rows: Rows, prefix: BlockState | None = None
+        self,
+        x: Tensor,
+        rows: Rows,
+        prefix: BlockState | None = None,
+        *,
+        keep_streams: bool = False,
     ) -> tuple[Tensor, BlockState]:
         """`y [B, Q, d]` from `x [B, S, d]`; without a prefix, the state is a primal for `B = 1`."""
         x = self._here(x)
@@ -179,17 +196,34 @@ class Block:
         attended, post_attention = self.post_attention.forward(attended, keep=keep)
         stay = x[:, -rows.queries :]
         middle = attended + stay
-        normed, mlp_entry = self.mlp_norm.forward(stay if self.parallel else middle, keep=keep)
-        fed, mlp = self.mlp.forward(normed)
-        fed, post_mlp = self.post_mlp.forward(fed, keep=keep)
-        return middle + fed, BlockState(
+        y, mlp_entry, mlp, post_mlp = self.feed(stay, middle, keep=keep)
+        return y, BlockState(
             entry=entry.select(0, 0),
             attention=attention,
             attended=post_attention.select(0, 0),
             mlp_entry=mlp_entry.select(0, 0),
             mlp=MlpState(mlp.gate[0], None if mlp.up is None else mlp.up[0]),
             fed=post_mlp.select(0, 0),
+            streams=Streams(middle[0], y[0]) if keep_streams else None,
         )
+
+    def attend_ragged(self, x: Tensor, rows: RaggedRows, trunk: BlockState) -> Tensor:
+        """`x1 [Q, d]` from the rows `x [R, d]` of several branches that are the trunk elsewhere.
+
+        `feed` takes them on to `y`.
+        """
+        normed, _ = self.norm.forward(x, keep=False)
+        attended = self.attention.forward_ragged(normed, rows, trunk.attention)
+        return self.post_attention.forward(attended, keep=False)[0] + x[-rows.queries :]
+
+    def feed(
+        self, x: Tensor, middle: Tensor, *, keep: bool = False
+    ) -> tuple[Tensor, NormState, MlpState, NormState]:
+        """`y` from `x` and `x1`, `[.., d]`, with the states of the feed-forward layer (`keep`)."""
+        normed, mlp_entry = self.mlp_norm.forward(x if self.parallel else middle, keep=keep)
+        fed, mlp = self.mlp.forward(normed)
+        fed, post_mlp = self.post_mlp.forward(fed, keep=keep)
+        return middle + fed, mlp_entry, mlp, post_mlp
 
     def with_derivatives(self, state: BlockState) -> BlockState:
         """The state with the activation's derivatives kept for many probes."""

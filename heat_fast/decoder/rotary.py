@@ -20,15 +20,22 @@ class Rotary:
         first.neg_()
         self._whole = Table(cos, signed, interleaved)
 
-    def table(self, start: int, like: Tensor, rows: int) -> Table:
-        """The table of positions `start..start+rows-1`, on the device of `like`."""
-        part = slice(start, start + rows)
-        cos, sin = self._whole.cos[part].to(like.device), self._whole.sin[part].to(like.device)
-        return Table(cos, sin, self._whole.interleaved)
+    def table(self, at: int | Tensor, like: Tensor, rows: int) -> Table:
+        """The table of some positions, on the device of `like`.
 
-    def forward(self, x: Tensor, start: int) -> Tensor:
-        """Rotate `x [..., S, D]`, whose first row stands at position `start`; also the tangent."""
-        return rotate(x, self.table(start, x, x.shape[-2]), 1)
+        `at`: the first of `rows` positions, or all positions `[rows]`.
+        """
+        whole = self._whole
+        part = at.to(whole.cos.device) if isinstance(at, Tensor) else slice(at, at + rows)
+        cos, sin = whole.cos[part].to(like.device), whole.sin[part].to(like.device)
+        return Table(cos, sin, whole.interleaved)
+
+    def forward(self, x: Tensor, at: int | Tensor) -> Tensor:
+        """Rotate `x [..., S, D]`; also the tangent.
+
+        `at`: the position of the first row, or the positions `[S]` of all.
+        """
+        return rotate(x, self.table(at, x, x.shape[-2]), 1)
 
     def adjoint(self, y_bar: Tensor, start: int) -> Tensor:
         """The transposed map: the same angles turned back, the same scale."""

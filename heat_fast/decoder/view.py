@@ -58,11 +58,15 @@ class Decoder:
             for activation in activations
         )
 
-    def enter(self, embeddings: Tensor, start: int) -> Tensor:
-        """The residual stream `[B, S, d]` of embeddings whose first row stands at `start`."""
+    def enter(self, embeddings: Tensor, at: int | Tensor) -> Tensor:
+        """The residual stream `[.., S, d]` of embeddings.
+
+        `at`: the position of their first row, or the positions `[S]` of all.
+        """
         if self.positions is None:
             return embeddings
-        return embeddings + self.positions[start : start + embeddings.shape[-2]]
+        rows = at if isinstance(at, Tensor) else slice(at, at + embeddings.shape[-2])
+        return embeddings + self.positions[rows]
 
 
 Builder = Callable[[nn.Module, int], Decoder]
