@@ -110,12 +110,17 @@ class ExactBranches(Branches):
         """The last residual rows `[B, n, d]`; `locate` (one token) names a non-finite block."""
         decoder, first, batch = self.trunk.decoder, tokens[0], len(tokens)
         embeddings = self.trunk.embeddings[first:].repeat(batch, 1, 1)
-        index = torch.arange(batch, device=embeddings.device)
-        embeddings[index, torch.tensor(tokens, device=embeddings.device) - first] = self.vector
+        index = torch.tensor(tokens, device=embeddings.device) - first
+        embeddings[torch.arange(batch, device=embeddings.device), index] = self.vector
         x = decoder.enter(embeddings, first)
         for layer, block in enumerate(decoder.blocks):
-            # Indexed, not unpacked: a name would keep this block's state alive during the next.
-            x = block.forward(x, self.trunk.rows(layer, first), self.trunk.states[layer])[0]
+            rows, state = self.trunk.rows(layer, first), self.trunk.states[layer]
+            if layer == 0 and len(decoder.blocks) > 1:
+                # What enters the first block is the trunk's, save for the replaced rows.
+                x = block.feed(x, block.attend_replaced(x, index, rows, state))[0]
+            else:
+                # Indexed, not unpacked: a name would keep this block's state alive in the next.
+                x = block.forward(x, rows, state)[0]
             if locate:
                 require_finite(x, f"block {layer} with token {first} masked")
         return x

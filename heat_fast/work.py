@@ -22,6 +22,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 
+from torch import Tensor
+
 from heat_fast.decoder import Decoder
 from heat_fast.decoder.attention import FusedProjection, SeparateProjection
 from heat_fast.decoder.block import Block
@@ -40,18 +42,19 @@ class Shape:
     hidden: int  # f, both halves if gated
 
 
-def shape(block: Block, width: int) -> Shape:
-    """The sizes of a block of a model of width d."""
+def shape(block: Block, like: Tensor) -> Shape:
+    """The sizes of a block of a model whose embeddings are `like [.., d]`."""
+    width = like.shape[-1]
     projection = block.attention.projection
     if isinstance(projection, SeparateProjection):
-        query = projection.query.out_features(width)
-        keys = projection.key.out_features(width)
+        query = projection.query.out_features(like)
+        keys = projection.key.out_features(like)
     else:
         assert isinstance(projection, FusedProjection)
         query = projection.heads * projection.head_dim
         keys = projection.key_heads * projection.head_dim
-    gate = block.mlp.gate.out_features(width)
-    hidden = gate + (0 if block.mlp.up is None else block.mlp.up.out_features(width))
+    gate = block.mlp.gate.out_features(like)
+    hidden = gate + (0 if block.mlp.up is None else block.mlp.up.out_features(like))
     inner = gate // 2 if block.mlp.fused else gate
     return Shape(
         shared=2 * keys * width,
@@ -76,9 +79,11 @@ class Work:
         self.tokens = tokens
         self.targets = targets
         self.length = tokens + targets - 1
-        self.shapes = [shape(block, self.width) for block in decoder.blocks]
+        self.shapes = [shape(block, decoder.embeddings_weight) for block in decoder.blocks]
         #: One row of logits, or its adjoint.
-        self.logits = 2 * self.width * decoder.head.projection.out_features(self.width)
+        self.logits = (
+            2 * self.width * decoder.head.projection.out_features(decoder.embeddings_weight)
+        )
         body = [astuple(each) for each in self.shapes[:-1]]
         self._body = Shape(*(sum(sizes) for sizes in zip(*body, strict=True))) if body else None
 

@@ -374,6 +374,32 @@ class Attention:
             first_query=rows.first_query,
         )
 
+    def forward_replaced(
+        self, x: Tensor, index: Tensor, rows: Rows, trunk: AttentionState
+    ) -> Tensor:
+        """`y [B, S, d]` of branches that enter as the trunk does, save for one row each.
+
+        `x [B, d]`: these rows, normed; `index [B]`: where they stand among the `rows`. Only they
+        need projections of their own.
+        """
+        at, batch = index + rows.start, torch.arange(len(index), device=x.device)
+        moved, _, _ = self._project(x[None], len(index), at, at)
+
+        def copies(kept: Tensor) -> Tensor:
+            # repeat copies always: what it makes is written to.
+            return kept[:, None].repeat(1, len(index), *[1] * (kept.dim() - 1))
+
+        query = copies(trunk.query[:, :, trunk.queries(rows)])
+        query[:, batch, :, index] = moved.query[:, 0].permute(2, 0, 1, 3)
+        key, value = copies(trunk.key[:, rows.start :]), copies(trunk.value[:, rows.start :])
+        key[:, batch, index] = moved.key[:, 0]
+        value[:, batch, index] = moved.value[:, 0]
+        below = slice(0, rows.start)
+        output, _ = branch_attention(
+            query, key, value, trunk.key[:, below], trunk.value[:, below], self.masking
+        )
+        return self.output.forward(self._merge_query(output).flatten(2))
+
     def forward_ragged(self, x: Tensor, rows: RaggedRows, trunk: AttentionState) -> Tensor:
         """`y [Q, d]` from normed rows `x [R, d]` of branches that are the trunk elsewhere."""
         first = len(rows.position) - rows.queries

@@ -5,8 +5,9 @@
 
 This is the one description of every family's block. Its four readings interpret it:
 
-    forward          x -> y                          (trunk and branches; `attend_ragged` and
-                                                      `feed` for branches mostly like the trunk)
+    forward          x -> y                          (trunk and branches; `attend_replaced` or
+                                                      `attend_ragged`, then `feed`, for branches
+                                                      that are mostly like the trunk)
     tangent          x. -> y.                        (probes going up)
     adjoint          y_ -> x_                        (the target's gradient, once)
     adjoint_tangent  (x., y_, y_.) -> x_.            (probes coming down: a Hessian-vector product)
@@ -206,6 +207,16 @@ class Block:
             fed=post_mlp.select(0, 0),
             streams=Streams(middle[0], y[0]) if keep_streams else None,
         )
+
+    def attend_replaced(self, x: Tensor, index: Tensor, rows: Rows, trunk: BlockState) -> Tensor:
+        """`x1 [B, S, d]` of branches that enter as the trunk does, save for one row each.
+
+        `x [B, S, d]`; `index [B]`: the row that differs. `feed` takes them on to `y`.
+        """
+        own = x[torch.arange(len(x), device=x.device), index]
+        normed, _ = self.norm.forward(own, keep=False)
+        attended = self.attention.forward_replaced(normed, index, rows, trunk.attention)
+        return self.post_attention.forward(attended, keep=False)[0] + x
 
     def attend_ragged(self, x: Tensor, rows: RaggedRows, trunk: BlockState) -> Tensor:
         """`x1 [Q, d]` from the rows `x [R, d]` of several branches that are the trunk elsewhere.
