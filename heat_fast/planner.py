@@ -7,10 +7,15 @@ budget is halved and the batch tried again; nothing that was computed is lost.
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
+
+# The C library that this process runs on, where it can be asked.
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 CPU_ROWS = 512
 
@@ -47,6 +52,16 @@ def keep_heap() -> None:
     this allocates and frees 32 MB.
     """
     torch.empty(_LARGEST_HEAP_BLOCK, dtype=torch.uint8)
+
+
+def trim_heap() -> None:
+    """Give back to the system what is free: the next component uses blocks of other sizes.
+
+    Only glibc can be asked to; elsewhere this does nothing.
+    """
+    trim = getattr(_LIBC, "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def token_budget(trunk_bytes: int, length: int, device: torch.device, asked: int | None) -> Budget:
