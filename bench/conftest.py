@@ -72,20 +72,10 @@ def pytest_benchmark_update_json(
 
 @pytest.fixture(scope="session")
 def random_llama() -> Any:
-    """A random-weight Llama: 6 blocks, width 288, 6 heads, vocabulary 32,000."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    """The random-weight Llama of `models.py`."""
+    from models import random_llama
 
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=32000,
-        hidden_size=288,
-        intermediate_size=768,
-        num_hidden_layers=6,
-        num_attention_heads=6,
-        num_key_value_heads=6,
-        max_position_embeddings=2048,
-    )
-    return LlamaForCausalLM(config).eval()
+    return random_llama()
 
 
 @pytest.fixture(scope="session")
@@ -102,12 +92,9 @@ def stories() -> tuple[Any, Any]:
 @pytest.fixture(scope="session")
 def prompt_ids() -> Callable[[int], list[int]]:
     """`prompt_ids(n)`: n random token ids for the random-weight model, the same in every run."""
+    from models import prompt_ids
 
-    def make(length: int) -> list[int]:
-        generator = torch.Generator().manual_seed(length)
-        return torch.randint(32000, (length,), generator=generator).tolist()
-
-    return make
+    return prompt_ids
 
 
 @pytest.fixture(scope="session")

@@ -7,8 +7,12 @@ tokens and multiplied: every one of its products costs the same, since each runs
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -23,6 +27,7 @@ from heat_fast.kernels.rademacher import rademacher
 if TYPE_CHECKING:
     from conftest import Summary
 
+HERE = Path(__file__).resolve().parent
 TARGET = 7
 SAMPLED_TOKENS = 4
 # The spread of one probe is about 0.18 of S, so these leave 3 % in the value compared with.
@@ -172,3 +177,24 @@ def test_response(benchmark: Any, random_llama: Any, prompt_ids: Prompt, summary
     ratio = 32 * (10 * curved + lost + gated) / mine
     benchmark.extra_info.update(ratio=ratio)
     summary.add("32-token response, coded: ratio to 32 single runs of the authors'", f"{ratio:.0f}")
+
+
+def test_peak_memory(benchmark: Any, summary: Summary) -> None:
+    """`full` with `coded` at N = 1024: resident memory against the model and one trunk.
+
+    Measured in a process of its own; the time is that of the whole process and says nothing.
+    """
+    settings = {"estimator": "coded", "codes": 8, "probes": 4}
+    command = [sys.executable, str(HERE / "peak_memory.py"), "1024", json.dumps(settings)]
+    outcome = benchmark.pedantic(
+        lambda: subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True), rounds=1
+    )
+    told = json.loads(outcome.stdout)
+    unit = told["model"] + told["trunk"]
+    beyond = (told["peak"] - told["model"]) / told["estimated"]
+    benchmark.extra_info.update(told, ratio=told["peak"] / unit, of_the_estimate=beyond)
+    summary.add(
+        "full coded, N=1024: peak memory, MB (model and one trunk)",
+        f"{told['peak'] / 1e6:.0f} ({unit / 1e6:.0f}): {told['peak'] / unit:.2f} times",
+    )
+    summary.add("full coded, N=1024: peak beyond the model, of the estimate", f"{beyond:.0%}")

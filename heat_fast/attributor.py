@@ -31,9 +31,11 @@ from heat_fast.planner import (
     Budget,
     is_out_of_memory,
     keep_heap,
+    run_batches,
     slices,
     targets_at_once,
     token_budget,
+    trim_heap,
 )
 from heat_fast.progress import Ledger, Progress, bars
 from heat_fast.prompt import (
@@ -203,7 +205,9 @@ class Attributor:
             )
             with ledger.component("gate", sum(work.gate(config.rollout))) as step:
                 gates = gate(trunk, config.rollout, step).cpu()
+            trim_heap()
             parts, screening = self._information(trunk, vector, gates, budget, ledger)
+            trim_heap()
             parts, stderr = self._curvature(trunk, parts, budget, ledger)
             finish(1)
         score, envelope = combine(parts, config)
@@ -265,25 +269,41 @@ class Attributor:
         """
         config, count = self.config, trunk.prompt_length
         products = product_count(config, count) if config.curvature == "hessian" else 0
-        if products:
+        # One long sequence at a time has no other in its batch to share them with.
+        if products and (config.estimator == "block" or 2 * trunk.length <= budget.rows):
             trunk = trunk.with_derivatives()
         found: list[Curvature] = []
         norms: list[Tensor] = []
-        groups = list(slices(len(trunk.targets), targets_at_once(trunk.bytes)))
-        total = curvature_work(trunk.work, [part.stop - part.start for part in groups], config)
-        with ledger.component("curvature", total) as step:
-            for group in groups:
-                targets = range(group.start, group.stop)
-                adjoints = [run_adjoint(trunk, target, products, step) for target in targets]
-                rows = [adjoint.gradient[:count] for adjoint in adjoints]
-                wide_rows = [row.to(wide(row.dtype)) for row in rows]
-                norms += [row.abs().sum(-1).cpu() for row in wide_rows]
-                others = replace(parts.rows(group), gradient_norm=torch.stack(norms[group]))
-                enough = partial(settled, others, config=config)
-                found.append(curvature(trunk, adjoints, config, budget, ledger, step, enough))
+        groups = Budget(min(len(trunk.targets), targets_at_once(trunk.bytes)))
+        sizes = [part.stop - part.start for part in slices(len(trunk.targets), groups.rows)]
+        done, counted, rows = 0, 0, budget.rows
+
+        def run(first: int, stop: int) -> tuple[Curvature, Tensor]:
+            # A group too large for memory is begun anew, in two: its work comes on top, and the
+            # batches that it shrank in vain are as before.
+            step.skip(done - step.done)
+            ledger.counts["hvp"], budget.rows = counted, rows
+            adjoints = [run_adjoint(trunk, target, products, step) for target in range(first, stop)]
+            trim_heap()
+            gradients = [adjoint.gradient[:count] for adjoint in adjoints]
+            wide_rows = [row.to(wide(row.dtype)) for row in gradients]
+            sums = torch.stack([row.abs().sum(-1).cpu() for row in wide_rows])
+            others = replace(parts.rows(slice(first, stop)), gradient_norm=sums)
+            enough = partial(settled, others, config=config)
+            return curvature(trunk, adjoints, config, budget, ledger, step, enough), sums
+
+        def keep(first: int, stop: int, result: tuple[Curvature, Tensor]) -> None:
+            nonlocal done, counted, rows
+            found.append(result[0])
+            norms.append(result[1])
+            done, counted, rows = step.done, ledger.counts["hvp"], budget.rows
+
+        with ledger.component("curvature", curvature_work(trunk.work, sizes, config)) as step:
+            run_batches(len(trunk.targets), groups, lambda _: groups.rows, run, keep)
+        budget.halvings += groups.halvings
         errors = [part.stderr for part in found if part.stderr is not None]
         values = torch.cat([part.values for part in found])
-        parts = replace(parts, curvature=values, gradient_norm=torch.stack(norms))
+        parts = replace(parts, curvature=values, gradient_norm=torch.cat(norms))
         return parts, torch.cat(errors) if len(errors) == len(found) else None
 
     def _metadata(

@@ -23,8 +23,9 @@ from heat_fast.planner import Budget, run_batches, slices
 from heat_fast.progress import Ledger, Step
 from heat_fast.trunk import Trunk, require_finite
 
-# Logits are made for a few rows at a time: at most this many numbers, 32 MB in float32.
-LOGIT_ELEMENTS = 1 << 23
+# Logits are made for a few rows at a time: at most this many numbers, 8 MB in float32, of which a
+# divergence holds several copies.
+LOGIT_ELEMENTS = 1 << 21
 # Beyond this size the vocabulary is streamed in chunks, so that many rows share each chunk.
 STREAMED_VOCABULARY = 1 << 16
 VOCABULARY_CHUNK = 1 << 13

@@ -8,6 +8,8 @@ and the batch tried again; nothing that was computed is lost.
 
 from __future__ import annotations
 
+import ctypes
+import sys
 import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -17,6 +19,9 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+
+# The C library that this process runs on, where it can be asked.
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 CPU_ROWS = 512
 # Python itself takes a few milliseconds of each batch, one thread at a time.
@@ -61,6 +66,16 @@ def keep_heap() -> None:
     this allocates and frees 32 MB.
     """
     torch.empty(_LARGEST_HEAP_BLOCK, dtype=torch.uint8)
+
+
+def trim_heap() -> None:
+    """Give back to the system what is free: the next component uses blocks of other sizes.
+
+    Only glibc can be asked to; elsewhere this does nothing.
+    """
+    trim = getattr(_LIBC, "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def token_budget(

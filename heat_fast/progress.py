@@ -32,7 +32,7 @@ from rich.text import Text
 #: "total", which goes from 0 to 1 when everything is done. `done` never falls and ends at `total`.
 #: With `probes="auto"` or `codes="auto"` the curvature's total is an upper bound, and with
 #: `coverage` the information's; it falls to the work that is needed as soon as that is known.
-#: Otherwise `total` does not change.
+#: Otherwise `total` does not change, unless several targets together did not fit into memory.
 Progress = Callable[[str, int, int], None]
 
 #: Called by a component with the work that it has just finished.
@@ -52,10 +52,11 @@ class Meter:
     def __call__(self, work: int) -> None:
         """Count work that is finished."""
         self.done += work
+        self.total = max(self.total, self.done)
         self._tell()
 
     def skip(self, work: int) -> None:
-        """Take back work that turned out not to be needed."""
+        """Take back work that turned out not to be needed, or add some (negative)."""
         if work:
             self.total -= work
             self._tell()

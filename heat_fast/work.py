@@ -12,9 +12,11 @@ only, each once. With `P` weights per block, `H` query heads of size `D`, a run 
     flow of the gate            2 H A_0 (D + rows)
 
 (a product with a key or value tangent touches own keys only; the primal adjoint and the gate make
-the scores anew). The last block makes queries, and with them the output and the feed-forward layer,
-for the target rows alone. Windows shorter than the context are counted as if they were the whole
-context. Element-wise work is left out: it grows with the same rows and pairs.
+the scores anew). In a branch's first block only the replaced row is projected to queries, keys and
+values, for the others' are the trunk's. The last block makes queries, and with them the output and
+the feed-forward layer, for the target rows alone. Windows shorter than the context are counted as
+if they were the whole context. Element-wise work is left out: it grows with the same rows and
+pairs.
 """
 
 from __future__ import annotations
@@ -93,7 +95,17 @@ class Work:
         return self._forward(self.shapes[layer], start, self.targets if last else None)
 
     def branch(self, start: int) -> int:
-        """A forward run of positions `start..M-1` through all blocks."""
+        """A forward run of positions `start..M-1` through all blocks, with one token replaced.
+
+        In the first of several blocks all other rows' projections are the trunk's.
+        """
+        total = self._run(start)
+        if self._body is None:
+            return total
+        projected = self.shapes[0].shared + self.shapes[0].heads * self.width
+        return total - 2 * projected * (self.length - start - 1)
+
+    def _run(self, start: int) -> int:
         total = self._forward(self.shapes[-1], start, self.targets)
         return total if self._body is None else total + self._forward(self._body, start, None)
 
@@ -105,7 +117,7 @@ class Work:
 
     def trunk(self) -> int:
         """The unmodified context with its logits."""
-        return self.branch(0) + self.targets * self.logits
+        return self._run(0) + self.targets * self.logits
 
     def gate(self, rollout: str) -> list[int]:
         """The gate, block by block from the top."""

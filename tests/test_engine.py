@@ -4,9 +4,11 @@ memory running out, interruption, progress, short dtypes, broken weights, and ho
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -17,6 +19,9 @@ import heat_fast
 from assertions import assert_close
 from heat_fast import ConfigError, HeatError, InputError, NumericalError
 from oracles import COMPONENTS, Measured, measure
+
+if TYPE_CHECKING:
+    from heat_fast.demo import Demo
 
 LENGTH = 9
 PROBES = 2
@@ -80,6 +85,32 @@ def test_number_of_threads_changes_nothing() -> None:
     finally:
         torch.set_num_threads(before)
     same("threads", results[0], results[1], ROUNDING)
+
+
+# The demo model's four blocks are passed up, down and up again as tangents, ten products each, with
+# sums of at most 352 terms (its feed-forward layer) in another order: so many roundings of 2^-24,
+# independent. Eight times that for the differences that a second derivative takes (runs in float64
+# agree to 1e-13 whatever the budget).
+DEMO_ROUNDING = 8 * (3 * 4 * 10 * 352) ** 0.5 * 2.0**-24
+
+
+@each_estimator
+def test_batches_and_threads_change_nothing_on_a_trained_model(
+    settings: dict[str, Any], demo: Demo
+) -> None:
+    ids = list(demo.tokenizer(demo.examples[0].prompt)["input_ids"])[-33:]
+    settings = {"probes": PROBES} | settings
+    expected = measure(demo.model, ids, None, **settings)
+    before = torch.get_num_threads()
+    try:
+        for threads, budget in ((1, 1), (1, 70), (1, 4096), (2, None)):
+            torch.set_num_threads(threads)
+            actual = measure(demo.model, ids, None, token_budget=budget, **settings)
+            same(f"{threads} threads, budget {budget}", expected, actual, DEMO_ROUNDING)
+            order = expected.result.scores.argsort(descending=True)[:5]
+            assert torch.equal(actual.result.scores.argsort(descending=True)[:5], order)
+    finally:
+        torch.set_num_threads(before)
 
 
 # --- the model is left as it was found ----------------------------------------------------------
@@ -203,6 +234,7 @@ FAILURES = {
 }
 # The kernel that is patched, and which of its arguments has the batch in its second dimension.
 KERNELS = {"branch_attention": 0, "attention_tangent": 1, "attention_adjoint_tangent": 1}
+SINGLE = {"attention_adjoint": 1}  # runs one sequence; its second dimension is another
 
 
 def limit_batch(
@@ -214,7 +246,7 @@ def limit_batch(
     tried: list[int] = []
 
     def limited(*arguments: Any) -> Any:
-        tried.append(arguments[KERNELS[kernel]].shape[1])
+        tried.append(arguments[(KERNELS | SINGLE)[kernel]].shape[1])
         if tried[-1] > most:
             raise failure()
         return original(*arguments)
@@ -263,7 +295,95 @@ def test_other_estimators_survive_running_out_of_memory(
     check_counts(actual, expected)
 
 
-@pytest.mark.parametrize("kernel", ["attention_tangent", "attention_adjoint_tangent"])
+def fail_calls(monkeypatch: pytest.MonkeyPatch, stage: str, failing: set[int]) -> list[int]:
+    """Let some calls of a stage's kernels with a batch over 1 fail; the list has all their sizes.
+
+    Calls are numbered from 0 in the order of an undisturbed run; `-1` fails all of them.
+    """
+    kernels = {
+        "information": ["branch_attention"],
+        "curvature": ["attention_tangent", "attention_adjoint_tangent"],
+    }[stage]
+    module = __import__("heat_fast.decoder.attention", fromlist=["x"])
+    sizes: list[int] = []
+    for kernel in kernels:
+
+        def limited(original: Any, where: int, *arguments: Any) -> Any:
+            size = arguments[where].shape[1]
+            if size > 1:
+                sizes.append(size)
+                if len(sizes) - 1 in failing or -1 in failing:
+                    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+            return original(*arguments)
+
+        patched = partial(limited, getattr(module, kernel), KERNELS[kernel])
+        monkeypatch.setattr(module, kernel, patched)
+    return sizes
+
+
+OUT_OF_MEMORY = [
+    *(("information", name) for name in ("block", "gauss_newton")),
+    *(("curvature", name) for name in ("block", "coded", "row")),
+]
+
+
+@pytest.mark.parametrize("targets", [[4], [4, 6, 8]], ids=["one", "response"])
+@pytest.mark.parametrize(("stage", "estimator"), OUT_OF_MEMORY)
+def test_memory_may_run_out_at_any_moment(
+    stage: str, estimator: str, targets: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the first batch, a middle one and the last, at its last call; twice; until one is left."""
+    model, ids = families.build("llama"), ids_of()
+    settings = {"probes": PROBES, "token_budget": 30} | ESTIMATORS[estimator]
+    with monkeypatch.context() as patch:
+        calls = fail_calls(patch, stage, set())
+        expected = measure(model, ids, targets, **settings)
+    last = len(calls) - 1
+    assert last > 4
+    for failing in ({0}, {last // 2}, {last}, {0, 1}, {1, last // 2, last}, {-1}):
+        steps: list[tuple[str, int, int]] = []
+        with monkeypatch.context() as patch:
+            fail_calls(patch, stage, failing)
+            progress = partial(lambda steps, *step: steps.append(step), steps)
+            actual = measure(model, ids, targets, progress=progress, **settings)
+        same(f"{stage} {estimator} {failing}", expected, actual, ROUNDING)
+        check_counts(actual, expected)
+        check_progress(steps)
+        retries = actual.result.metadata["out_of_memory_retries"]
+        assert retries >= 1 if failing == {-1} else 1 <= retries <= len(failing)
+
+
+def test_targets_that_do_not_fit_together_are_taken_in_turn(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """No more than two targets' adjoints at a time: the group is halved until it fits."""
+    model, ids, targets = families.build("llama"), ids_of(), [4, 6, 8, 10, 12]
+    expected = measure(model, ids, targets, probes=PROBES)
+    original, alive = heat_fast.attributor.run_adjoint, []
+
+    def limited(*arguments: Any) -> Any:
+        nonlocal alive
+        alive = [reference for reference in alive if reference() is not None]
+        if len(alive) >= 2:
+            raise FAILURES["cuda"]()
+        adjoint = original(*arguments)
+        alive.append(weakref.ref(adjoint))
+        return adjoint
+
+    monkeypatch.setattr("heat_fast.attributor.run_adjoint", limited)
+    steps: list[tuple[str, int, int]] = []
+    actual = measure(model, ids, targets, probes=PROBES, progress=lambda *step: steps.append(step))
+    same("targets in turn", expected, actual, ROUNDING)
+    check_counts(actual, expected)
+    assert actual.result.metadata["out_of_memory_retries"] == 1
+    assert actual.result.metadata["token_budget"] == expected.result.metadata["token_budget"]
+    done = [step for part, step, _ in steps if part == "curvature"]
+    assert done == sorted(done) and steps[-2][1] == steps[-2][2]
+
+
+@pytest.mark.parametrize(
+    "kernel", ["attention_tangent", "attention_adjoint", "attention_adjoint_tangent"]
+)
 def test_no_room_for_a_single_sequence_is_an_error(
     kernel: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -96,7 +96,12 @@ class Enumerated:
             seen = sum(row + 1 for row in queries)
             flow = 2 * self.count * seen * (self.heads // self.count + rows)
             gate.append(2 * self.heads * self.width * stop + flow)
-        branches = [sum(self.blocks(start, stop, tokens - 1, 2)) for start in range(tokens)]
+        # All rows but the replaced one keep the trunk's queries, keys and values in the first block.
+        kept = 2 * (self.keys + self.heads * self.width)
+        branches = [
+            sum(self.blocks(start, stop, tokens - 1, 2)) - kept * (stop - start - 1)
+            for start in range(tokens)
+        ]
         formed = 2 * probes > self.width
         head_gradient = 2 * self.logits + (2 * self.width * self.logits if formed else 0)
         head = 2 * self.width**2 if formed else 2 * self.logits
@@ -234,12 +239,13 @@ def test_the_share_done_is_the_share_that_torch_counts(name: str, estimator: str
             5,
             probes=1,
             token_budget=1,
+            kernels="reference",  # whose products torch sees
             progress=lambda part, *at: seen.setdefault(part, []).append((*at, counter.total)),
             **SETTINGS[estimator],
         )
     work = Work(view(model, 24), 24, 1)
     plain = 2 * sum(sizes.shared + sizes.queried for sizes in work.shapes[:-1]) * 24
-    attention = 1 - plain / (work.branch(0))
+    attention = 1 - plain / (work.trunk() - work.logits)
     for component in ("information", "curvature"):
         first, last = seen[component][0][2], seen[component][-1][2]
         for done, total, counted in seen[component]:

@@ -1,0 +1,72 @@
+"""Peak resident memory of one attribution of the random-weight Llama, in a process of its own.
+
+    python bench/peak_memory.py 1024 '{"estimator": "coded", "codes": 8, "probes": 4}'
+
+prints, as JSON in bytes: what the process held before the model (interpreter, torch, and all that a
+first attribution of a tiny model loads); the model; the trunk as the engine counts it; the most
+that was resident during the attribution beyond the first; and what `heat_fast.estimate` told.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from models import prompt_ids, random_llama
+
+from heat_fast import Attributor, HeatConfig, attributor, estimate, load_demo_model
+
+
+def resident(field: str) -> int:
+    """`VmRSS` or `VmHWM` of this process, bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status has no {field}")
+
+
+def forget_peak() -> bool:
+    """Let the peak begin anew, where the kernel allows it."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def main() -> None:
+    tokens, config = int(sys.argv[1]), HeatConfig(**json.loads(sys.argv[2]))
+    demo = load_demo_model(1)
+    Attributor(demo.model, None, config).attribute([5, 6, 7], 8)
+    del demo
+    baseline = resident("VmRSS")
+    model = random_llama()
+    reset = forget_peak()
+    kept: list[int] = []
+    run = attributor.run_trunk
+
+    def run_trunk(*arguments: Any, **named: Any) -> object:
+        trunk = run(*arguments, **named)
+        kept.append(trunk.bytes)
+        return trunk
+
+    with mock.patch.object(attributor, "run_trunk", run_trunk):
+        result = Attributor(model, None, config).attribute(prompt_ids(tokens), 7)
+    peak = resident("VmHWM") if reset else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    report = {
+        "baseline": baseline,
+        "model": sum(value.nbytes for value in model.parameters()),
+        "trunk": kept[0],
+        "peak": peak - baseline,
+        "estimated": estimate(model, tokens, 1, config, calibrate=False).peak_bytes,
+        "seconds": dict(result.metadata["seconds"]),
+    }
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()
