@@ -96,7 +96,7 @@ class Enumerated:
             seen = sum(row + 1 for row in queries)
             flow = 2 * self.count * seen * (self.heads // self.count + rows)
             gate.append(2 * self.heads * self.width * stop + flow)
-        # All rows but the replaced one keep the trunk's queries, keys and values in the first block.
+        # In the first block all rows but the replaced one keep the trunk's queries, keys, values.
         kept = 2 * (self.keys + self.heads * self.width)
         branches = [
             sum(self.blocks(start, stop, tokens - 1, 2)) - kept * (stop - start - 1)
