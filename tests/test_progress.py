@@ -259,7 +259,7 @@ def test_a_layer_that_does_not_tell_its_width_is_asked() -> None:
 
     layer = Linear(Odd())
     state = torch.get_rng_state()
-    assert layer.out_features(5) == 7
+    assert layer.out_features(torch.zeros(1, 5)) == 7
     assert torch.equal(torch.get_rng_state(), state)
 
 

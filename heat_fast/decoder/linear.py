@@ -45,19 +45,16 @@ class Linear:
         self._differentiable = True
         self._matrix: Tensor | None = None
 
-    def out_features(self, in_features: int) -> int:
-        """Width of the output; a layer that does not say is asked by one row of zeros."""
+    def out_features(self, row: Tensor) -> int:
+        """Width of the output; a layer that does not say is asked by `row [1, in]`."""
         if self.weight is not None:
             return int(self.weight.shape[0])
         for name in ("out_features", "nf"):
             width = getattr(self.module, name, None)
             if isinstance(width, int):
                 return width
-        like = next((p for p in self.module.parameters() if p.is_floating_point()), torch.empty(0))
-        row = torch.zeros(1, in_features, dtype=like.dtype, device=like.device)
-        devices = [like.device] if like.is_cuda else []
         # A layer in training may draw random numbers, whose state is the user's.
-        with torch.no_grad(), torch.random.fork_rng(devices):
+        with torch.no_grad(), torch.random.fork_rng([row.device] if row.is_cuda else []):
             return int(self.module(row).shape[-1])
 
     def forward(self, x: Tensor) -> Tensor:
