@@ -33,6 +33,7 @@ from heat_fast.planner import (
     keep_heap,
     run_batches,
     slices,
+    sweep_workers,
     targets_at_once,
     token_budget,
     trim_heap,
@@ -208,10 +209,14 @@ class Attributor:
             trim_heap()
             parts, screening = self._information(trunk, vector, gates, budget, ledger)
             trim_heap()
+            workers = {"information": budget.workers}
+            budget.workers = sweep_workers(trunk.length, budget.workers)
+            workers["curvature"] = budget.workers
             parts, stderr = self._curvature(trunk, parts, budget, ledger)
             finish(1)
         score, envelope = combine(parts, config)
         metadata = self._metadata(trunk, budget, ledger, ran)
+        metadata["workers"] = workers
         if screening is not None:
             metadata["screening"] = screening.report(parts, score, config)
         readable = readable_tokens(trunk.targets, self.tokenizer)
@@ -327,7 +332,6 @@ class Attributor:
             "seconds": {name: round(value, 6) for name, value in ledger.seconds.items()},
             "counts": ledger.counts,
             "token_budget": budget.rows,
-            "workers": budget.workers,
             "out_of_memory_retries": budget.halvings,
             "implementation": {"curvature": "tangent sweeps", **_kernels(ran)},
         }

@@ -16,8 +16,10 @@ import torch
 from heat_fast.config import HeatConfig
 from heat_fast.curvature import FIRST_CODES, FIRST_PROBES, product_count
 from heat_fast.decoder import Decoder, view
+from heat_fast.decoder.head import shares_curvature
 from heat_fast.errors import InputError
-from heat_fast.planner import CPU_ROWS, slices, targets_at_once
+from heat_fast.information import LOGIT_ELEMENTS
+from heat_fast.planner import CPU_ROWS, cpu_workers, slices, sweep_workers, targets_at_once
 from heat_fast.work import Work
 
 
@@ -48,8 +50,8 @@ def flops(decoder: Decoder, tokens: int, targets: int, config: HeatConfig) -> di
     """Floor FLOPs per component for `tokens` prompt and `targets` target tokens."""
     work = Work(decoder, tokens, targets)
     branches = sum(work.branch(start) for start in range(tokens))
-    trunk_bytes = _row_bytes(work, decoder.embeddings_weight.element_size())[0] * work.length
-    groups = [len(range(targets)[part]) for part in slices(targets, targets_at_once(trunk_bytes))]
+    kept = _trunk_bytes(work, decoder.embeddings_weight.element_size())
+    groups = [len(range(targets)[part]) for part in slices(targets, targets_at_once(kept))]
     return {
         "trunk": work.trunk(),
         "gate": sum(work.gate(config.rollout)),
@@ -119,13 +121,8 @@ def estimate(
     decoder = view(model, length)
     costs = flops(decoder, n_tokens, n_targets, config)
     work = Work(decoder, n_tokens, n_targets)
-    rows = max(length, config.token_budget or CPU_ROWS)
     item = decoder.embeddings_weight.element_size()
-    trunk, sweep = _row_bytes(work, item)
-    if config.branch_tolerance is not None:  # the residual stream, twice a block
-        trunk += 2 * item * decoder.hidden_size * len(decoder.blocks)
     hessian = config.curvature == "hessian"
-    logits = 4 * max(1 << 23, n_targets * work.logits // (2 * work.width))
     seconds = None
     if calibrate:
         seconds = _calibrate(model, n_tokens, n_targets, config, sum(costs.values()))
@@ -134,20 +131,64 @@ def estimate(
         branches=n_tokens,
         branch_tokens=sum(length - start for start in range(n_tokens)),
         flops=costs,
-        trunk_bytes=trunk * length,
-        peak_bytes=2 * trunk * length + (sweep if hessian else trunk) * rows + logits,
+        trunk_bytes=_trunk_bytes(work, item),
+        peak_bytes=_peak_bytes(work, item, config, cpu_workers(decoder.concurrent)),
         seconds=seconds,
     )
 
 
-def _row_bytes(work: Work, item: int) -> tuple[int, int]:
-    """Bytes that one row keeps alive in the trunk and in a Hessian-vector product."""
-    trunk = sweep = 0
+def _trunk_bytes(work: Work, item: int) -> int:
+    """What the trunk keeps: in the last block the target rows alone, keys and values apart."""
+    total = 0
+    for layer, sizes in enumerate(work.shapes):
+        queries = work.targets if layer == len(work.shapes) - 1 else work.length
+        keys = work.length * (max(item, 4) * work.width + 2 * item * sizes.key_heads)
+        normed = max(item, 4) * (sizes.normed - work.width + sizes.count)
+        total += keys + queries * (normed + item * (2 * sizes.heads + sizes.hidden))
+    return total
+
+
+def _peak_bytes(work: Work, item: int, config: HeatConfig, workers: int) -> int:
+    """The most that is alive at once beyond the model: the trunk and the hungriest component.
+
+    `workers` batches run side by side. Counted for torch alone; the compiled kernels need less.
+    Temporaries are those of one block, by count of the steps of a gated layer.
+    """
+    wide, tokens, targets = max(item, 4), work.tokens, work.targets
+    kept = _trunk_bytes(work, item)
+    if config.branch_tolerance is not None:  # the residual stream, twice a block
+        kept += 2 * item * work.width * work.length * len(work.shapes)
+    adjoint = sweep = derivatives = temporary = inner = 0
     for sizes in work.shapes:
         heads = 2 * sizes.heads + 2 * sizes.key_heads
-        trunk += 4 * 2 * work.width + item * (heads + 2 * sizes.hidden)
-        sweep += item * (2 * work.width + heads + sizes.hidden)
-    return trunk, sweep
+        derivatives += 2 * item * sizes.inner
+        adjoint += wide * sizes.normed + item * (sizes.heads + 2 * sizes.inner)
+        sweep += item * (sizes.normed + heads + sizes.hidden)
+        block = wide * (2 * sizes.normed + 2 * heads + sizes.hidden + 2 * sizes.inner)
+        temporary, inner = max(temporary, block), max(inner, sizes.inner)
+    each = max(work.length, config.token_budget or CPU_ROWS)
+    vocabulary = work.logits // (2 * work.width)
+    # Eight copies of the logits in a divergence, four of the targets' rows in the trunk.
+    logits = (
+        8
+        * wide
+        * min(workers * max(LOGIT_ELEMENTS, targets * vocabulary), tokens * targets * vocabulary)
+    )
+    information = temporary * min(workers * each, tokens * work.length) + logits
+    # The second derivative of an activation is taken through autograd's graph of the first.
+    curvature = (adjoint + 12 * wide * inner) * work.length
+    products = product_count(config, tokens)
+    if config.curvature == "gauss_newton":
+        curvature += wide * (products * tokens * work.width + 8 * vocabulary)
+    elif products:
+        rows = min(sweep_workers(work.length, workers) * each, products * work.length)
+        few = min(targets, targets_at_once(kept))
+        head = min(64, work.width) if shares_curvature(products, work.width) else 1
+        held = adjoint * few * work.length + sweep * rows
+        held += derivatives * work.length if config.estimator == "block" else 0
+        held += wide * (4 * rows * work.width + 3 * head * vocabulary)
+        curvature = max(curvature, held + temporary * rows)
+    return kept + 4 * wide * targets * vocabulary + max(information, curvature)
 
 
 def _calibrate(model: Any, tokens: int, targets: int, config: HeatConfig, wanted: int) -> float:

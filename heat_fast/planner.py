@@ -78,6 +78,20 @@ def trim_heap() -> None:
         trim(0)
 
 
+def cpu_workers(concurrent: bool) -> int:
+    """How many batches run side by side on a CPU, if several threads may run the model at once."""
+    return min(torch.get_num_threads(), MOST_WORKERS) if concurrent else 1
+
+
+def sweep_workers(length: int, workers: int) -> int:
+    """How many of `workers` run sweeps over contexts of `length` tokens.
+
+    A long one's tangents are as large as the trunk, and its operations large enough to be shared
+    by all threads: one at a time.
+    """
+    return workers if length <= CPU_ROWS else 1
+
+
 def token_budget(
     trunk_bytes: int, length: int, device: torch.device, asked: int | None, concurrent: bool
 ) -> Budget:
@@ -88,8 +102,7 @@ def token_budget(
     batches run side by side if several threads may run the model at once (`concurrent`).
     """
     if device.type != "cuda":
-        workers = min(torch.get_num_threads(), MOST_WORKERS) if concurrent else 1
-        return Budget(asked or CPU_ROWS, workers)
+        return Budget(asked or CPU_ROWS, cpu_workers(concurrent))
     if asked is not None:
         return Budget(asked)
     free, _ = torch.cuda.mem_get_info(device)

@@ -24,12 +24,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 
+import torch
 from torch import Tensor
 
 from heat_fast.decoder import Decoder
 from heat_fast.decoder.attention import FusedProjection, SeparateProjection
 from heat_fast.decoder.block import Block
 from heat_fast.decoder.head import shares_curvature
+from heat_fast.decoder.norm import Norm
 
 
 @dataclass(frozen=True)
@@ -41,23 +43,30 @@ class Shape:
     count: int  # H
     heads: int  # H * D
     key_heads: int  # Hk * D
-    hidden: int  # f, both halves if gated
+    hidden: int  # pre-activations: f, both halves if gated
+    inner: int  # f
+    normed: int  # what the norms make of a row, all norms together
 
 
-def shape(block: Block, like: Tensor) -> Shape:
-    """The sizes of a block of a model whose embeddings are `like [.., d]`."""
-    width = like.shape[-1]
+def shape(block: Block, row: Tensor) -> Shape:
+    """The sizes of a block that takes rows like `row [1, d]`."""
+    width, row = row.shape[-1], row.to(block.device or row.device)
     projection = block.attention.projection
     if isinstance(projection, SeparateProjection):
-        query = projection.query.out_features(like)
-        keys = projection.key.out_features(like)
+        query = projection.query.out_features(row)
+        keys = projection.key.out_features(row)
     else:
         assert isinstance(projection, FusedProjection)
         query = projection.heads * projection.head_dim
         keys = projection.key_heads * projection.head_dim
-    gate = block.mlp.gate.out_features(like)
-    hidden = gate + (0 if block.mlp.up is None else block.mlp.up.out_features(like))
+    gate = block.mlp.gate.out_features(row)
+    hidden = gate + (0 if block.mlp.up is None else block.mlp.up.out_features(row))
     inner = gate // 2 if block.mlp.fused else gate
+    attention = block.attention
+    norms = (block.norm, block.mlp_norm, block.post_attention, block.post_mlp)
+    normed = sum(width for norm in norms if isinstance(norm, Norm))
+    normed += query if isinstance(attention.query_norm, Norm) else 0
+    normed += keys if isinstance(attention.key_norm, Norm) else 0
     return Shape(
         shared=2 * keys * width,
         queried=(2 * query + hidden + inner) * width,
@@ -65,6 +74,8 @@ def shape(block: Block, like: Tensor) -> Shape:
         heads=query,
         key_heads=keys,
         hidden=hidden,
+        inner=inner,
+        normed=normed,
     )
 
 
@@ -77,15 +88,16 @@ class Work:
     """FLOPs of the pieces of one attribution of `tokens` prompt and `targets` target tokens."""
 
     def __init__(self, decoder: Decoder, tokens: int, targets: int) -> None:
-        self.width = decoder.hidden_size
+        row = torch.zeros_like(decoder.embeddings_weight[:1])
+        self.width = row.shape[-1]
         self.tokens = tokens
         self.targets = targets
         self.length = tokens + targets - 1
-        self.shapes = [shape(block, decoder.embeddings_weight) for block in decoder.blocks]
+        self.shapes = [shape(block, row) for block in decoder.blocks]
+        head = decoder.head
+        vocabulary = head.projection.out_features(row.to(head.device or row.device))
         #: One row of logits, or its adjoint.
-        self.logits = (
-            2 * self.width * decoder.head.projection.out_features(decoder.embeddings_weight)
-        )
+        self.logits = 2 * self.width * vocabulary
         body = [astuple(each) for each in self.shapes[:-1]]
         self._body = Shape(*(sum(sizes) for sizes in zip(*body, strict=True))) if body else None
 

@@ -256,6 +256,14 @@ class Dequantised(nn.Module):
         return self.codes * self.scale
 
 
+class ForwardOnly(Dequantised):
+    """A kernel without a backward, as some quantised layers have."""
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
 def matrix_of(layer: Any) -> Tensor:
     """`[out, in]`."""
     weight = layer.weight.detach()
@@ -270,7 +278,7 @@ REPLACED = {
 }
 
 
-@pytest.mark.parametrize("wrapper", [Adapted, Dequantised])
+@pytest.mark.parametrize("wrapper", [Adapted, Dequantised, ForwardOnly])
 @pytest.mark.parametrize("name", REPLACED)
 def test_wrapped_linears_equal_their_plain_matrices(name: str, wrapper: Any) -> None:
     wrapped = families.build(name, dtype=torch.float64)

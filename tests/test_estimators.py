@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -9,6 +10,7 @@ from unittest import mock
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 import families
@@ -19,6 +21,7 @@ from heat_fast.cost import flops
 from heat_fast.curvature import _Coded, code_length
 from heat_fast.decoder import view
 from heat_fast.errors import InputError
+from heat_fast.planner import token_budget
 from heat_fast.stopping import agreement
 
 LENGTH = 9
@@ -170,11 +173,83 @@ def test_estimate_counts_what_a_run_counts() -> None:
     assert heat_fast.estimate(model, 9, config=config).seconds > 0  # type: ignore[operator]
 
 
+class Alive(TorchDispatchMode):
+    """The bytes of all tensors made under it that are alive, and the most there have been."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        for value in tree_leaves(output):
+            if isinstance(value, torch.Tensor):
+                storage = value.untyped_storage()
+                key, size = storage._cdata, storage.nbytes()
+                if key not in self.known:
+                    self.known.add(key)
+                    weakref.finalize(storage, self.forget, key, size)
+                    self.now += size
+                    self.most = max(self.most, self.now)
+        return output
+
+    def forget(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.now -= size
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"estimator": "coded", "codes": 4},
+        {"estimator": "row", "token_budget": 90},
+        {"curvature": "gauss_newton"},
+        {"variant": "gs"},
+    ],
+    ids=["block", "coded", "row", "gauss_newton", "gs"],
+)
+@pytest.mark.parametrize(
+    ("name", "targets", "dtype"),
+    [
+        ("llama", 1, torch.float32),
+        ("llama", 4, torch.float64),
+        ("gpt2", 3, torch.float32),
+        ("gemma2", 1, torch.bfloat16),
+    ],
+)
+def test_estimated_bytes_are_near_those_alive(
+    name: str, targets: int, dtype: torch.dtype, settings: dict[str, Any]
+) -> None:
+    """The trunk's within a tenth, the most of all within a factor of two."""
+    model = families.build(name, dtype=dtype)
+    config = HeatConfig(**{"probes": 2, "kernels": "reference", **settings})
+    told = heat_fast.estimate(model, 40, targets, config, calibrate=False)
+    kept: list[int] = []
+
+    def budget(trunk_bytes: int, *arguments: Any) -> Any:
+        kept.append(trunk_bytes)
+        return token_budget(trunk_bytes, *arguments)
+
+    with (
+        # A block for the allocator's sake, never touched and so never resident.
+        mock.patch("heat_fast.attributor.keep_heap"),
+        mock.patch("heat_fast.attributor.token_budget", budget),
+        Alive() as alive,
+    ):
+        ids = families.prompt_ids(name, 40)
+        Attributor(model, None, config).attribute(ids, [4, 6, 8, 10][:targets])
+    print(f"peak {told.peak_bytes / alive.most:.2f}, trunk {told.trunk_bytes / kept[0]:.2f}")
+    assert 0.5 < told.peak_bytes / alive.most < 2
+    assert 0.9 < told.trunk_bytes / kept[0] < 1.1
+
+
 def test_estimate_of_a_longer_prompt_is_more() -> None:
     model = families.build("llama")
     short, long = (heat_fast.estimate(model, n, calibrate=False) for n in (8, 16))
     assert long.total_flops > 2 * short.total_flops
-    assert long.trunk_bytes == 2 * short.trunk_bytes
+    assert 1.8 < long.trunk_bytes / short.trunk_bytes < 2  # the last block keeps one query row
 
 
 @pytest.mark.parametrize(("tokens", "targets"), [(0, 1), (5, 0)])

@@ -174,9 +174,21 @@ def test_batches_side_by_side_change_nothing(
     together = run()
     torch.set_num_threads(1)
     alone = run()
-    assert (together.metadata["workers"], alone.metadata["workers"]) == (2, 1)
+    for component in ("information", "curvature"):
+        assert together.metadata["workers"][component] == 2
+        assert alone.metadata["workers"][component] == 1
     for part in ("gate", "curvature", "information", "scores"):
         assert_close(part, getattr(alone, part), getattr(together, part), rtol=1e-6)
+
+
+def test_sweeps_of_a_long_context_run_one_at_a_time(
+    two_threads: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("heat_fast.planner.CPU_ROWS", 8)
+    model = families.build("llama", torch.float32)
+    config = HeatConfig(estimator="coded", codes=2, probes=1)
+    result = Attributor(model, None, config).attribute(list(range(1, 11)), 4)
+    assert dict(result.metadata["workers"]) == {"information": 2, "curvature": 1}
 
 
 def test_layers_that_may_keep_state_run_one_batch_at_a_time(two_threads: None) -> None:
@@ -186,7 +198,7 @@ def test_layers_that_may_keep_state_run_one_batch_at_a_time(two_threads: None) -
     with layer.register_forward_hook(lambda *call: None):
         assert not view(model, 4).concurrent
         result = Attributor(model, None, HeatConfig(probes=1)).attribute([1, 2, 3], 4)
-        assert result.metadata["workers"] == 1
+        assert dict(result.metadata["workers"]) == {"information": 1, "curvature": 1}
     assert view(model, 4).concurrent
     with model.model.layers[0].mlp.act_fn.register_forward_hook(lambda *call: None):
         assert not view(model, 4).concurrent

@@ -49,22 +49,16 @@ class Linear:
         self._differentiable = True
         self._matrix: Tensor | None = None
 
-    def out_features(self, like: Tensor) -> int:
-        """Width of the output; a layer that does not say is asked by one row of zeros.
-
-        `like [.., in]` tells the width and dtype of the row.
-        """
+    def out_features(self, row: Tensor) -> int:
+        """Width of the output; a layer that does not say is asked by `row [1, in]`."""
         if self.weight is not None:
             return int(self.weight.shape[0])
         for name in ("out_features", "nf"):
             width = getattr(self.module, name, None)
             if isinstance(width, int):
                 return width
-        held: list[Tensor] = [*self.module.parameters(), *self.module.buffers(), like]
-        row = torch.zeros(1, like.shape[-1], dtype=like.dtype, device=held[0].device)
-        devices = [row.device] if row.is_cuda else []
         # A layer in training may draw random numbers, whose state is the user's.
-        with torch.no_grad(), torch.random.fork_rng(devices):
+        with torch.no_grad(), torch.random.fork_rng([row.device] if row.is_cuda else []):
             return int(self.module(row).shape[-1])
 
     def forward(self, x: Tensor) -> Tensor:
