@@ -180,7 +180,8 @@ class Attributor:
             embeddings = embed(torch.tensor(ids, device=device))
             vector = replacement(embed, config.masking, config.sentinel_token, embeddings)
             decoder = view(self.model, len(ids))
-            work = Work(decoder, len(encoded), len(targets or (0,)))
+            first = decoder.first_of(config.layers)
+            work = Work(decoder, len(encoded), len(targets or (0,)), first)
             # The model's own forward, that the trunk is checked against, is as much again.
             with ledger.component("trunk", 2 * work.trunk()) as step:
                 trunk = run_trunk(
@@ -189,6 +190,7 @@ class Attributor:
                     targets or (0,),
                     step,
                     keep_streams=config.branch_tolerance is not None,
+                    first=first,
                 )
                 _check_faithful(self.model, trunk)
                 step(work.trunk())
@@ -269,7 +271,7 @@ class Attributor:
             trunk = trunk.with_derivatives()
         found: list[Curvature] = []
         norms: list[Tensor] = []
-        groups = list(slices(len(trunk.targets), targets_at_once(trunk.bytes)))
+        groups = list(slices(len(trunk.targets), targets_at_once(trunk.swept_bytes)))
         total = curvature_work(trunk.work, [part.stop - part.start for part in groups], config)
         with ledger.component("curvature", total) as step:
             for group in groups:
@@ -306,6 +308,7 @@ class Attributor:
             },
             "seconds": {name: round(value, 6) for name, value in ledger.seconds.items()},
             "counts": ledger.counts,
+            "layers": {"used": len(trunk.layers), "of": len(trunk.decoder.blocks)},
             "token_budget": budget.rows,
             "workers": budget.workers,
             "out_of_memory_retries": budget.halvings,

@@ -157,6 +157,14 @@ def attribute(
             help="Sign codes of --estimator coded; auto: as many as the noise asks for.",
         ),
     ] = None,
+    layers: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Gate and curvature through the last N blocks only; all unless the variant says "
+            "otherwise.",
+        ),
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the probes.")] = None,
     beta: Annotated[float | None, typer.Option(help="Weight of the curvature.")] = None,
     gamma: Annotated[float | None, typer.Option(help="Weight of the information.")] = None,
@@ -244,6 +252,7 @@ def attribute(
             "estimator": estimator,
             "probes": _count("--probes", probes),
             "codes": _count("--codes", codes),
+            "layers": layers,
             "seed": seed,
             "beta": beta,
             "gamma": gamma,

@@ -31,6 +31,8 @@ Kernels = Literal["auto", "native", "reference"]
 PRESETS: Final[Mapping[str, Mapping[str, Any]]] = MappingProxyType(
     {
         "full": {},
+        # The paper's number for GPT-J-6B on long contexts and for Llama-3.1-70B.
+        "ls": {"layers": 6},
         "gs": {"curvature": "grad_squared"},
     }
 )
@@ -183,6 +185,10 @@ class HeatConfig:
         with `confidence`. Defaults 10; 64, 10 and 0.95.
     codes: sign codes of the ``"coded"`` estimator, at least 2 there, or ``"auto"``: as many as
         the measured noise asks for. Default 8. Only ``"coded"`` reads it.
+    layers: None (default: all), or how many of the last blocks gate and curvature go through:
+        the residual stream that enters them takes the place of the embeddings X, in the gradient
+        too. Learned positions are a constant beside X, so that all blocks give what None gives;
+        a model with fewer blocks is taken whole. Information is that of the whole model.
     masking: what replaces a token's embedding for its information: ``"zero"`` (default),
         ``"mean"`` (of the vocabulary's embeddings) or ``"sentinel"``.
     sentinel_token: the token id used by ``masking="sentinel"``, required there and refused
@@ -234,6 +240,9 @@ class HeatConfig:
     confidence: float = field(default=_UNSET, metadata=_spec(0.95, _fraction))
     codes: int | Literal["auto"] = field(
         default=_UNSET, metadata=_spec(8, _automatic(_integer(minimum=1, also=_OR_AUTO)))
+    )
+    layers: int | None = field(
+        default=_UNSET, metadata=_spec(None, _optional(_integer(minimum=1, also=_OR_NONE)))
     )
     masking: Masking = field(default=_UNSET, metadata=_spec("zero", _one_of(Masking)))
     sentinel_token: int | None = field(

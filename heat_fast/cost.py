@@ -18,7 +18,7 @@ from heat_fast.curvature import FIRST_CODES, FIRST_PROBES, product_count
 from heat_fast.decoder import Decoder, view
 from heat_fast.errors import InputError
 from heat_fast.planner import CPU_ROWS, slices, targets_at_once
-from heat_fast.work import Work
+from heat_fast.work import Shape, Work
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,11 @@ class Estimate:
 
 def flops(decoder: Decoder, tokens: int, targets: int, config: HeatConfig) -> dict[str, int]:
     """Floor FLOPs per component for `tokens` prompt and `targets` target tokens."""
-    work = Work(decoder, tokens, targets)
+    work = Work(decoder, tokens, targets, decoder.first_of(config.layers))
     branches = sum(work.branch(start) for start in range(tokens))
-    trunk_bytes = _row_bytes(work, decoder.embeddings_weight.element_size())[0] * work.length
-    groups = [len(range(targets)[part]) for part in slices(targets, targets_at_once(trunk_bytes))]
+    item = decoder.embeddings_weight.element_size()
+    swept_bytes = _row_bytes(work.swept, work.width, item)[0] * work.length
+    groups = [len(range(targets)[part]) for part in slices(targets, targets_at_once(swept_bytes))]
     return {
         "trunk": work.trunk(),
         "gate": sum(work.gate(config.rollout)),
@@ -118,12 +119,15 @@ def estimate(
     length = n_tokens + n_targets - 1
     decoder = view(model, length)
     costs = flops(decoder, n_tokens, n_targets, config)
-    work = Work(decoder, n_tokens, n_targets)
+    work = Work(decoder, n_tokens, n_targets, decoder.first_of(config.layers))
     rows = max(length, config.token_budget or CPU_ROWS)
     item = decoder.embeddings_weight.element_size()
-    trunk, sweep = _row_bytes(work, item)
+    trunk, _ = _row_bytes(work.shapes, work.width, item)
+    adjoint, sweep = _row_bytes(work.swept, work.width, item)
     if config.branch_tolerance is not None:  # the residual stream, twice a block
-        trunk += 2 * item * decoder.hidden_size * len(decoder.blocks)
+        streams = 2 * item * decoder.hidden_size
+        trunk += streams * len(work.shapes)
+        adjoint += streams * len(work.swept)
     hessian = config.curvature == "hessian"
     logits = 4 * max(1 << 23, n_targets * work.logits // (2 * work.width))
     seconds = None
@@ -135,18 +139,18 @@ def estimate(
         branch_tokens=sum(length - start for start in range(n_tokens)),
         flops=costs,
         trunk_bytes=trunk * length,
-        peak_bytes=2 * trunk * length + (sweep if hessian else trunk) * rows + logits,
+        peak_bytes=(trunk + adjoint) * length + (sweep if hessian else trunk) * rows + logits,
         seconds=seconds,
     )
 
 
-def _row_bytes(work: Work, item: int) -> tuple[int, int]:
-    """Bytes that one row keeps alive in the trunk and in a Hessian-vector product."""
+def _row_bytes(shapes: Sequence[Shape], width: int, item: int) -> tuple[int, int]:
+    """Bytes that one row keeps alive in some blocks of the trunk and of a product."""
     trunk = sweep = 0
-    for sizes in work.shapes:
+    for sizes in shapes:
         heads = 2 * sizes.heads + 2 * sizes.key_heads
-        trunk += 4 * 2 * work.width + item * (heads + 2 * sizes.hidden)
-        sweep += item * (2 * work.width + heads + sizes.hidden)
+        trunk += 4 * 2 * width + item * (heads + 2 * sizes.hidden)
+        sweep += item * (2 * width + heads + sizes.hidden)
     return trunk, sweep
 
 
