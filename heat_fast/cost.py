@@ -18,6 +18,7 @@ from heat_fast.curvature import FIRST_CODES, FIRST_PROBES, product_count
 from heat_fast.decoder import Decoder, view
 from heat_fast.errors import InputError
 from heat_fast.planner import CPU_ROWS, slices, targets_at_once
+from heat_fast.windows import plan_windows
 from heat_fast.work import Shape, Work
 
 
@@ -45,18 +46,21 @@ class Estimate:
 
 
 def flops(decoder: Decoder, tokens: int, targets: int, config: HeatConfig) -> dict[str, int]:
-    """Floor FLOPs per component for `tokens` prompt and `targets` target tokens."""
+    """Floor FLOPs per component for `tokens` prompt and `targets` target tokens, all windows."""
+    plan = plan_windows(tokens, config)
+    tokens = plan.length
     work = Work(decoder, tokens, targets, decoder.first_of(config.layers))
     branches = sum(work.branch(start) for start in range(tokens))
     item = decoder.embeddings_weight.element_size()
     swept_bytes = _row_bytes(work.swept, work.width, item)[0] * work.length
     groups = [len(range(targets)[part]) for part in slices(targets, targets_at_once(swept_bytes))]
-    return {
+    each = {
         "trunk": work.trunk(),
         "gate": sum(work.gate(config.rollout)),
         "information": branches + tokens * targets * work.logits,
         "curvature": curvature_work(work, groups, config),
     }
+    return {component: len(plan) * cost for component, cost in each.items()}
 
 
 def curvature_work(work: Work, groups: Sequence[int], config: HeatConfig) -> int:
@@ -93,10 +97,10 @@ def estimate(
 ) -> Estimate:
     """Tell the cost of an attribution beforehand.
 
-    Counts and FLOPs follow from the shapes; nothing is run for them. With `calibrate`, `seconds`
-    comes from timing the attribution of a short random prompt (at most 64 tokens) with the same
-    settings and scaling it by the ratio of FLOPs; a busy machine shows in it. With `probes="auto"`
-    or `codes="auto"` everything is an upper bound.
+    Counts and FLOPs follow from the shapes, of all windows together; nothing is run for them. With
+    `calibrate`, `seconds` comes from timing the attribution of a short random prompt (at most 64
+    tokens) with the same settings and scaling it by the ratio of FLOPs; a busy machine shows in it.
+    With `probes="auto"` or `codes="auto"` everything is an upper bound.
 
     With `coverage` or `branch_tolerance` counts and FLOPs are upper bounds, those of all tokens
     and all rows (save for the few branches that an audit runs again): what can be left out is
@@ -116,10 +120,12 @@ def estimate(
             "the lengths of the prompt and of the target in tokens."
         )
     config = config if config is not None else HeatConfig()
-    length = n_tokens + n_targets - 1
+    plan = plan_windows(n_tokens, config)
+    tokens, windows = plan.length, len(plan)
+    length = tokens + n_targets - 1
     decoder = view(model, length)
     costs = flops(decoder, n_tokens, n_targets, config)
-    work = Work(decoder, n_tokens, n_targets, decoder.first_of(config.layers))
+    work = Work(decoder, tokens, n_targets, decoder.first_of(config.layers))
     rows = max(length, config.token_budget or CPU_ROWS)
     item = decoder.embeddings_weight.element_size()
     trunk, _ = _row_bytes(work.shapes, work.width, item)
@@ -134,9 +140,9 @@ def estimate(
     if calibrate:
         seconds = _calibrate(model, n_tokens, n_targets, config, sum(costs.values()))
     return Estimate(
-        hvp=product_count(config, n_tokens) * n_targets if hessian else 0,
-        branches=n_tokens,
-        branch_tokens=sum(length - start for start in range(n_tokens)),
+        hvp=windows * product_count(config, tokens) * n_targets if hessian else 0,
+        branches=windows * tokens,
+        branch_tokens=windows * sum(length - start for start in range(tokens)),
         flops=costs,
         trunk_bytes=trunk * length,
         peak_bytes=(trunk + adjoint) * length + (sweep if hessian else trunk) * rows + logits,

@@ -31,7 +31,7 @@ from torch.overrides import TorchFunctionMode
 
 from heat_fast.errors import ConfigError, InputError, UnsupportedModelError
 
-__all__ = ["Reference", "ReferenceAttribution", "attribute"]
+__all__ = ["Reference", "ReferenceAttribution", "attribute", "attribute_in_windows"]
 
 _OUTPUT_PROJECTIONS = ("o_proj", "out_proj", "dense", "c_proj")
 
@@ -436,3 +436,56 @@ def attribute(
         scores=getattr(target_scores, "amax" if aggregate == "max" else aggregate)(0),
         target_log_probs=torch.stack(log_probs).cpu(),
     )
+
+
+def attribute_in_windows(
+    model: Any,
+    prompt_ids: Sequence[int],
+    target_ids: Sequence[int],
+    probes: Tensor | None = None,
+    *,
+    window: int,
+    overlap: float = 0.5,
+    sink: int = 1,
+    tail: int = 64,
+    **settings: Any,
+) -> dict[str, Tensor]:
+    """Algorithm 1 with windows: `attribute` on each, and the means of its components [T, N].
+
+    A window is the first `sink` tokens, the last `tail` tokens and `window - sink - tail` between
+    them, which move on by their share `1 - overlap`, and for the last time to the tail. Sums over
+    the windows that hold a token, divided by their number. `settings` and `probes` as for
+    `attribute`; a window's first token takes the first probe, whichever token that is.
+
+    Example:
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> config = GPT2Config(vocab_size=11, n_positions=4, n_embd=8, n_layer=1, n_head=2)
+        >>> prompt, shape = [5, 1, 3, 2, 6, 9], {"window": 4, "sink": 1, "tail": 1}
+        >>> model = GPT2LMHeadModel(config)
+        >>> parts = attribute_in_windows(model, prompt, [7], curvature="none", **shape)
+        >>> parts["gate"].shape
+        torch.Size([1, 6])
+    """
+    count = len(prompt_ids)
+    held = []
+    if count <= window:
+        held.append(list(range(count)))
+    else:
+        moving = window - sink - tail
+        begin = sink
+        while begin + moving < count - tail:
+            held.append([*range(sink), *range(begin, begin + moving), *range(count - tail, count)])
+            begin += max(1, round((1 - overlap) * moving))
+        begin = count - tail - moving
+        held.append([*range(sink), *range(begin, begin + moving), *range(count - tail, count)])
+    names = ("gate", "curvature", "information", "log_prob_drop", "gradient_norm")
+    sums = {name: torch.zeros(len(target_ids), count, dtype=torch.float64) for name in names}
+    visits = torch.zeros(count, dtype=torch.float64)
+    for tokens in held:
+        found = attribute(model, [prompt_ids[i] for i in tokens], target_ids, probes, **settings)
+        for name in names:
+            for place, token in enumerate(tokens):
+                sums[name][:, token] += getattr(found, name)[:, place]
+        for token in tokens:
+            visits[token] += 1
+    return {name: total / visits for name, total in sums.items()}

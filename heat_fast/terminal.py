@@ -266,12 +266,20 @@ def _targets(result: Attribution, ascii_only: bool) -> Text:
 
 
 def _approximations(result: Attribution) -> list[Text]:
-    """What was taken from a part of the model, where that was asked for."""
+    """What was taken from a part of the model or of the prompt, where that was asked for."""
     metadata: Any = result.metadata
     lines = []
     if metadata.get("config", {}).get("layers") is not None and "layers" in metadata:
         used, of = metadata["layers"]["used"], metadata["layers"]["of"]
         lines.append(f"gate and curvature through the last {used} of {of} blocks")
+    if "windows" in metadata:
+        windows = metadata["windows"]
+        count, leakage = len(windows["stretches"]), windows["leakage"]
+        lines.append(
+            f"{count} {'window' if count == 1 else 'windows'} of {windows['tokens']:,} tokens"
+        )
+        if leakage is not None:
+            lines[-1] += f" (leakage {leakage:.1%}: how far windows disagree on what they share)"
     return [Text(line) for line in lines]
 
 
