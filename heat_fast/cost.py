@@ -138,7 +138,8 @@ def estimate(
     logits = 4 * max(1 << 23, n_targets * work.logits // (2 * work.width))
     seconds = None
     if calibrate:
-        seconds = _calibrate(model, n_tokens, n_targets, config, sum(costs.values()))
+        # A window is what surely fits into the model's context.
+        seconds = _calibrate(model, tokens, n_targets, config, sum(costs.values()))
     return Estimate(
         hvp=windows * product_count(config, tokens) * n_targets if hessian else 0,
         branches=windows * tokens,

@@ -208,6 +208,8 @@ def test_a_prompt_beyond_the_models_positions() -> None:
         model, len(ids), 2, HeatConfig(window=limit - 1, **settings), calibrate=False
     )
     assert told.branches == found.result.metadata["counts"]["branches"]
+    config = HeatConfig(window=40, tail=4, curvature="none")
+    assert (heat_fast.estimate(model, 300, 2, config).seconds or 0) > 0
 
 
 def test_the_models_own_target_is_the_last_windows() -> None:
