@@ -157,6 +157,30 @@ def attribute(
             help="Sign codes of --estimator coded; auto: as many as the noise asks for.",
         ),
     ] = None,
+    layers: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Gate and curvature through the last N blocks only; all unless the variant says "
+            "otherwise.",
+        ),
+    ] = None,
+    window: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Cut a longer prompt into windows of so many tokens."),
+    ] = None,
+    overlap: Annotated[
+        float | None,
+        typer.Option(help="Share of a window that the next one repeats; 0.5 if left out."),
+    ] = None,
+    sink: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="First tokens that every window keeps; 1 if left out."),
+    ] = None,
+    tail: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Last tokens that every window keeps; 64 if left out."),
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the probes.")] = None,
     beta: Annotated[float | None, typer.Option(help="Weight of the curvature.")] = None,
     gamma: Annotated[float | None, typer.Option(help="Weight of the information.")] = None,
@@ -244,6 +268,11 @@ def attribute(
             "estimator": estimator,
             "probes": _count("--probes", probes),
             "codes": _count("--codes", codes),
+            "layers": layers,
+            "window": window,
+            "overlap": overlap,
+            "sink": sink,
+            "tail": tail,
             "seed": seed,
             "beta": beta,
             "gamma": gamma,

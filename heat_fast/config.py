@@ -31,6 +31,10 @@ Kernels = Literal["auto", "native", "reference"]
 PRESETS: Final[Mapping[str, Mapping[str, Any]]] = MappingProxyType(
     {
         "full": {},
+        # The paper's number for GPT-J-6B on long contexts and for Llama-3.1-70B.
+        "ls": {"layers": 6},
+        "win": {"window": 512},
+        "ls+win": {"layers": 6, "window": 512},
         "gs": {"curvature": "grad_squared"},
     }
 )
@@ -135,6 +139,13 @@ def _fraction(name: str, value: Any) -> float:
     return number
 
 
+def _below_one(name: str, value: Any) -> float:
+    number: float = _number(minimum=0)(name, value)
+    if number >= 1:
+        raise _error(name, value, "a number of at least 0 and below 1", "Choose, say, 0.5.")
+    return number
+
+
 def _positive(name: str, value: Any) -> float:
     number: float = _number(minimum=0)(name, value)
     if number == 0:
@@ -183,6 +194,14 @@ class HeatConfig:
         with `confidence`. Defaults 10; 64, 10 and 0.95.
     codes: sign codes of the ``"coded"`` estimator, at least 2 there, or ``"auto"``: as many as
         the measured noise asks for. Default 8. Only ``"coded"`` reads it.
+    layers: None (default: all), or how many of the last blocks gate and curvature go through:
+        the residual stream that enters them takes the place of the embeddings X, in the gradient
+        too. Learned positions are a constant beside X, so that all blocks give what None gives;
+        a model with fewer blocks is taken whole. Information is that of the whole model.
+    window: None (default: the whole prompt at once), or the prompt tokens that are run together: a
+        longer prompt is cut into windows, see :mod:`heat_fast.windows`.
+    overlap: share of a window's stretch that the next one repeats, from 0 to below 1. Default 0.5.
+    sink, tail: first and last tokens of the prompt that every window keeps. Defaults 1 and 64.
     masking: what replaces a token's embedding for its information: ``"zero"`` (default),
         ``"mean"`` (of the vocabulary's embeddings) or ``"sentinel"``.
     sentinel_token: the token id used by ``masking="sentinel"``, required there and refused
@@ -206,7 +225,8 @@ class HeatConfig:
     A choice that the others make void is refused: an `estimator` other than ``"block"`` without
     ``curvature="hessian"``, a `sentinel_token` without ``masking="sentinel"``. Amounts of sampling
     (`probes`, `probes_max`, `top_k`, `confidence`, `codes`, `seed`) may be set where nothing is
-    sampled, so that one set of them serves every variant; they are then without effect.
+    sampled, and the shape of windows (`overlap`, `sink`, `tail`) where there are none, so that one
+    set of them serves every variant; they are then without effect.
 
     Raises
     ------
@@ -235,6 +255,15 @@ class HeatConfig:
     codes: int | Literal["auto"] = field(
         default=_UNSET, metadata=_spec(8, _automatic(_integer(minimum=1, also=_OR_AUTO)))
     )
+    layers: int | None = field(
+        default=_UNSET, metadata=_spec(None, _optional(_integer(minimum=1, also=_OR_NONE)))
+    )
+    window: int | None = field(
+        default=_UNSET, metadata=_spec(None, _optional(_integer(minimum=1, also=_OR_NONE)))
+    )
+    overlap: float = field(default=_UNSET, metadata=_spec(0.5, _below_one))
+    sink: int = field(default=_UNSET, metadata=_spec(1, _integer(minimum=0)))
+    tail: int = field(default=_UNSET, metadata=_spec(64, _integer(minimum=0)))
     masking: Masking = field(default=_UNSET, metadata=_spec("zero", _one_of(Masking)))
     sentinel_token: int | None = field(
         default=_UNSET, metadata=_spec(None, _optional(_integer(minimum=0, also=_OR_NONE)))
@@ -293,6 +322,12 @@ class HeatConfig:
                 f"estimator={self.estimator!r} has no effect with curvature={self.curvature!r}: "
                 "expected curvature='hessian' beside it, the only one that is estimated so. Set "
                 "that, or leave estimator out."
+            )
+        if self.window is not None and self.window < self.sink + self.tail + 1:
+            raise ConfigError(
+                f"window={self.window} has no room for a token beside sink={self.sink} and "
+                f"tail={self.tail}: expected at least {self.sink + self.tail + 1}. Widen the "
+                "window, or shorten the tail."
             )
         if self.estimator == "coded" and self.codes != "auto" and self.codes < 2:
             raise ConfigError(

@@ -10,13 +10,15 @@ of Rademacher signs.
 Operators: `hessian`; `gauss_newton`, `H = -J' (diag p - p p') J` by sampled vector-Jacobian
 products; `grad_squared`, `S_i = |grad_i g|_2^2`; `none`.
 
+With `layers` set, X is the residual stream that enters the last blocks, in place of the embeddings.
+
 Every estimator yields one norm per token and probe; S is their mean, its standard error their
 deviation over `sqrt(probes)`. With `probes="auto"` probes are added until the ranking is settled.
 
 Signs come from a counter (seed, sample, token, dimension): batches and devices do not change them.
-Products run in the model's dtype, the directions scaled by a power of two to the size of the
-embeddings and g by one that brings its adjoint near 1, so that half precision neither overflows nor
-underflows; norms are summed in at least float32.
+Products run in the model's dtype, the directions scaled by a power of two to the size of X and g by
+one that brings its adjoint near 1, so that half precision neither overflows nor underflows; norms
+are summed in at least float32.
 """
 
 from __future__ import annotations
@@ -161,7 +163,7 @@ class _Products:
         self._ledger = ledger
         self._step = step
         self._expected = expected
-        size = float(trunk.embeddings.to(self.dtype).square().mean().sqrt())
+        size = float(trunk.source.to(self.dtype).square().mean().sqrt())
         self._scale = 2.0 ** round(math.log2(size)) if size > 0 else 1.0
 
     def signs(self, samples: Tensor, tokens: Tensor) -> Tensor:

@@ -170,6 +170,11 @@ def test_options_reach_the_engine(run: Run, engine: Callable[[Any], Recorder]) -
         "--estimator": "coded",
         "--codes": "auto",
         "--normalize": "sum",
+        "--layers": "7",
+        "--window": "300",
+        "--overlap": "0.25",
+        "--sink": "2",
+        "--tail": "9",
         "--probes": "3",
         "--seed": "4",
         "--beta": "0.1",
@@ -194,6 +199,11 @@ def test_options_reach_the_engine(run: Run, engine: Callable[[Any], Recorder]) -
         estimator="coded",
         codes="auto",
         normalize="sum",
+        layers=7,
+        window=300,
+        overlap=0.25,
+        sink=2,
+        tail=9,
         probes=3,
         seed=4,
         beta=0.1,
@@ -545,7 +555,7 @@ def test_standard_output_that_is_full_is_an_ordinary_failure(
 def test_help_shows_the_choices() -> None:
     output = CliRunner().invoke(app, ["attribute", "--help"], env={"COLUMNS": "140"}).output
     for option, choices in (
-        ("--variant", "[full|gs]"),
+        ("--variant", "[full|ls|win|ls+win|gs]"),
         ("--curvature", "[hessian|gauss_newton|grad_squared|none]"),
         ("--estimator", "[block|coded|row]"),
         ("--probes", "N|auto"),

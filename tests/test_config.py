@@ -24,7 +24,8 @@ def test_defaults_are_the_papers() -> None:
     )
     assert (config.probes, config.masking, config.normalize) == (10, "zero", None)
     assert (config.aggregate, config.seed, config.token_budget) == ("mean", 0, None)
-    assert (config.coverage, config.branch_tolerance) == (None, None)
+    assert (config.layers, config.coverage, config.branch_tolerance) == (None, None, None)
+    assert (config.window, config.overlap, config.sink, config.tail) == (None, 0.5, 1, 64)
 
 
 def test_is_frozen_and_hashable() -> None:
@@ -66,6 +67,10 @@ def test_gs_preset_changes_the_curvature_and_can_be_overridden() -> None:
         ("seed", 2**63),
         ("token_budget", 0),
         ("sentinel_token", -1),
+        *[("layers", value) for value in (0, -1, 2.0, True, "all")],
+        *[("window", value) for value in (0, 9.0, "auto", True)],
+        *[("overlap", value) for value in (-0.1, 1, 1.5, math.nan, "0.5", None)],
+        *[(name, value) for name in ("sink", "tail") for value in (-1, 0.5, None)],
         *[("coverage", value) for value in (0, 1.0, -0.1, math.nan, "0.9", True)],
         *[("branch_tolerance", value) for value in (0, -0.1, math.inf, "0.02", False)],
         ("rollout", "paths"),
