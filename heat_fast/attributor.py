@@ -27,6 +27,7 @@ from heat_fast.errors import ConfigError, HeatError, InputError, UnsupportedMode
 from heat_fast.gate import gate
 from heat_fast.information import ExactBranches, information, replacement
 from heat_fast.kernels.dispatch import Record, using
+from heat_fast.lowrank import Quality
 from heat_fast.planner import (
     Budget,
     is_out_of_memory,
@@ -204,12 +205,14 @@ class Attributor:
             with ledger.component("gate", sum(work.gate(config.rollout))) as step:
                 gates = gate(trunk, config.rollout, step).cpu()
             parts, screening = self._information(trunk, vector, gates, budget, ledger)
-            parts, stderr = self._curvature(trunk, parts, budget, ledger)
+            parts, stderr, quality = self._curvature(trunk, parts, budget, ledger)
             finish(1)
         score, envelope = combine(parts, config)
         metadata = self._metadata(trunk, budget, ledger, ran)
         if screening is not None:
             metadata["screening"] = screening.report(parts, score, config)
+        if quality is not None:
+            metadata["low_rank"] = quality.report()
         readable = readable_tokens(trunk.targets, self.tokenizer)
         return Attribution(
             gate=parts.gate,
@@ -258,13 +261,15 @@ class Attributor:
         parts: Components,
         budget: Budget,
         ledger: Ledger,
-    ) -> tuple[Components, Tensor | None]:
-        """The components with S and `|grad g|_1` filled in as well, and the standard error of S.
+    ) -> tuple[Components, Tensor | None, Quality | None]:
+        """The components with S and `|grad g|_1` filled in as well, the standard error of S, and
+        the quality of the low-rank approximation where there is one.
 
         Targets are taken in groups whose adjoints fit into memory together.
         """
         config, count = self.config, trunk.prompt_length
-        products = product_count(config, count) if config.curvature == "hessian" else 0
+        hessian = config.curvature == "hessian"
+        products = product_count(config, count, trunk.work.width) if hessian else 0
         if products:
             trunk = trunk.with_derivatives()
         found: list[Curvature] = []
@@ -284,7 +289,8 @@ class Attributor:
         errors = [part.stderr for part in found if part.stderr is not None]
         values = torch.cat([part.values for part in found])
         parts = replace(parts, curvature=values, gradient_norm=torch.stack(norms))
-        return parts, torch.cat(errors) if len(errors) == len(found) else None
+        stderr = torch.cat(errors) if len(errors) == len(found) else None
+        return parts, stderr, Quality.joined([part.quality for part in found])
 
     def _metadata(
         self, trunk: Trunk, budget: Budget, ledger: Ledger, ran: Record

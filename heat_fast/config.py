@@ -21,7 +21,8 @@ __all__ = ["PRESETS", "HeatConfig"]
 
 Rollout = Literal["value_path", "input_path"]
 Curvature = Literal["hessian", "gauss_newton", "grad_squared", "none"]
-Estimator = Literal["block", "coded", "row"]
+Estimator = Literal["block", "coded", "row", "low_rank"]
+RankScope = Literal["sequence", "token"]
 Masking = Literal["zero", "mean", "sentinel"]
 Normalize = Literal["sum"]
 Aggregate = Literal["mean", "max", "sum"]
@@ -31,6 +32,7 @@ Kernels = Literal["auto", "native", "reference"]
 PRESETS: Final[Mapping[str, Mapping[str, Any]]] = MappingProxyType(
     {
         "full": {},
+        "lr": {"estimator": "low_rank"},
         "gs": {"curvature": "grad_squared"},
     }
 )
@@ -175,14 +177,23 @@ class HeatConfig:
     rollout: ``"value_path"`` (default) or ``"input_path"``: which attention flow the gate uses.
     curvature: ``"hessian"`` (default), ``"gauss_newton"``, ``"grad_squared"`` or ``"none"``.
     estimator: how the Hessian's curvature is measured: ``"block"`` (default; paper Eq. 3),
-        ``"coded"``, an estimate of the same quantity whose cost does not grow with the prompt, or
-        ``"row"``. ``"row"`` is another functional and no estimate of it: the l1 norm of
-        ``(H r)_i`` over all columns of the Hessian, where ``"block"`` takes token i's own.
+        ``"coded"``, an estimate of the same quantity whose cost does not grow with the prompt,
+        ``"row"`` or ``"low_rank"``. ``"row"`` is another functional and no estimate of it: the l1
+        norm of ``(H r)_i`` over all columns of the Hessian, where ``"block"`` takes token i's own.
+        ``"low_rank"`` takes the blocks of a randomized rank-k approximation of the Hessian, which
+        underestimates them. See :mod:`heat_fast.lowrank`.
     probes: Rademacher probes of the curvature estimator, at least 1, or ``"auto"``: rounds of
         probes, at most `probes_max`, until the order of the `top_k` highest scores is settled
         with `confidence`. Defaults 10; 64, 10 and 0.95.
     codes: sign codes of the ``"coded"`` estimator, at least 2 there, or ``"auto"``: as many as
         the measured noise asks for. Default 8. Only ``"coded"`` reads it.
+    rank, sketch: rank of the ``"low_rank"`` estimator, at least 1, and how many test vectors it
+        takes as a multiple of the rank, at least 1. Defaults 64 and 2. Only ``"low_rank"`` reads
+        them.
+    rank_scope: ``"sequence"`` (default): one approximation of that rank for the Hessian of all
+        prompt tokens; ``"token"``: one for every token's own block.
+    passes: 1 (default): test vectors and their products alone; 2: as many products again with an
+        orthonormal basis of the first, nearer to the best approximation.
     masking: what replaces a token's embedding for its information: ``"zero"`` (default),
         ``"mean"`` (of the vocabulary's embeddings) or ``"sentinel"``.
     sentinel_token: the token id used by ``masking="sentinel"``, required there and refused
@@ -204,9 +215,11 @@ class HeatConfig:
         Like `token_budget` it changes speed and memory; the result changes by rounding only.
 
     A choice that the others make void is refused: an `estimator` other than ``"block"`` without
-    ``curvature="hessian"``, a `sentinel_token` without ``masking="sentinel"``. Amounts of sampling
-    (`probes`, `probes_max`, `top_k`, `confidence`, `codes`, `seed`) may be set where nothing is
-    sampled, so that one set of them serves every variant; they are then without effect.
+    ``curvature="hessian"``, a `sentinel_token` without ``masking="sentinel"``, a `rank_scope` or
+    `passes` other than the default without ``estimator="low_rank"``. Amounts of sampling
+    (`probes`, `probes_max`, `top_k`, `confidence`, `codes`, `rank`, `sketch`, `seed`) may be set
+    where nothing is sampled, so that one set of them serves every variant; they are then without
+    effect.
 
     Raises
     ------
@@ -235,6 +248,10 @@ class HeatConfig:
     codes: int | Literal["auto"] = field(
         default=_UNSET, metadata=_spec(8, _automatic(_integer(minimum=1, also=_OR_AUTO)))
     )
+    rank: int = field(default=_UNSET, metadata=_spec(64, _integer(minimum=1)))
+    rank_scope: RankScope = field(default=_UNSET, metadata=_spec("sequence", _one_of(RankScope)))
+    passes: Literal[1, 2] = field(default=_UNSET, metadata=_spec(1, _integer(minimum=1, maximum=2)))
+    sketch: float = field(default=_UNSET, metadata=_spec(2.0, _number(minimum=1)))
     masking: Masking = field(default=_UNSET, metadata=_spec("zero", _one_of(Masking)))
     sentinel_token: int | None = field(
         default=_UNSET, metadata=_spec(None, _optional(_integer(minimum=0, also=_OR_NONE)))
@@ -298,6 +315,21 @@ class HeatConfig:
             raise ConfigError(
                 f"estimator='coded' with codes={self.codes}: expected at least 2 codes, because "
                 "the noise correction is a variance over codes. Raise codes."
+            )
+
+        if self.estimator != "low_rank":
+            for name, default in (("rank_scope", "sequence"), ("passes", 1)):
+                if getattr(self, name) != default:
+                    raise ConfigError(
+                        f"{name}={getattr(self, name)!r} has no effect with "
+                        f"estimator={self.estimator!r}: expected estimator='low_rank' beside it. "
+                        f"Set that, or leave {name} out."
+                    )
+        elif self.passes == 1 and self.sketch == 1:
+            raise ConfigError(
+                "sketch=1 with passes=1: expected more test vectors than the rank, because the "
+                "single pass inverts a core whose smallest eigenvalues have to be cut off. Choose "
+                "sketch=2, or passes=2."
             )
 
     @classmethod

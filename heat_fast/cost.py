@@ -17,6 +17,7 @@ from heat_fast.config import HeatConfig
 from heat_fast.curvature import FIRST_CODES, FIRST_PROBES, product_count
 from heat_fast.decoder import Decoder, view
 from heat_fast.errors import InputError
+from heat_fast.lowrank import HELD_OUT, factor_sizes
 from heat_fast.planner import CPU_ROWS, slices, targets_at_once
 from heat_fast.work import Work
 
@@ -63,7 +64,7 @@ def curvature_work(work: Work, groups: Sequence[int], config: HeatConfig) -> int
 
     `groups`: how many targets share each tangent sweep.
     """
-    products = product_count(config, work.tokens)
+    products = product_count(config, work.tokens, work.width)
     total = first = 0
     for size in groups:
         targets = range(first, first + size)
@@ -73,6 +74,8 @@ def curvature_work(work: Work, groups: Sequence[int], config: HeatConfig) -> int
             for target in targets:
                 each = sum(work.adjoint(target)) + work.head_gradient(0)
                 total += products * each + work.block_norms(products)
+        elif products and config.estimator == "low_rank":
+            total += _low_rank_work(work, targets, products, config)
         elif products and config.estimator == "block":
             each = sum(work.product(targets, products, s) for s in range(work.tokens))
             total += products // work.tokens * each
@@ -80,6 +83,20 @@ def curvature_work(work: Work, groups: Sequence[int], config: HeatConfig) -> int
             total += products * work.product(targets, products, 0)
         first += size
     return total
+
+
+def _low_rank_work(work: Work, targets: range, products: int, config: HeatConfig) -> int:
+    """FLOPs of the low-rank approximations of some targets' Hessians and of all their probes."""
+    rank, columns = factor_sizes(config, work.tokens, work.width)
+    starts = range(work.tokens if config.rank_scope == "token" else 1)
+    shared = sum(work.product(targets, products, start) for start in starts)
+    total = (columns + HELD_OUT) * shared
+    if config.passes == 2:  # every target has a basis of its own
+        own = sum(work.product([t], products, start) for t in targets for start in starts)
+        total += columns * own
+    probes = config.probes_max if config.probes == "auto" else config.probes
+    norms = probes * work.factor_norms(rank)
+    return total + len(targets) * (work.factorisation(columns, rank, config.passes) + norms)
 
 
 def estimate(
@@ -125,17 +142,21 @@ def estimate(
     if config.branch_tolerance is not None:  # the residual stream, twice a block
         trunk += 2 * item * decoder.hidden_size * len(decoder.blocks)
     hessian = config.curvature == "hessian"
+    factors = 0
+    if hessian and config.estimator == "low_rank":  # test vectors, products and a basis of them
+        columns = factor_sizes(config, n_tokens, work.width)[1]
+        factors = 3 * max(4, item) * n_tokens * work.width * columns
     logits = 4 * max(1 << 23, n_targets * work.logits // (2 * work.width))
     seconds = None
     if calibrate:
         seconds = _calibrate(model, n_tokens, n_targets, config, sum(costs.values()))
     return Estimate(
-        hvp=product_count(config, n_tokens) * n_targets if hessian else 0,
+        hvp=product_count(config, n_tokens, work.width) * n_targets if hessian else 0,
         branches=n_tokens,
         branch_tokens=sum(length - start for start in range(n_tokens)),
         flops=costs,
         trunk_bytes=trunk * length,
-        peak_bytes=2 * trunk * length + (sweep if hessian else trunk) * rows + logits,
+        peak_bytes=2 * trunk * length + (sweep if hessian else trunk) * rows + logits + factors,
         seconds=seconds,
     )
 

@@ -199,7 +199,7 @@ def test_a_zero_operator_has_rank_zero() -> None:
     zero = torch.zeros_like(tests)
     for factors in (single_pass(tests, zero, RANK), two_pass(zero, torch.zeros_like, RANK)):
         assert not factors.values.any()
-        assert [float(part) for part in quality(factors, tests, zero)] == [0.0, 1.0]
+        assert [float(part) for part in quality(zero, factors.product(tests))] == [0.0, 1.0]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -221,7 +221,7 @@ def test_quality_converges_to_the_true_shares() -> None:
     tests = sketch(2 * RANK)
     factors = single_pass(tests, operator @ tests, RANK)
     probes = rademacher(5, torch.arange(4000), torch.tensor(0), SIZE, torch.float64).mT
-    residual, captured = quality(factors, probes, operator @ probes)
+    residual, captured = quality(operator @ probes, factors.product(probes))
     whole = operator.norm()
     true = float((operator - dense(factors)).norm() / whole)
     assert abs(float(residual) / true - 1) < 0.06

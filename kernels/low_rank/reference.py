@@ -99,18 +99,17 @@ def two_pass(images: Tensor, product: Callable[[Tensor], Tensor], rank: int) -> 
     return Factors(_combine(frame, small), values)
 
 
-def quality(factors: Factors, probes: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
-    """How much of H its approximation holds, from probes `Z [..., M, p]` and `H Z` that it has not
-    seen: the residual `|H - H_k|_F / |H|_F` and the captured energy `|H_k|_F^2 / |H|_F^2`, `[...]`.
+def quality(exact: Tensor, found: Tensor) -> tuple[Tensor, Tensor]:
+    """How much of H an approximation holds, from `H Z` and `H_k Z [..., M, p]` of probes that it
+    has not seen: the residual `|H - H_k|_F / |H|_F` and the captured energy `|H_k|_F^2 / |H|_F^2`.
 
     By Hutchinson's estimate `|A|_F^2 = E |A z|^2` for Rademacher z, the same probes above and below
-    the line. A zero operator has residual 0 and captured energy 1.
+    the line; both `[...]`. A zero operator has residual 0 and captured energy 1.
     """
-    found = factors.product(probes)
-    exact = images.double()
+    exact, found = exact.double(), found.double()
 
     def energy(values: Tensor) -> Tensor:
-        return values.double().square().sum((-2, -1))
+        return values.square().sum((-2, -1))
 
     whole = energy(exact)
     some = whole > 0
@@ -194,6 +193,7 @@ def orthonormalise(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 def _cholesky(matrix: Tensor, lift: Tensor) -> Tensor:
     """The upper triangular factor, lifted tenfold more until it exists."""
+    factor: Tensor
     factor, info = torch.linalg.cholesky_ex(matrix, upper=True)
     while bool(info.any()):
         lift = 10 * lift
@@ -260,7 +260,8 @@ def _inverse_root(gram: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh(gram)
     good = values > _DEPENDENT * values.amax(-1, keepdim=True)
     scale = torch.where(good, torch.where(good, values, 1.0).rsqrt(), 0.0)
-    return vectors * scale[..., None, :] @ vectors.mT
+    root: Tensor = vectors * scale[..., None, :] @ vectors.mT
+    return root
 
 
 def _check(tall: Tensor, rank: int) -> None:
