@@ -29,6 +29,7 @@ from heat_fast.errors import ConfigError, HeatError, InputError, UnsupportedMode
 from heat_fast.gate import gate
 from heat_fast.information import ExactBranches, information, replacement
 from heat_fast.kernels.dispatch import Record, using
+from heat_fast.lowrank import Quality
 from heat_fast.planner import (
     Budget,
     is_out_of_memory,
@@ -207,6 +208,8 @@ class Attributor:
             metadata["screening"] = screening.report(parts, score, config)
         if config.window is not None:
             metadata["windows"] = report(plan, findings, config)
+        if found.quality is not None:
+            metadata["low_rank"] = found.quality.report()
         return Attribution(
             gate=parts.gate,
             curvature=parts.curvature,
@@ -272,10 +275,10 @@ class Attributor:
         together = budget.workers
         budget.workers = sweep_workers(trunk.length, together)
         ledger.workers = {"information": together, "curvature": budget.workers}
-        parts, stderr = self._curvature(trunk, parts, budget, ledger)
+        parts, stderr, quality = self._curvature(trunk, parts, budget, ledger)
         budget.workers = together
         log_probs = trunk.target_log_probs.cpu()
-        return Finding(parts, stderr, screening, trunk.targets, log_probs), budget
+        return Finding(parts, stderr, screening, trunk.targets, log_probs, quality), budget
 
     def _information(
         self, trunk: Trunk, vector: Tensor, gates: Tensor, budget: Budget, ledger: Ledger
@@ -303,13 +306,15 @@ class Attributor:
         parts: Components,
         budget: Budget,
         ledger: Ledger,
-    ) -> tuple[Components, Tensor | None]:
-        """The components with S and `|grad g|_1` filled in as well, and the standard error of S.
+    ) -> tuple[Components, Tensor | None, Quality | None]:
+        """The components with S and `|grad g|_1` filled in as well, the standard error of S, and
+        the quality of the low-rank approximation where there is one.
 
         Targets are taken in groups whose adjoints fit into memory together.
         """
         config, count = self.config, trunk.prompt_length
-        products = product_count(config, count) if config.curvature == "hessian" else 0
+        hessian = config.curvature == "hessian"
+        products = product_count(config, count, trunk.work.width) if hessian else 0
         # One long sequence at a time has no other in its batch to share them with.
         if products and (config.estimator == "block" or 2 * trunk.length <= budget.rows):
             trunk = trunk.with_derivatives()
@@ -345,7 +350,8 @@ class Attributor:
         errors = [part.stderr for part in found if part.stderr is not None]
         values = torch.cat([part.values for part in found])
         parts = replace(parts, curvature=values, gradient_norm=torch.cat(norms))
-        return parts, torch.cat(errors) if len(errors) == len(found) else None
+        stderr = torch.cat(errors) if len(errors) == len(found) else None
+        return parts, stderr, Quality.joined([part.quality for part in found])
 
     def _metadata(
         self, decoder: Decoder, embeddings: Tensor, budget: Budget, ledger: Ledger, ran: Record

@@ -19,6 +19,7 @@ from heat_fast.decoder import Decoder, view
 from heat_fast.decoder.head import shares_curvature
 from heat_fast.errors import InputError
 from heat_fast.information import LOGIT_ELEMENTS
+from heat_fast.lowrank import HELD_OUT, factor_sizes
 from heat_fast.planner import CPU_ROWS, cpu_workers, slices, sweep_workers, targets_at_once
 from heat_fast.windows import plan_windows
 from heat_fast.work import Shape, Work
@@ -69,7 +70,7 @@ def curvature_work(work: Work, groups: Sequence[int], config: HeatConfig) -> int
 
     `groups`: how many targets share each tangent sweep.
     """
-    products = product_count(config, work.tokens)
+    products = product_count(config, work.tokens, work.width)
     total = first = 0
     for size in groups:
         targets = range(first, first + size)
@@ -79,6 +80,8 @@ def curvature_work(work: Work, groups: Sequence[int], config: HeatConfig) -> int
             for target in targets:
                 each = sum(work.adjoint(target)) + work.head_gradient(0)
                 total += products * each + work.block_norms(products)
+        elif products and config.estimator == "low_rank":
+            total += _low_rank_work(work, targets, products, config)
         elif products and config.estimator == "block":
             each = sum(work.product(targets, products, s) for s in range(work.tokens))
             total += products // work.tokens * each
@@ -86,6 +89,20 @@ def curvature_work(work: Work, groups: Sequence[int], config: HeatConfig) -> int
             total += products * work.product(targets, products, 0)
         first += size
     return total
+
+
+def _low_rank_work(work: Work, targets: range, products: int, config: HeatConfig) -> int:
+    """FLOPs of the low-rank approximations of some targets' Hessians and of all their probes."""
+    rank, columns = factor_sizes(config, work.tokens, work.width)
+    starts = range(work.tokens if config.rank_scope == "token" else 1)
+    shared = sum(work.product(targets, products, start) for start in starts)
+    total = (columns + HELD_OUT) * shared
+    if config.passes == 2:  # every target has a basis of its own
+        own = sum(work.product([t], products, start) for t in targets for start in starts)
+        total += columns * own
+    probes = config.probes_max if config.probes == "auto" else config.probes
+    norms = probes * work.factor_norms(rank)
+    return total + len(targets) * (work.factorisation(columns, rank, config.passes) + norms)
 
 
 def estimate(
@@ -129,17 +146,21 @@ def estimate(
     work = Work(decoder, tokens, n_targets, decoder.first_of(config.layers))
     item = decoder.embeddings_weight.element_size()
     hessian = config.curvature == "hessian"
+    factors = 0
+    if hessian and config.estimator == "low_rank":  # test vectors, products and a basis of them
+        columns = factor_sizes(config, tokens, work.width)[1]
+        factors = 3 * max(4, item) * tokens * work.width * columns
     seconds = None
     if calibrate:
         # A window is what surely fits into the model's context.
         seconds = _calibrate(model, tokens, n_targets, config, sum(costs.values()))
     return Estimate(
-        hvp=windows * product_count(config, tokens) * n_targets if hessian else 0,
+        hvp=windows * product_count(config, tokens, work.width) * n_targets if hessian else 0,
         branches=windows * tokens,
         branch_tokens=windows * sum(length - start for start in range(tokens)),
         flops=costs,
         trunk_bytes=_trunk_bytes(work, work.shapes, item),
-        peak_bytes=_peak_bytes(work, item, config, cpu_workers(decoder.concurrent)),
+        peak_bytes=_peak_bytes(work, item, config, cpu_workers(decoder.concurrent)) + factors,
         seconds=seconds,
     )
 
@@ -185,7 +206,7 @@ def _peak_bytes(work: Work, item: int, config: HeatConfig, workers: int) -> int:
     information = temporary * min(workers * each, tokens * work.length) + logits
     # The second derivative of an activation is taken through autograd's graph of the first.
     curvature = (adjoint + 12 * wide * inner) * work.length
-    products = product_count(config, tokens)
+    products = product_count(config, tokens, work.width)
     if config.curvature == "gauss_newton":
         curvature += wide * (products * tokens * work.width + 8 * vocabulary)
     elif products:

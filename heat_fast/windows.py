@@ -30,6 +30,7 @@ from torch import Tensor
 
 from heat_fast.combine import Components, combine
 from heat_fast.config import HeatConfig
+from heat_fast.lowrank import Quality
 from heat_fast.screening import Screening, share_of
 
 
@@ -79,7 +80,8 @@ class Finding:
     """What one window found, or all together.
 
     `stderr [n, N]` of the curvature is None where it is not known, `screening` where nothing was
-    screened. `log_probs [n]`: log P of the `targets`, nats.
+    screened. `log_probs [n]`: log P of the `targets`, nats. `quality`: of the low-rank
+    approximation, where there is one; of several windows the worst.
     """
 
     parts: Components
@@ -87,6 +89,7 @@ class Finding:
     screening: Screening | None
     targets: tuple[int, ...]
     log_probs: Tensor
+    quality: Quality | None = None
 
 
 def accumulate(plan: Plan, findings: Sequence[Finding]) -> Finding:
@@ -115,7 +118,9 @@ def accumulate(plan: Plan, findings: Sequence[Finding]) -> Finding:
     )
     errors = [each.stderr for each in findings if each.stderr is not None]
     stderr = _mean(plan, errors) if len(errors) == len(findings) else None
-    return Finding(together, stderr, screening, findings[-1].targets, findings[-1].log_probs)
+    quality = Quality.worst([finding.quality for finding in findings])
+    last = findings[-1]
+    return Finding(together, stderr, screening, last.targets, last.log_probs, quality)
 
 
 def leakage(plan: Plan, findings: Sequence[Finding], config: HeatConfig) -> float | None:

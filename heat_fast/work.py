@@ -206,3 +206,18 @@ class Work:
     def block_norms(self, probes: int) -> int:
         """The Gauss-Newton block norms from `probes` factors and as many probes, one target."""
         return 4 * self.tokens * probes**2 * self.width
+
+    def factorisation(self, columns: int, rank: int, passes: int) -> int:
+        """A rank-k approximation from `columns` products, one target (`kernels.low_rank`).
+
+        Counted: two Gram matrices of what the products gave, an orthonormalisation in one pass and
+        the products with small matrices.
+        """
+        entries = 2 * self.tokens * self.width
+        if passes == 2:
+            return entries * (3 * columns**2 + columns * rank)
+        return entries * (2 * columns**2 + columns * rank + 3 * rank**2)
+
+    def factor_norms(self, rank: int) -> int:
+        """Block norms of one probe from factors of rank k, one target."""
+        return 4 * self.tokens * self.width * rank

@@ -115,6 +115,9 @@ def test_useless_combinations_are_rejected() -> None:
         HeatConfig(masking="sentinel")
     with pytest.raises(ConfigError, match="at least 2 codes"):
         HeatConfig(estimator="coded", codes=1)
+    with pytest.raises(ConfigError, match="more test vectors than the rank"):
+        HeatConfig(variant="lr", sketch=1)
+    assert HeatConfig(variant="lr", sketch=1, passes=2).passes == 2
     with pytest.raises(ConfigError, match="one name"):
         HeatConfig.preset("full", variant="gs")
     assert HeatConfig(beta=0, gamma=0, alpha=1).alpha == 1.0
@@ -132,6 +135,16 @@ def test_choices_without_effect_are_rejected() -> None:
     for masking in ("zero", "mean"):
         with pytest.raises(ConfigError, match=f"sentinel_token=5 has no effect .*{masking}"):
             HeatConfig(masking=masking, sentinel_token=5)  # type: ignore[arg-type]
+    for name, value in (("rank_scope", "token"), ("passes", 2)):
+        for estimator in ("block", "coded", "row"):
+            with pytest.raises(
+                ConfigError, match=f"{name}=.*{value}.* has no effect .*{estimator}"
+            ):
+                HeatConfig(estimator=estimator, **{name: value})
+        assert getattr(HeatConfig(variant="lr", **{name: value}), name) == value
+    with pytest.raises(ConfigError, match=r"low_rank.* has no effect .*gauss_newton"):
+        HeatConfig(variant="lr", curvature="gauss_newton")
+    assert HeatConfig(rank=5, sketch=1).sketch == 1.0
     # Amounts of sampling may be set once for every variant.
     assert HeatConfig(variant="gs", probes=3, codes=4, seed=5).codes == 4
 

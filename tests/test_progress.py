@@ -31,6 +31,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "coded": {"estimator": "coded", "codes": 5},
     "all_codes": {"estimator": "coded", "codes": 99},
     "row": {"estimator": "row"},
+    "low_rank": {"variant": "lr", "rank": 7},
+    "low_rank_two_passes": {"variant": "lr", "rank": 7, "passes": 2},
+    "low_rank_by_token": {"variant": "lr", "rank": 3, "rank_scope": "token"},
     "gauss_newton": {"curvature": "gauss_newton"},
     "grad_squared": {"variant": "gs"},
     "none": {"curvature": "none"},
@@ -204,12 +207,23 @@ def test_an_automatic_total_is_a_bound_that_falls_to_what_was_needed(
     products = result.metadata["counts"]["hvp"] // 2
     adjoints = sum(sum(work.adjoint(target)) for target in (0, 1))
     most = heat_fast.curvature.product_count(
-        heat_fast.HeatConfig(**{"probes": PROBES, **settings}), LENGTH
+        heat_fast.HeatConfig(**{"probes": PROBES, **settings}), LENGTH, work.width
     )
     starts = range(LENGTH) if settings.get("estimator") is None else [0]
     each = products // len(starts)
     spent = sum(each * work.product([0, 1], most, start) for start in starts)
     assert done[-1] == adjoints + 2 * work.head_gradient(most) + spent
+
+
+def test_the_automatic_total_of_a_low_rank_approximation_falls_too() -> None:
+    """To the work of the same number of probes, known beforehand."""
+    lenient = {"probes": "auto", "confidence": 0.01, "top_k": 2}
+    calls, _ = record("llama", 2, variant="lr", rank=7, **lenient)
+    totals = [total for _, total in calls["curvature"]]
+    fixed = heat_fast.HeatConfig(variant="lr", rank=7, probes=heat_fast.curvature.FIRST_PROBES)
+    decoder = view(families.build("llama"), LENGTH + 1)
+    assert calls["curvature"][-1][0] == totals[-1] < totals[0]
+    assert totals[-1] == heat_fast.cost.flops(decoder, LENGTH, 2, fixed)["curvature"]
 
 
 class Counter(TorchDispatchMode):

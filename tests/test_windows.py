@@ -341,3 +341,19 @@ def test_progress_and_estimate_count_all_windows(name: str, targets: int) -> Non
     assert (told.branches, told.hvp >= counts["hvp"]) == (counts["branches"], True)
     if "auto" not in (config.probes, config.codes):
         assert told.hvp == counts["hvp"]
+
+
+def test_low_rank_in_windows_at_full_rank_is_block_in_windows() -> None:
+    model = families.build("llama", torch.float64)
+    ids = families.prompt_ids("llama", 14)
+    settings: dict[str, Any] = {"window": 8, "sink": 1, "tail": 2, "probes": 2}
+    whole_rank = 8 * model.config.hidden_size
+    exact = heat_fast.Attributor(model, None, HeatConfig(**settings)).attribute(ids, 5)
+    config = HeatConfig(estimator="low_rank", rank=whole_rank, **settings)
+    full_rank = heat_fast.Attributor(model, None, config).attribute(ids, 5)
+    # At full rank a window's low-rank curvature is its block curvature.
+    torch.testing.assert_close(full_rank.curvature, exact.curvature, rtol=1e-4, atol=0)
+    few = heat_fast.Attributor(model, None, config.replace(rank=3)).attribute(ids, 5)
+    (worst,) = few.metadata["low_rank"]["residual"]
+    assert worst > 0.1
+    assert full_rank.metadata["low_rank"]["residual"][0] < 1e-3
