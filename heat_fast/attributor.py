@@ -322,7 +322,7 @@ class Attributor:
         norms: list[Tensor] = []
         groups = Budget(min(len(trunk.targets), targets_at_once(trunk.swept_bytes)))
         sizes = [part.stop - part.start for part in slices(len(trunk.targets), groups.rows)]
-        done, counted, rows = 0, 0, budget.rows
+        done, counted, rows = 0, ledger.counts["hvp"], budget.rows
 
         def run(first: int, stop: int) -> tuple[Curvature, Tensor]:
             # A group too large for memory is begun anew, in two: its work comes on top, and the
@@ -345,6 +345,7 @@ class Attributor:
             done, counted, rows = step.done, ledger.counts["hvp"], budget.rows
 
         with ledger.component("curvature", curvature_work(trunk.work, sizes, config)) as step:
+            done = step.done  # of the windows before
             run_batches(len(trunk.targets), groups, lambda _: groups.rows, run, keep)
         budget.halvings += groups.halvings
         errors = [part.stderr for part in found if part.stderr is not None]

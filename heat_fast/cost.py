@@ -159,7 +159,7 @@ def estimate(
         branches=windows * tokens,
         branch_tokens=windows * sum(length - start for start in range(tokens)),
         flops=costs,
-        trunk_bytes=_trunk_bytes(work, work.shapes, item),
+        trunk_bytes=_trunk_bytes(work, work.shapes, item) + _stream_bytes(work, item, config),
         peak_bytes=_peak_bytes(work, item, config, cpu_workers(decoder.concurrent)) + factors,
         seconds=seconds,
     )
@@ -176,6 +176,12 @@ def _trunk_bytes(work: Work, shapes: Sequence[Shape], item: int) -> int:
     return total
 
 
+def _stream_bytes(work: Work, item: int, config: HeatConfig) -> int:
+    """The residual stream, twice a block, which `branch_tolerance` compares branches with."""
+    kept = config.branch_tolerance is not None
+    return 2 * item * work.width * work.length * len(work.shapes) if kept else 0
+
+
 def _peak_bytes(work: Work, item: int, config: HeatConfig, workers: int) -> int:
     """The most that is alive at once beyond the model: the trunk and the hungriest component.
 
@@ -183,10 +189,8 @@ def _peak_bytes(work: Work, item: int, config: HeatConfig, workers: int) -> int:
     Temporaries are those of one block, by count of the steps of a gated layer.
     """
     wide, tokens, targets = max(item, 4), work.tokens, work.targets
-    kept = _trunk_bytes(work, work.shapes, item)
+    kept = _trunk_bytes(work, work.shapes, item) + _stream_bytes(work, item, config)
     swept = _trunk_bytes(work, work.swept, item)
-    if config.branch_tolerance is not None:  # the residual stream, twice a block
-        kept += 2 * item * work.width * work.length * len(work.shapes)
     adjoint = sweep = derivatives = temporary = inner = 0
     for sizes in work.swept:
         heads = 2 * sizes.heads + 2 * sizes.key_heads
