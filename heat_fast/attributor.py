@@ -1,6 +1,8 @@
 """From a prompt to an attribution: the one way through the house.
 
 prompt -> trunk -> { gate, curvature, information } -> combine -> result
+
+A prompt that is cut into windows goes to the middle of it once per window (`heat_fast.windows`).
 """
 
 from __future__ import annotations
@@ -21,12 +23,13 @@ from heat_fast.combine import Components, combine
 from heat_fast.config import HeatConfig
 from heat_fast.cost import curvature_work
 from heat_fast.curvature import Curvature, curvature, product_count
-from heat_fast.decoder import check_supported, view
+from heat_fast.decoder import Decoder, check_supported, view
 from heat_fast.decoder.norm import wide
 from heat_fast.errors import ConfigError, HeatError, InputError, UnsupportedModelError
 from heat_fast.gate import gate
 from heat_fast.information import ExactBranches, information, replacement
 from heat_fast.kernels.dispatch import Record, using
+from heat_fast.lowrank import Quality
 from heat_fast.planner import (
     Budget,
     is_out_of_memory,
@@ -50,6 +53,7 @@ from heat_fast.result import Attribution
 from heat_fast.screening import Screening, screened_information
 from heat_fast.stopping import settled
 from heat_fast.trunk import Trunk, run_adjoint, run_trunk
+from heat_fast.windows import Finding, accumulate, plan_windows, report
 from heat_fast.work import Work
 
 
@@ -134,12 +138,13 @@ class Attributor:
         model: Any = self.model
         embed = model.get_input_embeddings()
         vocabulary = int(embed.weight.shape[0])
-        longest = _context_length(self.model)
-        encoded = encode_prompt(prompt, self.tokenizer, vocabulary, longest)
+        longest, window = _context_length(self.model), self.config.window
+        # With windows it is a window that has to fit.
+        encoded = encode_prompt(prompt, self.tokenizer, vocabulary, None if window else longest)
         head: Any = model.get_output_embeddings()
         predicted = int(getattr(head, "out_features", vocabulary))
         targets = encode_target(target, self.tokenizer, min(vocabulary, predicted))
-        check_length(len(encoded), len(targets or (0,)), longest)
+        check_length(len(encoded), len(targets or (0,)), longest, window)
         device = _embedding_device(embed)
         if device.type == "meta":
             raise UnsupportedModelError(
@@ -175,51 +180,36 @@ class Attributor:
         progress: Progress | None,
         ran: Record,
     ) -> Attribution:
-        config = self.config
-        ids = [*encoded.token_ids, *(targets or (0,))[:-1]]
-        ledger = Ledger(progress, device)
+        config, count = self.config, len(encoded)
+        plan = plan_windows(count, config)
+        ids = torch.tensor([*encoded.token_ids, *(targets or (0,))[:-1]], device=device)
+        ledger = Ledger(progress, device, runs=len(plan))
         keep_heap()
-        with ledger.component("total", 1) as finish:
-            embeddings = embed(torch.tensor(ids, device=device))
-            vector = replacement(embed, config.masking, config.sentinel_token, embeddings)
-            decoder = view(self.model, len(ids))
-            work = Work(decoder, len(encoded), len(targets or (0,)))
-            # The model's own forward, that the trunk is checked against, is as much again.
-            with ledger.component("trunk", 2 * work.trunk()) as step:
-                trunk = run_trunk(
-                    decoder,
-                    embeddings,
-                    targets or (0,),
-                    step,
-                    keep_streams=config.branch_tolerance is not None,
-                )
-                _check_faithful(self.model, trunk)
-                step(work.trunk())
-            if targets is None:  # the trunk of a single target does not depend on it
-                trunk = replace(trunk, targets=(int(trunk.log_probs[0].argmax()),))
-            budget = token_budget(
-                trunk.bytes,
-                trunk.length,
-                device,
-                config.token_budget,
-                trunk.decoder.concurrent,
-            )
-            with ledger.component("gate", sum(work.gate(config.rollout))) as step:
-                gates = gate(trunk, config.rollout, step).cpu()
-            trim_heap()
-            parts, screening = self._information(trunk, vector, gates, budget, ledger)
-            trim_heap()
-            workers = {"information": budget.workers}
-            budget.workers = sweep_workers(trunk.length, budget.workers)
-            workers["curvature"] = budget.workers
-            parts, stderr = self._curvature(trunk, parts, budget, ledger)
-            finish(1)
+        embeddings = embed(ids)
+        vector = replacement(embed, config.masking, config.sentinel_token, embeddings)
+        later = list(range(count, len(ids)))
+        decoder = view(self.model, plan.length + len(later))
+        findings: list[Finding] = []
+        budget = None
+        # The last window comes first: where no target is given, it says what the model's own is.
+        for number in reversed(range(len(plan))):
+            rows = embeddings[[*plan.indices(number), *later]]
+            with ledger.component("total", 1) as finish:
+                finding, budget = self._window(decoder, rows, targets, vector, budget, ledger)
+                finish(1)
+            findings.insert(0, finding)
+            targets = finding.targets
+        assert budget is not None
+        found = accumulate(plan, findings)
+        parts, screening = found.parts, found.screening
         score, envelope = combine(parts, config)
-        metadata = self._metadata(trunk, budget, ledger, ran)
-        metadata["workers"] = workers
+        metadata = self._metadata(decoder, embeddings, budget, ledger, ran)
         if screening is not None:
             metadata["screening"] = screening.report(parts, score, config)
-        readable = readable_tokens(trunk.targets, self.tokenizer)
+        if config.window is not None:
+            metadata["windows"] = report(plan, findings, config)
+        if found.quality is not None:
+            metadata["low_rank"] = found.quality.report()
         return Attribution(
             gate=parts.gate,
             curvature=parts.curvature,
@@ -233,13 +223,62 @@ class Attributor:
             offsets=encoded.offsets,
             prompt_text=encoded.text,
             special=encoded.special,
-            target_ids=trunk.targets,
-            target_tokens=readable,
-            target_log_probs=trunk.target_log_probs.cpu(),
-            curvature_stderr=stderr,
+            target_ids=found.targets,
+            target_tokens=readable_tokens(found.targets, self.tokenizer),
+            target_log_probs=found.log_probs,
+            curvature_stderr=found.stderr,
             information_skipped=None if screening is None else screening.skipped,
             metadata=metadata,
         )
+
+    def _window(
+        self,
+        decoder: Decoder,
+        embeddings: Tensor,
+        targets: tuple[int, ...] | None,
+        vector: Tensor,
+        budget: Budget | None,
+        ledger: Ledger,
+    ) -> tuple[Finding, Budget]:
+        """One context from its trunk to its components; the whole prompt where there is one window.
+
+        A budget that an earlier window had to halve is kept.
+        """
+        config, first = self.config, decoder.first_of(self.config.layers)
+        work = Work(decoder, decoder.length - len(targets or (0,)) + 1, len(targets or (0,)), first)
+        # The model's own forward, that the trunk is checked against, is as much again.
+        with ledger.component("trunk", 2 * work.trunk()) as step:
+            trunk = run_trunk(
+                decoder,
+                embeddings,
+                targets or (0,),
+                step,
+                keep_streams=config.branch_tolerance is not None,
+                first=first,
+            )
+            _check_faithful(self.model, trunk)
+            step(work.trunk())
+        if targets is None:  # the trunk of a single target does not depend on it
+            trunk = replace(trunk, targets=(int(trunk.log_probs[0].argmax()),))
+        budget = budget or token_budget(
+            trunk.bytes,
+            trunk.length,
+            embeddings.device,
+            config.token_budget,
+            decoder.concurrent,
+        )
+        with ledger.component("gate", sum(work.gate(config.rollout))) as step:
+            gates = gate(trunk, config.rollout, step).cpu()
+        trim_heap()
+        parts, screening = self._information(trunk, vector, gates, budget, ledger)
+        trim_heap()
+        together = budget.workers
+        budget.workers = sweep_workers(trunk.length, together)
+        ledger.workers = {"information": together, "curvature": budget.workers}
+        parts, stderr, quality = self._curvature(trunk, parts, budget, ledger)
+        budget.workers = together
+        log_probs = trunk.target_log_probs.cpu()
+        return Finding(parts, stderr, screening, trunk.targets, log_probs, quality), budget
 
     def _information(
         self, trunk: Trunk, vector: Tensor, gates: Tensor, budget: Budget, ledger: Ledger
@@ -267,21 +306,23 @@ class Attributor:
         parts: Components,
         budget: Budget,
         ledger: Ledger,
-    ) -> tuple[Components, Tensor | None]:
-        """The components with S and `|grad g|_1` filled in as well, and the standard error of S.
+    ) -> tuple[Components, Tensor | None, Quality | None]:
+        """The components with S and `|grad g|_1` filled in as well, the standard error of S, and
+        the quality of the low-rank approximation where there is one.
 
         Targets are taken in groups whose adjoints fit into memory together.
         """
         config, count = self.config, trunk.prompt_length
-        products = product_count(config, count) if config.curvature == "hessian" else 0
+        hessian = config.curvature == "hessian"
+        products = product_count(config, count, trunk.work.width) if hessian else 0
         # One long sequence at a time has no other in its batch to share them with.
         if products and (config.estimator == "block" or 2 * trunk.length <= budget.rows):
             trunk = trunk.with_derivatives()
         found: list[Curvature] = []
         norms: list[Tensor] = []
-        groups = Budget(min(len(trunk.targets), targets_at_once(trunk.bytes)))
+        groups = Budget(min(len(trunk.targets), targets_at_once(trunk.swept_bytes)))
         sizes = [part.stop - part.start for part in slices(len(trunk.targets), groups.rows)]
-        done, counted, rows = 0, 0, budget.rows
+        done, counted, rows = 0, ledger.counts["hvp"], budget.rows
 
         def run(first: int, stop: int) -> tuple[Curvature, Tensor]:
             # A group too large for memory is begun anew, in two: its work comes on top, and the
@@ -304,25 +345,29 @@ class Attributor:
             done, counted, rows = step.done, ledger.counts["hvp"], budget.rows
 
         with ledger.component("curvature", curvature_work(trunk.work, sizes, config)) as step:
+            done = step.done  # of the windows before
             run_batches(len(trunk.targets), groups, lambda _: groups.rows, run, keep)
         budget.halvings += groups.halvings
         errors = [part.stderr for part in found if part.stderr is not None]
         values = torch.cat([part.values for part in found])
         parts = replace(parts, curvature=values, gradient_norm=torch.cat(norms))
-        return parts, torch.cat(errors) if len(errors) == len(found) else None
+        stderr = torch.cat(errors) if len(errors) == len(found) else None
+        return parts, stderr, Quality.joined([part.quality for part in found])
 
     def _metadata(
-        self, trunk: Trunk, budget: Budget, ledger: Ledger, ran: Record
+        self, decoder: Decoder, embeddings: Tensor, budget: Budget, ledger: Ledger, ran: Record
     ) -> dict[str, Any]:
         import transformers
+
+        blocks = len(decoder.blocks)
 
         return {
             "config": self.config.to_dict(),
             "seed": self.config.seed,
             "model": type(self.model).__name__,
             "name": str(getattr(self.model, "name_or_path", "") or ""),
-            "device": str(trunk.embeddings.device),
-            "dtype": str(trunk.embeddings.dtype).removeprefix("torch."),
+            "device": str(embeddings.device),
+            "dtype": str(embeddings.dtype).removeprefix("torch."),
             "versions": {
                 "heat_fast": __version__,
                 "torch": torch.__version__,
@@ -331,7 +376,9 @@ class Attributor:
             },
             "seconds": {name: round(value, 6) for name, value in ledger.seconds.items()},
             "counts": ledger.counts,
+            "layers": {"used": blocks - decoder.first_of(self.config.layers), "of": blocks},
             "token_budget": budget.rows,
+            "workers": ledger.workers,
             "out_of_memory_retries": budget.halvings,
             "implementation": {"curvature": "tangent sweeps", **_kernels(ran)},
         }

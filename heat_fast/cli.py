@@ -141,7 +141,8 @@ def attribute(
         typer.Option(
             metavar=_values(settings.Estimator),
             help="How the Hessian's curvature is measured: block by definition; coded estimates "
-            "the same at a cost that does not grow with the prompt; row is another quantity.",
+            "the same at a cost that does not grow with the prompt; row is another quantity; "
+            "low_rank takes the blocks of a low-rank approximation.",
         ),
     ] = None,
     probes: Annotated[
@@ -156,6 +157,45 @@ def attribute(
             metavar="N|auto",
             help="Sign codes of --estimator coded; auto: as many as the noise asks for.",
         ),
+    ] = None,
+    layers: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Gate and curvature through the last N blocks only; all unless the variant says "
+            "otherwise.",
+        ),
+    ] = None,
+    window: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Cut a longer prompt into windows of so many tokens."),
+    ] = None,
+    overlap: Annotated[
+        float | None,
+        typer.Option(help="Share of a window that the next one repeats; 0.5 if left out."),
+    ] = None,
+    sink: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="First tokens that every window keeps; 1 if left out."),
+    ] = None,
+    tail: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Last tokens that every window keeps; 64 if left out."),
+    ] = None,
+    rank: Annotated[int | None, typer.Option(help="Rank of --estimator low_rank.")] = None,
+    rank_scope: Annotated[
+        str | None,
+        typer.Option(
+            metavar=_values(settings.RankScope),
+            help="That rank for all tokens together, or for every token's own block.",
+        ),
+    ] = None,
+    passes: Annotated[
+        int | None,
+        typer.Option(metavar="[1|2]", help="2: twice the products, a better approximation."),
+    ] = None,
+    sketch: Annotated[
+        float | None, typer.Option(help="Test vectors as a multiple of --rank.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the probes.")] = None,
     beta: Annotated[float | None, typer.Option(help="Weight of the curvature.")] = None,
@@ -244,6 +284,15 @@ def attribute(
             "estimator": estimator,
             "probes": _count("--probes", probes),
             "codes": _count("--codes", codes),
+            "layers": layers,
+            "window": window,
+            "overlap": overlap,
+            "sink": sink,
+            "tail": tail,
+            "rank": rank,
+            "rank_scope": rank_scope,
+            "passes": passes,
+            "sketch": sketch,
             "seed": seed,
             "beta": beta,
             "gamma": gamma,
@@ -567,10 +616,13 @@ def _errors_reported(debug: bool) -> Iterator[None]:
 
 
 # Names of settings that are no English words and may be replaced wherever they stand.
-_UNMISTAKABLE = re.compile(r"(?<![\w-])(beta|gamma|alpha|sentinel_token|branch_tolerance)(?!\w)")
+_UNMISTAKABLE = re.compile(
+    r"(?<![\w-])(beta|gamma|alpha|sentinel_token|rank_scope|branch_tolerance)(?!\w)"
+)
 _SETTING = re.compile(
-    r"(?<![\w-])(curvature|estimator|probes|codes|seed|beta|gamma|alpha|rollout|masking|"
-    r"sentinel_token|normalize|aggregate|coverage|branch_tolerance|kernels|variant)="
+    r"(?<![\w-])(curvature|estimator|probes|codes|rank_scope|rank|passes|sketch|seed|beta|gamma|"
+    r"alpha|rollout|masking|sentinel_token|normalize|aggregate|coverage|branch_tolerance|kernels|"
+    r"variant)="
     r"('[^']*'|<\w+>|-?\w[\w.+-]*\w|-?\w)"
 )
 

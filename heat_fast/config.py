@@ -21,7 +21,8 @@ __all__ = ["PRESETS", "HeatConfig"]
 
 Rollout = Literal["value_path", "input_path"]
 Curvature = Literal["hessian", "gauss_newton", "grad_squared", "none"]
-Estimator = Literal["block", "coded", "row"]
+Estimator = Literal["block", "coded", "row", "low_rank"]
+RankScope = Literal["sequence", "token"]
 Masking = Literal["zero", "mean", "sentinel"]
 Normalize = Literal["sum"]
 Aggregate = Literal["mean", "max", "sum"]
@@ -31,6 +32,12 @@ Kernels = Literal["auto", "native", "reference"]
 PRESETS: Final[Mapping[str, Mapping[str, Any]]] = MappingProxyType(
     {
         "full": {},
+        "lr": {"estimator": "low_rank"},
+        # The paper's number for GPT-J-6B on long contexts and for Llama-3.1-70B.
+        "ls": {"layers": 6},
+        "win": {"window": 512},
+        "lr+win": {"estimator": "low_rank", "window": 512},
+        "ls+win": {"layers": 6, "window": 512},
         "gs": {"curvature": "grad_squared"},
     }
 )
@@ -135,6 +142,13 @@ def _fraction(name: str, value: Any) -> float:
     return number
 
 
+def _below_one(name: str, value: Any) -> float:
+    number: float = _number(minimum=0)(name, value)
+    if number >= 1:
+        raise _error(name, value, "a number of at least 0 and below 1", "Choose, say, 0.5.")
+    return number
+
+
 def _positive(name: str, value: Any) -> float:
     number: float = _number(minimum=0)(name, value)
     if number == 0:
@@ -175,14 +189,31 @@ class HeatConfig:
     rollout: ``"value_path"`` (default) or ``"input_path"``: which attention flow the gate uses.
     curvature: ``"hessian"`` (default), ``"gauss_newton"``, ``"grad_squared"`` or ``"none"``.
     estimator: how the Hessian's curvature is measured: ``"block"`` (default; paper Eq. 3),
-        ``"coded"``, an estimate of the same quantity whose cost does not grow with the prompt, or
-        ``"row"``. ``"row"`` is another functional and no estimate of it: the l1 norm of
-        ``(H r)_i`` over all columns of the Hessian, where ``"block"`` takes token i's own.
+        ``"coded"``, an estimate of the same quantity whose cost does not grow with the prompt,
+        ``"row"`` or ``"low_rank"``. ``"row"`` is another functional and no estimate of it: the l1
+        norm of ``(H r)_i`` over all columns of the Hessian, where ``"block"`` takes token i's own.
+        ``"low_rank"`` takes the blocks of a randomized rank-k approximation of the Hessian, which
+        underestimates them. See :mod:`heat_fast.lowrank`.
     probes: Rademacher probes of the curvature estimator, at least 1, or ``"auto"``: rounds of
         probes, at most `probes_max`, until the order of the `top_k` highest scores is settled
         with `confidence`. Defaults 10; 64, 10 and 0.95.
     codes: sign codes of the ``"coded"`` estimator, at least 2 there, or ``"auto"``: as many as
         the measured noise asks for. Default 8. Only ``"coded"`` reads it.
+    layers: None (default: all), or how many of the last blocks gate and curvature go through:
+        the residual stream that enters them takes the place of the embeddings X, in the gradient
+        too. Learned positions are a constant beside X, so that all blocks give what None gives;
+        a model with fewer blocks is taken whole. Information is that of the whole model.
+    window: None (default: the whole prompt at once), or the prompt tokens that are run together: a
+        longer prompt is cut into windows, see :mod:`heat_fast.windows`.
+    overlap: share of a window's stretch that the next one repeats, from 0 to below 1. Default 0.5.
+    sink, tail: first and last tokens of the prompt that every window keeps. Defaults 1 and 64.
+    rank, sketch: rank of the ``"low_rank"`` estimator, at least 1, and how many test vectors it
+        takes as a multiple of the rank, at least 1. Defaults 64 and 2. Only ``"low_rank"`` reads
+        them.
+    rank_scope: ``"sequence"`` (default): one approximation of that rank for the Hessian of all
+        prompt tokens; ``"token"``: one for every token's own block.
+    passes: 1 (default): test vectors and their products alone; 2: as many products again with an
+        orthonormal basis of the first, nearer to the best approximation.
     masking: what replaces a token's embedding for its information: ``"zero"`` (default),
         ``"mean"`` (of the vocabulary's embeddings) or ``"sentinel"``.
     sentinel_token: the token id used by ``masking="sentinel"``, required there and refused
@@ -204,9 +235,11 @@ class HeatConfig:
         Like `token_budget` it changes speed and memory; the result changes by rounding only.
 
     A choice that the others make void is refused: an `estimator` other than ``"block"`` without
-    ``curvature="hessian"``, a `sentinel_token` without ``masking="sentinel"``. Amounts of sampling
-    (`probes`, `probes_max`, `top_k`, `confidence`, `codes`, `seed`) may be set where nothing is
-    sampled, so that one set of them serves every variant; they are then without effect.
+    ``curvature="hessian"``, a `sentinel_token` without ``masking="sentinel"``, a `rank_scope` or
+    `passes` other than the default without ``estimator="low_rank"``. Amounts of sampling
+    (`probes`, `probes_max`, `top_k`, `confidence`, `codes`, `rank`, `sketch`, `seed`) may be set
+    where nothing is sampled, and the shape of windows (`overlap`, `sink`, `tail`) where there are
+    none, so that one set of them serves every variant; they are then without effect.
 
     Raises
     ------
@@ -235,6 +268,19 @@ class HeatConfig:
     codes: int | Literal["auto"] = field(
         default=_UNSET, metadata=_spec(8, _automatic(_integer(minimum=1, also=_OR_AUTO)))
     )
+    layers: int | None = field(
+        default=_UNSET, metadata=_spec(None, _optional(_integer(minimum=1, also=_OR_NONE)))
+    )
+    window: int | None = field(
+        default=_UNSET, metadata=_spec(None, _optional(_integer(minimum=1, also=_OR_NONE)))
+    )
+    overlap: float = field(default=_UNSET, metadata=_spec(0.5, _below_one))
+    sink: int = field(default=_UNSET, metadata=_spec(1, _integer(minimum=0)))
+    tail: int = field(default=_UNSET, metadata=_spec(64, _integer(minimum=0)))
+    rank: int = field(default=_UNSET, metadata=_spec(64, _integer(minimum=1)))
+    rank_scope: RankScope = field(default=_UNSET, metadata=_spec("sequence", _one_of(RankScope)))
+    passes: Literal[1, 2] = field(default=_UNSET, metadata=_spec(1, _integer(minimum=1, maximum=2)))
+    sketch: float = field(default=_UNSET, metadata=_spec(2.0, _number(minimum=1)))
     masking: Masking = field(default=_UNSET, metadata=_spec("zero", _one_of(Masking)))
     sentinel_token: int | None = field(
         default=_UNSET, metadata=_spec(None, _optional(_integer(minimum=0, also=_OR_NONE)))
@@ -294,10 +340,31 @@ class HeatConfig:
                 "expected curvature='hessian' beside it, the only one that is estimated so. Set "
                 "that, or leave estimator out."
             )
+        if self.window is not None and self.window < self.sink + self.tail + 1:
+            raise ConfigError(
+                f"window={self.window} has no room for a token beside sink={self.sink} and "
+                f"tail={self.tail}: expected at least {self.sink + self.tail + 1}. Widen the "
+                "window, or shorten the tail."
+            )
         if self.estimator == "coded" and self.codes != "auto" and self.codes < 2:
             raise ConfigError(
                 f"estimator='coded' with codes={self.codes}: expected at least 2 codes, because "
                 "the noise correction is a variance over codes. Raise codes."
+            )
+
+        if self.estimator != "low_rank":
+            for name, default in (("rank_scope", "sequence"), ("passes", 1)):
+                if getattr(self, name) != default:
+                    raise ConfigError(
+                        f"{name}={getattr(self, name)!r} has no effect with "
+                        f"estimator={self.estimator!r}: expected estimator='low_rank' beside it. "
+                        f"Set that, or leave {name} out."
+                    )
+        elif self.passes == 1 and self.sketch == 1:
+            raise ConfigError(
+                "sketch=1 with passes=1: expected more test vectors than the rank, because the "
+                "single pass inverts a core whose smallest eigenvalues have to be cut off. Choose "
+                "sketch=2, or passes=2."
             )
 
     @classmethod

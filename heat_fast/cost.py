@@ -19,8 +19,10 @@ from heat_fast.decoder import Decoder, view
 from heat_fast.decoder.head import shares_curvature
 from heat_fast.errors import InputError
 from heat_fast.information import LOGIT_ELEMENTS
+from heat_fast.lowrank import HELD_OUT, factor_sizes
 from heat_fast.planner import CPU_ROWS, cpu_workers, slices, sweep_workers, targets_at_once
-from heat_fast.work import Work
+from heat_fast.windows import plan_windows
+from heat_fast.work import Shape, Work
 
 
 @dataclass(frozen=True)
@@ -47,17 +49,20 @@ class Estimate:
 
 
 def flops(decoder: Decoder, tokens: int, targets: int, config: HeatConfig) -> dict[str, int]:
-    """Floor FLOPs per component for `tokens` prompt and `targets` target tokens."""
-    work = Work(decoder, tokens, targets)
+    """Floor FLOPs per component for `tokens` prompt and `targets` target tokens, all windows."""
+    plan = plan_windows(tokens, config)
+    tokens = plan.length
+    work = Work(decoder, tokens, targets, decoder.first_of(config.layers))
     branches = sum(work.branch(start) for start in range(tokens))
-    kept = _trunk_bytes(work, decoder.embeddings_weight.element_size())
-    groups = [len(range(targets)[part]) for part in slices(targets, targets_at_once(kept))]
-    return {
+    swept = _trunk_bytes(work, work.swept, decoder.embeddings_weight.element_size())
+    groups = [len(range(targets)[part]) for part in slices(targets, targets_at_once(swept))]
+    each = {
         "trunk": work.trunk(),
         "gate": sum(work.gate(config.rollout)),
         "information": branches + tokens * targets * work.logits,
         "curvature": curvature_work(work, groups, config),
     }
+    return {component: len(plan) * cost for component, cost in each.items()}
 
 
 def curvature_work(work: Work, groups: Sequence[int], config: HeatConfig) -> int:
@@ -65,7 +70,7 @@ def curvature_work(work: Work, groups: Sequence[int], config: HeatConfig) -> int
 
     `groups`: how many targets share each tangent sweep.
     """
-    products = product_count(config, work.tokens)
+    products = product_count(config, work.tokens, work.width)
     total = first = 0
     for size in groups:
         targets = range(first, first + size)
@@ -75,6 +80,8 @@ def curvature_work(work: Work, groups: Sequence[int], config: HeatConfig) -> int
             for target in targets:
                 each = sum(work.adjoint(target)) + work.head_gradient(0)
                 total += products * each + work.block_norms(products)
+        elif products and config.estimator == "low_rank":
+            total += _low_rank_work(work, targets, products, config)
         elif products and config.estimator == "block":
             each = sum(work.product(targets, products, s) for s in range(work.tokens))
             total += products // work.tokens * each
@@ -82,6 +89,20 @@ def curvature_work(work: Work, groups: Sequence[int], config: HeatConfig) -> int
             total += products * work.product(targets, products, 0)
         first += size
     return total
+
+
+def _low_rank_work(work: Work, targets: range, products: int, config: HeatConfig) -> int:
+    """FLOPs of the low-rank approximations of some targets' Hessians and of all their probes."""
+    rank, columns = factor_sizes(config, work.tokens, work.width)
+    starts = range(work.tokens if config.rank_scope == "token" else 1)
+    shared = sum(work.product(targets, products, start) for start in starts)
+    total = (columns + HELD_OUT) * shared
+    if config.passes == 2:  # every target has a basis of its own
+        own = sum(work.product([t], products, start) for t in targets for start in starts)
+        total += columns * own
+    probes = config.probes_max if config.probes == "auto" else config.probes
+    norms = probes * work.factor_norms(rank)
+    return total + len(targets) * (work.factorisation(columns, rank, config.passes) + norms)
 
 
 def estimate(
@@ -94,10 +115,10 @@ def estimate(
 ) -> Estimate:
     """Tell the cost of an attribution beforehand.
 
-    Counts and FLOPs follow from the shapes; nothing is run for them. With `calibrate`, `seconds`
-    comes from timing the attribution of a short random prompt (at most 64 tokens) with the same
-    settings and scaling it by the ratio of FLOPs; a busy machine shows in it. With `probes="auto"`
-    or `codes="auto"` everything is an upper bound.
+    Counts and FLOPs follow from the shapes, of all windows together; nothing is run for them. With
+    `calibrate`, `seconds` comes from timing the attribution of a short random prompt (at most 64
+    tokens) with the same settings and scaling it by the ratio of FLOPs; a busy machine shows in it.
+    With `probes="auto"` or `codes="auto"` everything is an upper bound.
 
     With `coverage` or `branch_tolerance` counts and FLOPs are upper bounds, those of all tokens
     and all rows (save for the few branches that an audit runs again): what can be left out is
@@ -117,31 +138,38 @@ def estimate(
             "the lengths of the prompt and of the target in tokens."
         )
     config = config if config is not None else HeatConfig()
-    length = n_tokens + n_targets - 1
+    plan = plan_windows(n_tokens, config)
+    tokens, windows = plan.length, len(plan)
+    length = tokens + n_targets - 1
     decoder = view(model, length)
     costs = flops(decoder, n_tokens, n_targets, config)
-    work = Work(decoder, n_tokens, n_targets)
+    work = Work(decoder, tokens, n_targets, decoder.first_of(config.layers))
     item = decoder.embeddings_weight.element_size()
     hessian = config.curvature == "hessian"
+    factors = 0
+    if hessian and config.estimator == "low_rank":  # test vectors, products and a basis of them
+        columns = factor_sizes(config, tokens, work.width)[1]
+        factors = 3 * max(4, item) * tokens * work.width * columns
     seconds = None
     if calibrate:
-        seconds = _calibrate(model, n_tokens, n_targets, config, sum(costs.values()))
+        # A window is what surely fits into the model's context.
+        seconds = _calibrate(model, tokens, n_targets, config, sum(costs.values()))
     return Estimate(
-        hvp=product_count(config, n_tokens) * n_targets if hessian else 0,
-        branches=n_tokens,
-        branch_tokens=sum(length - start for start in range(n_tokens)),
+        hvp=windows * product_count(config, tokens, work.width) * n_targets if hessian else 0,
+        branches=windows * tokens,
+        branch_tokens=windows * sum(length - start for start in range(tokens)),
         flops=costs,
-        trunk_bytes=_trunk_bytes(work, item) + _stream_bytes(work, item, config),
-        peak_bytes=_peak_bytes(work, item, config, cpu_workers(decoder.concurrent)),
+        trunk_bytes=_trunk_bytes(work, work.shapes, item) + _stream_bytes(work, item, config),
+        peak_bytes=_peak_bytes(work, item, config, cpu_workers(decoder.concurrent)) + factors,
         seconds=seconds,
     )
 
 
-def _trunk_bytes(work: Work, item: int) -> int:
-    """What the trunk keeps: in the last block the target rows alone, keys and values apart."""
+def _trunk_bytes(work: Work, shapes: Sequence[Shape], item: int) -> int:
+    """What the trunk keeps of some blocks: in the last the target rows alone, keys apart."""
     total = 0
-    for layer, sizes in enumerate(work.shapes):
-        queries = work.targets if layer == len(work.shapes) - 1 else work.length
+    for layer, sizes in enumerate(shapes):
+        queries = work.targets if layer == len(shapes) - 1 else work.length
         keys = work.length * (max(item, 4) * work.width + 2 * item * sizes.key_heads)
         normed = max(item, 4) * (sizes.normed - work.width + sizes.count)
         total += keys + queries * (normed + item * (2 * sizes.heads + sizes.hidden))
@@ -161,9 +189,10 @@ def _peak_bytes(work: Work, item: int, config: HeatConfig, workers: int) -> int:
     Temporaries are those of one block, by count of the steps of a gated layer.
     """
     wide, tokens, targets = max(item, 4), work.tokens, work.targets
-    kept = _trunk_bytes(work, item) + _stream_bytes(work, item, config)
+    kept = _trunk_bytes(work, work.shapes, item) + _stream_bytes(work, item, config)
+    swept = _trunk_bytes(work, work.swept, item)
     adjoint = sweep = derivatives = temporary = inner = 0
-    for sizes in work.shapes:
+    for sizes in work.swept:
         heads = 2 * sizes.heads + 2 * sizes.key_heads
         derivatives += 2 * item * sizes.inner
         adjoint += wide * sizes.normed + item * (sizes.heads + 2 * sizes.inner)
@@ -181,12 +210,12 @@ def _peak_bytes(work: Work, item: int, config: HeatConfig, workers: int) -> int:
     information = temporary * min(workers * each, tokens * work.length) + logits
     # The second derivative of an activation is taken through autograd's graph of the first.
     curvature = (adjoint + 12 * wide * inner) * work.length
-    products = product_count(config, tokens)
+    products = product_count(config, tokens, work.width)
     if config.curvature == "gauss_newton":
         curvature += wide * (products * tokens * work.width + 8 * vocabulary)
     elif products:
         rows = min(sweep_workers(work.length, workers) * each, products * work.length)
-        few = min(targets, targets_at_once(kept))
+        few = min(targets, targets_at_once(swept))
         head = min(64, work.width) if shares_curvature(products, work.width) else 1
         held = adjoint * few * work.length + sweep * rows
         held += derivatives * work.length if config.estimator == "block" else 0

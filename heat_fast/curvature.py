@@ -6,17 +6,20 @@ of Rademacher signs.
 `block` (the definition)    S_i = mean_k | H_ii r_k |_1                  N * probes products
 `coded`                     the same quantity from `codes * probes`      products, whatever N is
 `row`                       S_i = mean_k | (H r_k)_i |_1                 probes products
+`low_rank`                  `block` of a rank-k approximation of H       see `heat_fast.lowrank`
 
 Operators: `hessian`; `gauss_newton`, `H = -J' (diag p - p p') J` by sampled vector-Jacobian
 products; `grad_squared`, `S_i = |grad_i g|_2^2`; `none`.
+
+With `layers` set, X is the residual stream that enters the last blocks, in place of the embeddings.
 
 Every estimator yields one norm per token and probe; S is their mean, its standard error their
 deviation over `sqrt(probes)`. With `probes="auto"` probes are added until the ranking is settled.
 
 Signs come from a counter (seed, sample, token, dimension): batches and devices do not change them.
-Products run in the model's dtype, the directions scaled by a power of two to the size of the
-embeddings and g by one that brings its adjoint near 1, so that half precision neither overflows nor
-underflows; norms are summed in at least float32.
+Products run in the model's dtype, the directions scaled by a power of two to the size of X and g by
+one that brings its adjoint near 1, so that half precision neither overflows nor underflows; norms
+are summed in at least float32.
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ from torch import Tensor
 from heat_fast.config import HeatConfig
 from heat_fast.decoder.norm import wide
 from heat_fast.kernels.rademacher import counter_words, rademacher, walsh
+from heat_fast.lowrank import LowRank, Quality, products_each
 from heat_fast.planner import Budget, run_batches
 from heat_fast.progress import Ledger, Meter, Step
 from heat_fast.sweeps import hessian_rows, tangent_sweep
@@ -58,19 +62,21 @@ Settled = Callable[[Tensor], bool]
 class Curvature:
     """S and its standard error, `[T, N]`; the error is None where it cannot be known.
 
-    `samples [T, N, m]` are the norms per probe (m = 0 for the operators that take none).
+    `samples [T, N, m]` are the norms per probe (m = 0 for the operators that take none); `quality`
+    is that of a low-rank approximation, per target.
     """
 
     values: Tensor
     stderr: Tensor | None
     samples: Tensor
+    quality: Quality | None = None
 
     @staticmethod
-    def of(samples: Tensor) -> Curvature:
+    def of(samples: Tensor, quality: Quality | None = None) -> Curvature:
         """Mean and standard error over probes; one probe alone has no known error."""
         probes = samples.shape[-1]
         stderr = samples.std(-1) / math.sqrt(probes) if probes > 1 else None
-        return Curvature(samples.mean(-1), stderr, samples)
+        return Curvature(samples.mean(-1), stderr, samples, quality)
 
     @staticmethod
     def exact(values: Tensor) -> Curvature:
@@ -78,8 +84,8 @@ class Curvature:
         return Curvature(values, torch.zeros_like(values), values.new_zeros(*values.shape, 0))
 
 
-def product_count(config: HeatConfig, tokens: int) -> int:
-    """Most Hessian-vector (or vector-Jacobian) products per target."""
+def product_count(config: HeatConfig, tokens: int, width: int) -> int:
+    """Most Hessian-vector (or vector-Jacobian) products per target, with embeddings of `width`."""
     if config.curvature in ("none", "grad_squared"):
         return 0
     probes = config.probes_max if config.probes == "auto" else config.probes
@@ -88,6 +94,9 @@ def product_count(config: HeatConfig, tokens: int) -> int:
     if config.estimator == "coded":
         codes = MOST_CODES if config.codes == "auto" else config.codes
         return probes * min(codes, code_length(tokens))
+    if config.estimator == "low_rank":
+        blocks = tokens if config.rank_scope == "token" else 1
+        return blocks * products_each(config, tokens, width)
     return probes * tokens
 
 
@@ -115,25 +124,28 @@ def curvature(
         values = _gauss_newton(trunk, adjoints, config, step)
         # The probes share one sketch of J, whose error their spread does not show.
         return Curvature(values, None, values.new_zeros(*values.shape, 0))
-    expected = product_count(config, trunk.prompt_length)
+    expected = product_count(config, trunk.prompt_length, trunk.embeddings.shape[-1])
     products = _Products(trunk, adjoints, config.seed, budget, ledger, step, expected)
     estimator: _Estimator
     if config.estimator == "coded":
         estimator = _Coded(products, config)
     elif config.estimator == "row":
         estimator = _Row(products)
+    elif config.estimator == "low_rank":
+        estimator = LowRank(products, config)
     else:
         estimator = _Block(products)
+    quality = estimator.quality if isinstance(estimator, LowRank) else None
     if config.probes != "auto":
         estimator.add(0, config.probes)
-        return Curvature.of(estimator.samples())
+        return Curvature.of(estimator.samples(), quality)
     done, more = 0, min(FIRST_PROBES, config.probes_max)
     while more:
         estimator.add(done, done + more)
         done += more
         more = 0 if settled(estimator.samples()) else min(done, config.probes_max - done)
     step.skip((config.probes_max - done) * estimator.work())
-    return Curvature.of(estimator.samples())
+    return Curvature.of(estimator.samples(), quality)
 
 
 class _Products:
@@ -161,7 +173,7 @@ class _Products:
         self._ledger = ledger
         self._step = step
         self._expected = expected
-        size = float(trunk.embeddings.to(self.dtype).square().mean().sqrt())
+        size = float(trunk.source.to(self.dtype).square().mean().sqrt())
         self._scale = 2.0 ** round(math.log2(size)) if size > 0 else 1.0
 
     def signs(self, samples: Tensor, tokens: Tensor) -> Tensor:
@@ -171,16 +183,22 @@ class _Products:
             self.seed, samples.to(self.device), tokens.to(self.device), self.width, dtype
         )
 
-    def __call__(self, directions: Tensor, start: int) -> list[Tensor]:
-        """`H r` at positions `start..p` of each target, `[B, p + 1 - start, d]`, summing dtype."""
+    def __call__(
+        self, directions: Tensor, start: int, adjoints: Sequence[TargetAdjoint] | None = None
+    ) -> list[Tensor]:
+        """`H r` at positions `start..p` of each target, `[B, p + 1 - start, d]`, summing dtype.
+
+        `adjoints`: some of the targets, where they do not share their directions.
+        """
+        adjoints = self.adjoints if adjoints is None else adjoints
         directions = directions * self._scale
         sweep = tangent_sweep(self.trunk, directions, start)
-        results = [hessian_rows(self.trunk, sweep, adjoint) for adjoint in self.adjoints]
+        results = [hessian_rows(self.trunk, sweep, adjoint) for adjoint in adjoints]
         for result in results:
             if not bool(torch.isfinite(result).all()):
                 self._locate(directions, start)
                 require_finite(result, "a Hessian-vector product")
-        scales = [self._scale * adjoint.head.scale for adjoint in self.adjoints]
+        scales = [self._scale * adjoint.head.scale for adjoint in adjoints]
         pairs = zip(results, scales, strict=True)
         return [result.to(self.dtype) / scale for result, scale in pairs]
 
@@ -194,15 +212,54 @@ class _Products:
         for adjoint in self.adjoints:
             hessian_rows(self.trunk, sweep, adjoint, inspect)
 
-    def work(self, start: int) -> int:
-        """FLOPs of one product from `start` on, for every target."""
-        targets = [adjoint.target for adjoint in self.adjoints]
+    def work(self, start: int, adjoints: Sequence[TargetAdjoint] | None = None) -> int:
+        """FLOPs of one product from `start` on, for every target or for some."""
+        targets = [each.target for each in (self.adjoints if adjoints is None else adjoints)]
         return self.trunk.work.product(targets, self._expected, start)
 
-    def done(self, products: int, work: int) -> None:
-        """Count products that are finished, for every target, and their work."""
-        self._ledger.counts["hvp"] += products * len(self.adjoints)
+    def done(self, products: int, work: int, targets: int | None = None) -> None:
+        """Count products that are finished, for every target or so many, and their work."""
+        targets = len(self.adjoints) if targets is None else targets
+        self._ledger.counts["hvp"] += products * targets
         self._step(work)
+
+    def blocks(
+        self,
+        count: int,
+        directions: Callable[[Tensor, Tensor], Tensor],
+        finish: Callable[[Tensor], Tensor],
+        keep: Callable[[int, int, Tensor], None],
+        adjoints: Sequence[TargetAdjoint] | None = None,
+    ) -> None:
+        """`H_ii r` for `count` directions r of every token i, each run from its token on.
+
+        Items are (token, direction) pairs in the order of tokens, so that suffixes batch well.
+        `directions(tokens, numbers) [B, d]` makes those of a batch, `finish` turns their products
+        `[B, d]` into what `keep(low, high, found [T, B, ...])` is given.
+        """
+        chosen = self.adjoints if adjoints is None else adjoints
+        each = [self.work(token, chosen) for token in range(self.tokens)]
+        total = self.tokens * count
+
+        def size(item: int) -> int:
+            return self.budget.batch(self.length - item // count, total - item)
+
+        def run(low: int, high: int) -> Tensor:
+            items = torch.arange(low, high)
+            token, start = items // count, low // count
+            own = directions(token, items % count)
+            batch = torch.arange(high - low, device=own.device)
+            place = (token - start).to(own.device)
+            spread = own.new_zeros(high - low, self.length - start, self.width)
+            spread[batch, place] = own
+            return torch.stack([finish(rows[batch, place]) for rows in self(spread, start, chosen)])
+
+        def keep_and_count(low: int, high: int, found: Tensor) -> None:
+            keep(low, high, found)
+            work = sum(each[item // count] for item in range(low, high))
+            self.done(high - low, work, len(chosen))
+
+        run_batches(total, self.budget, size, run, keep_and_count)
 
     def skip(self, work: int) -> None:
         """Take back work that was expected and is not needed."""
@@ -233,31 +290,17 @@ class _Block:
         self.each = [products.work(token) for token in range(products.tokens)]
 
     def add(self, first: int, stop: int) -> None:
-        """Items are (token, probe) pairs in the order of tokens, so that suffixes batch well."""
+        """Take probes `first..stop-1`."""
         products, probes = self.products, stop - first
-        total = products.tokens * probes
-        norms = torch.zeros(len(products.adjoints), total, dtype=products.dtype)
+        norms = torch.zeros(len(products.adjoints), products.tokens * probes, dtype=products.dtype)
 
-        def size(item: int) -> int:
-            return products.budget.batch(products.length - item // probes, total - item)
-
-        def run(low: int, high: int) -> Tensor:
-            items = torch.arange(low, high)
-            token, start = items // probes, low // probes
-            signs = products.signs(first + items % probes, token)
-            batch = torch.arange(high - low, device=signs.device)
-            own = (token - start).to(signs.device)
-            directions = signs.new_zeros(high - low, products.length - start, products.width)
-            directions[batch, own] = signs
-            found = [rows[batch, own].abs().sum(-1) for rows in products(directions, start)]
-            return torch.stack(found).cpu()
+        def directions(tokens: Tensor, numbers: Tensor) -> Tensor:
+            return products.signs(first + numbers, tokens)
 
         def keep(low: int, high: int, found: Tensor) -> None:
             norms[:, low:high] = found
-            work = sum(self.each[item // probes] for item in range(low, high))
-            products.done(high - low, work)
 
-        run_batches(total, products.budget, size, run, keep)
+        products.blocks(probes, directions, lambda rows: rows.abs().sum(-1).cpu(), keep)
         self.rounds.append(norms.view(-1, products.tokens, probes))
 
     def work(self) -> int:

@@ -13,7 +13,8 @@ Two readings of `Phi`, for target position p:
     Phi[l,h,i] = (e_p' A^_l ... A^_1)_i,               A^ = (I + A[l,h]) / 2
 
 Both are row-vector products taken from the top block down; no `T x T` map is kept. The first keeps
-one row per target, the second one per target, block and head, for a few heads at a time.
+one row per target, the second one per target, block and head, for a few heads at a time. With
+`layers` set, both sums and products are over the last blocks alone.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ def _value_path(trunk: Trunk, step: Step) -> Tensor:
     dtype = wide(trunk.embeddings.dtype)
     rho = _targets(trunk, dtype)
     total = torch.zeros_like(rho)
-    layers = reversed(range(len(trunk.states)))
+    layers = reversed(trunk.layers)
     for layer, work in zip(layers, trunk.work.gate("value_path"), strict=True):
         flow = _flow(trunk, layer, rho)
         norms = _norms(trunk, layer, dtype)
@@ -92,7 +93,7 @@ def _value_path(trunk: Trunk, step: Step) -> Tensor:
 def _input_path(trunk: Trunk, step: Step) -> Tensor:
     dtype = wide(trunk.embeddings.dtype)
     start = _targets(trunk, dtype)
-    count = len(trunk.states)
+    count = len(trunk.layers)
     heads, group = trunk.states[0].attention.query.shape[:2]
     # Every head's rollout is its own, so heads are taken a few at a time.
     few = max(1, ROLLOUT_ELEMENTS // (group * count * start.numel()))
@@ -104,7 +105,7 @@ def _input_path(trunk: Trunk, step: Step) -> Tensor:
         # serves all blocks: [heads, G, (blocks so far) * n, M].
         rho = start.new_zeros(size, group, 0, trunk.length)
         norms = []
-        for visited, layer in enumerate(reversed(range(count))):
+        for visited, layer in enumerate(reversed(trunk.layers)):
             rho = torch.cat((rho, start.expand(size, group, -1, -1)), dim=2)
             rho = (rho + _flow(trunk, layer, rho, part).to(rho.device)) / 2
             norms.append(_norms(trunk, layer, dtype, part).to(rho.device))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -33,6 +34,10 @@ Result = TypeVar("Result")
 # faults the pages in again, unless it has seen a large block come and go. The largest that counts.
 _LARGEST_HEAP_BLOCK = (32 << 20) - 4096
 _LARGEST = 1 << 16
+# glibc's number for the threshold that says when the free end of a heap is given back, and a block
+# whose freeing makes it look.
+_TRIM_THRESHOLD = -1
+_ARENA_BLOCK = 1 << 18
 
 
 @dataclass
@@ -76,6 +81,26 @@ def trim_heap() -> None:
     trim = getattr(_LIBC, "malloc_trim", None)
     if trim is not None:
         trim(0)
+
+
+def _trim_arenas(pool: ThreadPoolExecutor, workers: int) -> None:
+    """Give back what the arenas of a pool's threads hold, each up to 64 MB at its end.
+
+    `malloc_trim` passes over it; glibc cuts the end off when a block is freed while the threshold
+    is below it. Batches that are still running are waited for.
+    """
+    adjust = getattr(_LIBC, "mallopt", None)
+    if adjust is None:
+        return
+    everyone = threading.Barrier(workers)  # no thread takes two turns
+
+    def turn() -> None:
+        everyone.wait()
+        torch.empty(_ARENA_BLOCK, dtype=torch.uint8)
+
+    adjust(_TRIM_THRESHOLD, _ARENA_BLOCK)
+    wait([pool.submit(turn) for _ in range(workers)])
+    adjust(_TRIM_THRESHOLD, 2 * _LARGEST_HEAP_BLOCK)
 
 
 def cpu_workers(concurrent: bool) -> int:
@@ -210,6 +235,7 @@ def _submitting(workers: int) -> Iterator[Callable[..., Future[Any]]]:
         yield lambda run, first, stop: pool.submit(
             copy_context().run, _undisturbed, run, first, stop
         )
+        _trim_arenas(pool, workers)
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
         torch.set_num_threads(threads)  # the matrix library's own setting is the process'

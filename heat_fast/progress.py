@@ -29,7 +29,8 @@ from rich.text import Text
 #: `(component, done, total)`, called when a component begins (`done` is 0) and after every batch.
 #:
 #: Components are "trunk", "gate", "information" and "curvature", in FLOPs of the definition, and
-#: "total", which goes from 0 to 1 when everything is done. `done` never falls and ends at `total`.
+#: "total", which counts windows (one, unless `window` is set) that are finished altogether. Each
+#: component counts over all windows together; `done` never falls and ends at `total`.
 #: With `probes="auto"` or `codes="auto"` the curvature's total is an upper bound, and with
 #: `coverage` the information's; it falls to the work that is needed as soon as that is known.
 #: Otherwise `total` does not change, unless several targets together did not fit into memory.
@@ -67,21 +68,32 @@ class Meter:
 
 
 class Ledger:
-    """Seconds per component, counts of work, and progress passed on to a callback."""
+    """Seconds per component, counts of work, and progress passed on to a callback.
 
-    def __init__(self, progress: Progress | None, device: torch.device) -> None:
+    `runs`: how many times every component is going to be entered, with the same expectation.
+    """
+
+    def __init__(self, progress: Progress | None, device: torch.device, runs: int = 1) -> None:
         self.seconds: dict[str, float] = {}
         self.counts: dict[str, int] = {"hvp": 0, "branches": 0, "branch_tokens": 0}
+        self.workers: dict[str, int] = {}  # batches side by side, per component
         self._progress = progress
         self._device = device
+        self._runs = runs
+        self._meters: dict[str, Meter] = {}
+        self._entered: dict[str, int] = {}
 
     @contextmanager
     def component(self, name: str, total: int) -> Iterator[Meter]:
         """Time a component that expects `total` work; the value is called with what is done."""
         begin = time.perf_counter()
-        meter = Meter(name, total, self._progress)
+        if name not in self._meters:
+            self._meters[name] = Meter(name, self._runs * total, self._progress)
+        meter = self._meters[name]
+        self._entered[name] = self._entered.get(name, 0) + 1
         yield meter
-        meter.skip(meter.total - meter.done)
+        to_come = (self._runs - self._entered[name]) * total
+        meter.skip(meter.total - meter.done - to_come)
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin

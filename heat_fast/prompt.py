@@ -152,24 +152,30 @@ def encode_target(target: Any, tokenizer: Any, vocabulary_size: int) -> tuple[in
     return token_ids
 
 
-def check_length(prompt_tokens: int, target_tokens: int, max_length: int | None) -> None:
+def check_length(
+    prompt_tokens: int, target_tokens: int, max_length: int | None, window: int | None = None
+) -> None:
     """Raise InputError where prompt and target together exceed the model's context.
 
     The last target token is only predicted, never read, so ``prompt_tokens + target_tokens - 1``
-    positions are needed.
+    positions are needed. A prompt that is cut into windows of `window` tokens is run window by
+    window, so that only these have to fit.
     """
+    cut = window is not None and window < prompt_tokens
+    prompt_tokens = min(prompt_tokens, window or prompt_tokens)
     needed = prompt_tokens + target_tokens - 1
     if max_length is None or needed <= max_length:
         return
-    parts = f"the prompt has {prompt_tokens} tokens"
+    parts = f"{'a window' if cut else 'the prompt'} has {prompt_tokens} tokens"
     if target_tokens > 1:
         parts += (
             f" and the target {target_tokens}, which needs {needed} positions (the last target "
             "token is not read)"
         )
+    shorten = f"Shorten the input by {needed - max_length} tokens"
     raise InputError(
         f"{parts}: expected at most {max_length}, the length of the model's context. "
-        f"Shorten the input by {needed - max_length} tokens, or use a model with a longer context."
+        f"{'Choose a smaller window' if cut else shorten}, or use a model with a longer context."
     )
 
 

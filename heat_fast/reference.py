@@ -31,7 +31,7 @@ from torch.overrides import TorchFunctionMode
 
 from heat_fast.errors import ConfigError, InputError, UnsupportedModelError
 
-__all__ = ["Reference", "ReferenceAttribution", "attribute"]
+__all__ = ["Reference", "ReferenceAttribution", "attribute", "attribute_in_windows"]
 
 _OUTPUT_PROJECTIONS = ("o_proj", "out_proj", "dense", "c_proj")
 
@@ -80,14 +80,18 @@ class _KeepFloat64(TorchFunctionMode):
 class Reference:
     """A float64 copy of a Hugging Face causal language model and the quantities of section 1.
 
+    With `layers`, gate, gradient and Hessian are those of the last `layers` blocks: sums and
+    products over these alone, derivatives with respect to the residual stream that enters them.
+
     Shapes below: n context tokens, d embedding width, L layers, H heads, V vocabulary.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, layers: int | None = None) -> None:
         double = copy.deepcopy(model).double().eval().requires_grad_(False)
         # Fused attention has no double backward, and only eager attention returns its weights.
         double.set_attn_implementation("eager")
         self.model = double
+        self.layers = layers
         self._precision = precision = _KeepFloat64()
         for module in double.modules():
             if getattr(module, "reorder_and_upcast_attn", False):
@@ -109,6 +113,38 @@ class Reference:
             output = self.model(inputs_embeds=embeddings.unsqueeze(0), use_cache=False)
             logits: Tensor = output.logits[0, -1]
         return torch.log_softmax(logits, dim=-1)
+
+    def point(self, embeddings: Tensor) -> tuple[Tensor, Tensor]:
+        """What is differentiated [n, d], a leaf, and log P [V] as a function of it.
+
+        The embeddings, or with `layers` the residual stream that enters the first of them.
+        """
+        if self.layers is None:
+            leaf = embeddings.detach().clone().requires_grad_(True)
+            return leaf, self.log_distribution(leaf)
+        found: list[Tensor] = []
+
+        def cut(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            stream = args[0] if args else kwargs["hidden_states"]
+            found.append(stream[0].detach().clone().requires_grad_(True))
+            entering = found[0].unsqueeze(0)
+            if args:
+                return (entering, *args[1:]), kwargs
+            return args, {**kwargs, "hidden_states": entering}
+
+        block = self.blocks()[-self.layers]
+        handle = block.register_forward_pre_hook(cut, with_kwargs=True)
+        try:
+            log_p = self.log_distribution(embeddings)
+        finally:
+            handle.remove()
+        return found[0], log_p
+
+    def blocks(self) -> Any:
+        """The model's list of blocks: the only one of that many."""
+        count = self.model.config.num_hidden_layers
+        lists = [m for m in self.model.modules() if isinstance(m, torch.nn.ModuleList)]
+        return next(entries for entries in lists if len(entries) == count)
 
     def attentions_and_values(self, embeddings: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Attention weights A [L, H, n, n] and values, per layer [H, n, head size].
@@ -168,12 +204,15 @@ class Reference:
 
         value_path:  Phi[l,h] = e_T' A~_L ... A~_{l+1} A[l,h],   A~ = (I + mean_h A) / 2
         input_path:  Phi[l,h] = e_T' A^[l,h] ... A^[1,h],        A^ = (I + A) / 2
+
+        With `layers`, blocks before the last `layers` have no flow and are in no product.
         """
         weights, _ = self.attentions_and_values(embeddings)
         layers, heads, length, _ = weights.shape
         identity = torch.eye(length, dtype=weights.dtype, device=weights.device)
         flow = torch.zeros(layers, heads, length, dtype=weights.dtype, device=weights.device)
-        for layer in range(layers):
+        first = 0 if self.layers is None else layers - self.layers
+        for layer in range(first, layers):
             for head in range(heads):
                 if kind == "value_path":
                     path = weights[layer, head]
@@ -181,7 +220,7 @@ class Reference:
                         path = (identity + weights[above].mean(0)) / 2 @ path
                 elif kind == "input_path":
                     path = identity
-                    for below in range(layer + 1):
+                    for below in range(first, layer + 1):
                         path = (identity + weights[below, head]) / 2 @ path
                 else:
                     raise ConfigError(
@@ -197,15 +236,14 @@ class Reference:
 
     def gradient(self, embeddings: Tensor, target: int) -> Tensor:
         """grad g [n, d] with g(X) = log p(target | X)."""
-        leaf = embeddings.detach().clone().requires_grad_(True)
-        (gradient,) = torch.autograd.grad(self.log_distribution(leaf)[target], leaf)
+        leaf, log_p = self.point(embeddings)
+        (gradient,) = torch.autograd.grad(log_p[target], leaf)
         return gradient
 
     def hessian_operator(self, embeddings: Tensor, target: int) -> Callable[[Tensor], Tensor]:
         """v [n, d] -> H v [n, d], H the Hessian of g, by double backward."""
-        leaf = embeddings.detach().clone().requires_grad_(True)
-        value = self.log_distribution(leaf)[target]
-        (gradient,) = torch.autograd.grad(value, leaf, create_graph=True)
+        leaf, log_p = self.point(embeddings)
+        (gradient,) = torch.autograd.grad(log_p[target], leaf, create_graph=True)
 
         def multiply(vector: Tensor) -> Tensor:
             (product,) = torch.autograd.grad((gradient * vector).sum(), leaf, retain_graph=True)
@@ -225,8 +263,7 @@ class Reference:
         Log-probabilities differ from logits by a constant per position, which the middle factor
         annihilates, so either gives the same operator.
         """
-        leaf = embeddings.detach().clone().requires_grad_(True)
-        log_p = self.log_distribution(leaf)
+        leaf, log_p = self.point(embeddings)
         rows = [torch.autograd.grad(entry, leaf, retain_graph=True)[0].flatten() for entry in log_p]
         jacobian = torch.stack(rows)
         p = log_p.detach().exp()
@@ -317,6 +354,7 @@ def attribute(
     rollout: str = "value_path",
     curvature: str = "hessian",
     estimator: str = "block",
+    layers: int | None = None,
     masking: str = "zero",
     sentinel_token: int | None = None,
     alpha: float = 0.0,
@@ -335,6 +373,7 @@ def attribute(
     to less). `I = KL(P || P without i)`. `probes` [m, >= N, d] (or [m, >= N + T - 1, d] for
     estimator "row") are shared by all rows. With normalize="sum", each term inside the brackets is
     divided by its own sum over the prompt tokens (a term that is zero throughout stays zero).
+    `layers`: gate, S and gradient from that many of the last blocks (see `Reference`).
     `aggregate` over targets: "mean", "max" or "sum".
 
     Raises ConfigError for an unknown option, InputError for an empty prompt or target.
@@ -356,7 +395,7 @@ def attribute(
     if aggregate not in ("mean", "max", "sum"):
         raise ConfigError(f"unknown aggregate {aggregate!r}; expected 'mean', 'max' or 'sum'")
 
-    reference = Reference(model)
+    reference = Reference(model, layers)
     count = len(prompt_ids)
     absent = reference.replacement(masking, sentinel_token)
     rows: list[dict[str, Tensor]] = []
@@ -397,3 +436,56 @@ def attribute(
         scores=getattr(target_scores, "amax" if aggregate == "max" else aggregate)(0),
         target_log_probs=torch.stack(log_probs).cpu(),
     )
+
+
+def attribute_in_windows(
+    model: Any,
+    prompt_ids: Sequence[int],
+    target_ids: Sequence[int],
+    probes: Tensor | None = None,
+    *,
+    window: int,
+    overlap: float = 0.5,
+    sink: int = 1,
+    tail: int = 64,
+    **settings: Any,
+) -> dict[str, Tensor]:
+    """Algorithm 1 with windows: `attribute` on each, and the means of its components [T, N].
+
+    A window is the first `sink` tokens, the last `tail` tokens and `window - sink - tail` between
+    them, which move on by their share `1 - overlap`, and for the last time to the tail. Sums over
+    the windows that hold a token, divided by their number. `settings` and `probes` as for
+    `attribute`; a window's first token takes the first probe, whichever token that is.
+
+    Example:
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> config = GPT2Config(vocab_size=11, n_positions=4, n_embd=8, n_layer=1, n_head=2)
+        >>> prompt, shape = [5, 1, 3, 2, 6, 9], {"window": 4, "sink": 1, "tail": 1}
+        >>> model = GPT2LMHeadModel(config)
+        >>> parts = attribute_in_windows(model, prompt, [7], curvature="none", **shape)
+        >>> parts["gate"].shape
+        torch.Size([1, 6])
+    """
+    count = len(prompt_ids)
+    held = []
+    if count <= window:
+        held.append(list(range(count)))
+    else:
+        moving = window - sink - tail
+        begin = sink
+        while begin + moving < count - tail:
+            held.append([*range(sink), *range(begin, begin + moving), *range(count - tail, count)])
+            begin += max(1, round((1 - overlap) * moving))
+        begin = count - tail - moving
+        held.append([*range(sink), *range(begin, begin + moving), *range(count - tail, count)])
+    names = ("gate", "curvature", "information", "log_prob_drop", "gradient_norm")
+    sums = {name: torch.zeros(len(target_ids), count, dtype=torch.float64) for name in names}
+    visits = torch.zeros(count, dtype=torch.float64)
+    for tokens in held:
+        found = attribute(model, [prompt_ids[i] for i in tokens], target_ids, probes, **settings)
+        for name in names:
+            for place, token in enumerate(tokens):
+                sums[name][:, token] += getattr(found, name)[:, place]
+        for token in tokens:
+            visits[token] += 1
+    return {name: total / visits for name, total in sums.items()}

@@ -63,7 +63,8 @@ class Attribution:
 
     gate: attention-value flow into the target's position, of which the whole context (the
         prompt and the target tokens before) receives 1: row 0 sums to 1; later rows leave out the
-        share of the earlier target tokens, and sum to less.
+        share of the earlier target tokens, and sum to less. Of a prompt in several windows it is,
+        like all components, the mean over the windows that hold the token, and sums to none of it.
     curvature: S, the mean l1 norm of a token's block of the Hessian of the log-probability times
         a vector of signs (or what the settings put in its place).
     information: I, the KL divergence in nats after the token's embedding is replaced.
@@ -74,10 +75,11 @@ class Attribution:
 
     token_ids, tokens, special: the prompt's ids, what a person reads, and which are special.
     offsets, prompt_text: half-open character ranges into the text; None where ids were given.
-    target_ids, target_tokens, target_log_probs: the targets; log-probabilities [T] in nats.
+    target_ids, target_tokens, target_log_probs: the targets; log-probabilities [T] in nats, of the
+        last window where there are several.
     curvature_stderr: standard error of the curvature over its probes [T, N], in the units of
         `curvature`; 0 where it is exact, None where it is not known (a single probe, or the
-        Gauss-Newton sketch).
+        Gauss-Newton sketch), an upper bound where windows are averaged.
     information_skipped: for each prompt token, whether screening left its information out
         (`coverage`): its information and log_prob_drop are 0 and were not measured. None where
         all were.

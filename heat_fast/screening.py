@@ -243,7 +243,7 @@ def screened_information(
         facts["coverage"] = {
             "tokens": count,
             "skipped": sum(skipped),
-            "gate_share_skipped": _share_of(gates, skipped),
+            "gate_share_skipped": share_of(gates, skipped),
             "rounds": rounds,
             "audit": {
                 "tokens": len(audited),
@@ -311,7 +311,7 @@ def _share(part: Tensor, rest: Tensor) -> float:
     return float(torch.where(whole > 0, part / whole, 0.0).max())
 
 
-def _share_of(gates: Tensor, skipped: Sequence[bool]) -> float:
+def share_of(gates: Tensor, skipped: Sequence[bool]) -> float:
     """The share of the prompt's gates that skipped tokens hold, at the worst target."""
     chosen = torch.tensor(skipped)
     return _share(gates[:, chosen].sum(-1), gates[:, ~chosen].sum(-1))

@@ -8,7 +8,8 @@ with the Hessian of `g(X)` is the tangent of the gradient (Pearlmutter 1994, for
     down:  x_l_. = J_l' x_{l+1}_. + (dJ_l . x_l.)' x_{l+1}_     (x_ from the trunk's adjoint)
 
 The trunk's forward and adjoint values are shared by all directions; each direction costs two
-matrix products per weight. By causality positions below `start` neither move nor matter.
+matrix products per weight. By causality positions below `start` neither move nor matter. Where the
+trunk's `layers` are only the last blocks, X stands for the residual stream that enters them.
 """
 
 from __future__ import annotations
@@ -36,10 +37,11 @@ class TangentSweep:
 def tangent_sweep(
     trunk: Trunk, directions: Tensor, start: int, inspect: Inspect | None = None
 ) -> TangentSweep:
-    """Push directions `[B, M - start, d]` at positions `start..M-1` through all blocks."""
+    """Push directions `[B, M - start, d]` at positions `start..M-1` through the trunk's layers."""
     x_dot = directions
     tangents = []
-    for layer, block in enumerate(trunk.decoder.blocks):
+    for layer in trunk.layers:
+        block = trunk.decoder.blocks[layer]
         x_dot, tangent = block.tangent(trunk.states[layer], x_dot, trunk.rows(layer, start))
         if inspect is not None:
             inspect(f"the tangent at block {layer}", x_dot)
@@ -54,11 +56,11 @@ def hessian_rows(
     decoder, target = trunk.decoder, adjoint.target
     row = slice(target, target + 1)
     x_bar_dot = decoder.head.adjoint_tangent(adjoint.head, sweep.last[:, row])
-    for layer in reversed(range(len(decoder.blocks))):
+    for layer in reversed(trunk.layers):
         x_bar_dot = decoder.blocks[layer].adjoint_tangent(
             trunk.states[layer],
-            sweep.blocks[layer],
-            adjoint.blocks[layer],
+            sweep.blocks[layer - trunk.first],
+            adjoint.blocks[layer - trunk.first],
             x_bar_dot,
             trunk.target_rows(layer, sweep.start, target),
         )

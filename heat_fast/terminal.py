@@ -82,6 +82,7 @@ def render(result: Attribution, console: Console, *, top: int = 10) -> Renderabl
         Text(),
         top_table(result, top, colour=colour, ascii_only=ascii_only, width=console.width),
         _targets(result, ascii_only),
+        *_approximations(result),
         *_screening(result),
         _facts(result),
     )
@@ -262,6 +263,24 @@ def _targets(result: Attribution, ascii_only: bool) -> Text:
         text.append(f"; log-probability of all {_number(math.fsum(log_probs))}")
         text.append(f", scores aggregated by {result.aggregate}")
     return text
+
+
+def _approximations(result: Attribution) -> list[Text]:
+    """What was taken from a part of the model or of the prompt, where that was asked for."""
+    metadata: Any = result.metadata
+    lines = []
+    if metadata.get("config", {}).get("layers") is not None and "layers" in metadata:
+        used, of = metadata["layers"]["used"], metadata["layers"]["of"]
+        lines.append(f"gate and curvature through the last {used} of {of} blocks")
+    if "windows" in metadata:
+        windows = metadata["windows"]
+        count, leakage = len(windows["stretches"]), windows["leakage"]
+        lines.append(
+            f"{count} {'window' if count == 1 else 'windows'} of {windows['tokens']:,} tokens"
+        )
+        if leakage is not None:
+            lines[-1] += f" (leakage {leakage:.1%}: how far windows disagree on what they share)"
+    return [Text(line) for line in lines]
 
 
 def _screening(result: Attribution) -> list[Text]:

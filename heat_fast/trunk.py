@@ -6,6 +6,9 @@ gradient of `g(X) = log p(target | X)` at every nonlinear step.
 
 Positions `0..M-1` are the `N` prompt tokens and the first `n - 1` of the `n` target tokens; target
 `t` is predicted at position `N - 1 + t`. The last block and the head see these rows only.
+
+Gate and curvature may be restricted to the last blocks, from block `first` on: the adjoint then
+ends at the residual stream that enters it, which takes the place of X.
 """
 
 from __future__ import annotations
@@ -31,7 +34,8 @@ class Trunk:
 
     `embeddings [M, d]`: X; `states`: one per block; `last [n, d]`: the residual stream leaving the
     last block at the target rows; `log_probs [n, V]` (nats, at least float32) and `normaliser [n]`,
-    the log-sum-exp of the logits.
+    the log-sum-exp of the logits. `first`: the first block that gate and curvature go through;
+    `source [M, d]`: what is differentiated, X, or the residual stream entering that block.
     """
 
     decoder: Decoder
@@ -41,6 +45,13 @@ class Trunk:
     log_probs: Tensor
     normaliser: Tensor
     targets: tuple[int, ...]
+    first: int
+    source: Tensor
+
+    @property
+    def layers(self) -> range:
+        """The blocks that gate and curvature go through."""
+        return range(self.first, len(self.decoder.blocks))
 
     @property
     def length(self) -> int:
@@ -57,15 +68,22 @@ class Trunk:
         """What the kept values occupy."""
         return sum(state.bytes for state in self.states)
 
+    @property
+    def swept_bytes(self) -> int:
+        """What those of the blocks occupy that gate and curvature go through."""
+        return sum(state.bytes for state in self.states[self.first :])
+
     @cached_property
     def work(self) -> Work:
         """FLOPs of the pieces of this attribution."""
-        return Work(self.decoder, self.prompt_length, len(self.targets))
+        return Work(self.decoder, self.prompt_length, len(self.targets), self.first)
 
     def with_derivatives(self) -> Trunk:
         """The trunk with the activations' derivatives kept, for many probes to share."""
-        pairs = zip(self.decoder.blocks, self.states, strict=True)
-        return replace(self, states=tuple(block.with_derivatives(state) for block, state in pairs))
+        states = list(self.states)
+        for layer in self.layers:
+            states[layer] = self.decoder.blocks[layer].with_derivatives(states[layer])
+        return replace(self, states=tuple(states))
 
     def rows(self, layer: int, start: int) -> Rows:
         """The rows that a sweep from position `start` touches in a block, for all targets."""
@@ -89,6 +107,8 @@ class Trunk:
 class TargetAdjoint:
     """The primal adjoint of one target: `gradient [p + 1, d]` of g, the head's and the blocks'.
 
+    The gradient is with respect to the trunk's `source`, the blocks are those from `first` on.
+
     The gradient is in at least float32; the head and the blocks hold adjoints of `head.scale * g`.
     """
 
@@ -105,29 +125,37 @@ def run_trunk(
     step: Step | None = None,
     *,
     keep_streams: bool = False,
+    first: int = 0,
 ) -> Trunk:
     """Run the context `embeddings [M, d]` once and keep what the components need.
 
-    `keep_streams` keeps the residual stream as well, `2 M d` numbers for every block.
+    `keep_streams` keeps the residual stream as well, `2 M d` numbers for every block. Gate and
+    curvature go through the blocks from `first` on.
     Raises `NumericalError` naming the block where a non-finite value first appears.
     """
-    trunk = Trunk(decoder, embeddings, (), embeddings, embeddings, embeddings, targets)
+    work = Work(decoder, len(embeddings) - len(targets) + 1, len(targets))
+    source = last = embeddings
+    trunk = Trunk(decoder, embeddings, (), last, last, last, targets, first, source)
     x = decoder.enter(embeddings[None], 0)
     require_finite(x, "the input embeddings")
     states = []
     for layer, block in enumerate(decoder.blocks):
+        if layer == first > 0:
+            source = x[0]
         x, state = block.forward(x, trunk.rows(layer, 0), keep_streams=keep_streams)
         require_finite(x, f"block {layer} of the unmodified context")
         states.append(state)
         if step is not None:
-            step(trunk.work.block(layer))
+            step(work.block(layer))
     logits = decoder.head.logits(x[0])
     require_finite(logits, "the logits of the unmodified context")
     if step is not None:
-        step(len(targets) * trunk.work.logits)
+        step(len(targets) * work.logits)
     normaliser = torch.logsumexp(logits, dim=-1)
     log_probs = torch.log_softmax(logits, dim=-1)
-    return Trunk(decoder, embeddings, tuple(states), x[0], log_probs, normaliser, targets)
+    return Trunk(
+        decoder, embeddings, tuple(states), x[0], log_probs, normaliser, targets, first, source
+    )
 
 
 def run_adjoint(trunk: Trunk, target: int, probes: int, step: Step) -> TargetAdjoint:
@@ -140,7 +168,7 @@ def run_adjoint(trunk: Trunk, target: int, probes: int, step: Step) -> TargetAdj
 
 
 def pull_logits(trunk: Trunk, target: int, logits_bar: Tensor, step: Step) -> Tensor:
-    """Vector-Jacobian product of a target row's logits `[1, V]` with X, `[p + 1, d]`.
+    """Vector-Jacobian product of a target row's logits `[1, V]` with the source, `[p + 1, d]`.
 
     Scaled to about 1 on the way through the blocks, as the adjoint of g is.
     """
@@ -152,9 +180,9 @@ def pull_logits(trunk: Trunk, target: int, logits_bar: Tensor, step: Step) -> Te
 def _pull(
     trunk: Trunk, target: int, x_bar: Tensor, step: Step
 ) -> tuple[Tensor, tuple[BlockAdjoint, ...]]:
-    """From the adjoint of a target's last residual row down to the embeddings."""
+    """From the adjoint of a target's last residual row down to the source."""
     adjoints = []
-    layers = reversed(range(len(trunk.states)))
+    layers = reversed(trunk.layers)
     for layer, work in zip(layers, trunk.work.adjoint(target), strict=True):
         rows = trunk.target_rows(layer, 0, target)
         x_bar, adjoint = trunk.decoder.blocks[layer].adjoint(trunk.states[layer], x_bar, rows)

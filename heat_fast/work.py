@@ -15,7 +15,9 @@ only, each once. With `P` weights per block, `H` query heads of size `D`, a run 
 the scores anew). In a branch's first block only the replaced row is projected to queries, keys and
 values, for the others' are the trunk's. The last block makes queries, and with them the output and
 the feed-forward layer, for the target rows alone. Windows shorter than the context are counted as
-if they were the whole context. Element-wise work is left out: it grows with the same rows and
+if they were the whole context. Gate, adjoints and products go through the blocks from `first` on
+alone (`layers`); trunk and branches through all. Element-wise work is left out: it grows with the
+same rows and
 pairs.
 """
 
@@ -79,6 +81,12 @@ def shape(block: Block, row: Tensor) -> Shape:
     )
 
 
+def _sum(shapes: Sequence[Shape]) -> Shape | None:
+    """The sizes of several blocks together, None of none."""
+    sizes = [astuple(each) for each in shapes]
+    return Shape(*(sum(column) for column in zip(*sizes, strict=True))) if sizes else None
+
+
 def pairs(start: int, stop: int) -> int:
     """Causal pairs of queries `start..stop-1` with all keys up to themselves."""
     return (stop * (stop + 1) - start * (start + 1)) // 2
@@ -87,7 +95,7 @@ def pairs(start: int, stop: int) -> int:
 class Work:
     """FLOPs of the pieces of one attribution of `tokens` prompt and `targets` target tokens."""
 
-    def __init__(self, decoder: Decoder, tokens: int, targets: int) -> None:
+    def __init__(self, decoder: Decoder, tokens: int, targets: int, first: int = 0) -> None:
         row = torch.zeros_like(decoder.embeddings_weight[:1])
         self.width = row.shape[-1]
         self.tokens = tokens
@@ -98,8 +106,10 @@ class Work:
         vocabulary = head.projection.out_features(row.to(head.device or row.device))
         #: One row of logits, or its adjoint.
         self.logits = 2 * self.width * vocabulary
-        body = [astuple(each) for each in self.shapes[:-1]]
-        self._body = Shape(*(sum(sizes) for sizes in zip(*body, strict=True))) if body else None
+        #: The blocks that gate and curvature go through.
+        self.swept = self.shapes[first:]
+        self._body = _sum(self.shapes[:-1])
+        self._swept_body = _sum(self.swept[:-1])
 
     def block(self, layer: int, start: int = 0) -> int:
         """A forward run of positions `start..M-1` through one block."""
@@ -134,7 +144,7 @@ class Work:
     def gate(self, rollout: str) -> list[int]:
         """The gate, block by block from the top."""
         each = []
-        for visited, sizes in enumerate(reversed(self.shapes)):
+        for visited, sizes in enumerate(reversed(self.swept)):
             queries = self.targets if visited == 0 else self.length
             # `input_path` carries rows for every block that it has met.
             rows = self.targets * (1 if rollout == "value_path" else visited + 1)
@@ -146,16 +156,16 @@ class Work:
     def up(self, start: int) -> int:
         """One tangent from `start` on, for all targets together."""
         total = self._sweep(self.shapes[-1], start, self.length, self.targets, 2)
-        if self._body is not None:
-            total += self._sweep(self._body, start, self.length, None, 2)
+        if self._swept_body is not None:
+            total += self._sweep(self._swept_body, start, self.length, None, 2)
         return total
 
     def down(self, start: int, target: int) -> int:
         """One tangent of the adjoint of one target, down to `start`; without the head."""
         stop = self.tokens + target
         total = self._sweep(self.shapes[-1], start, stop, 1, 6)
-        if self._body is not None:
-            total += self._sweep(self._body, start, stop, None, 6)
+        if self._swept_body is not None:
+            total += self._sweep(self._swept_body, start, stop, None, 6)
         return total
 
     @staticmethod
@@ -172,7 +182,7 @@ class Work:
         """The primal adjoint of one target, block by block from the top; without the head."""
         stop = self.tokens + target
         each = []
-        for visited, sizes in enumerate(reversed(self.shapes)):
+        for visited, sizes in enumerate(reversed(self.swept)):
             queries = 1 if visited == 0 else stop
             seen = pairs(stop - queries, stop)
             weights = 2 * (sizes.shared * stop + sizes.queried * queries)
@@ -196,3 +206,18 @@ class Work:
     def block_norms(self, probes: int) -> int:
         """The Gauss-Newton block norms from `probes` factors and as many probes, one target."""
         return 4 * self.tokens * probes**2 * self.width
+
+    def factorisation(self, columns: int, rank: int, passes: int) -> int:
+        """A rank-k approximation from `columns` products, one target (`kernels.low_rank`).
+
+        Counted: two Gram matrices of what the products gave, an orthonormalisation in one pass and
+        the products with small matrices.
+        """
+        entries = 2 * self.tokens * self.width
+        if passes == 2:
+            return entries * (3 * columns**2 + columns * rank)
+        return entries * (2 * columns**2 + columns * rank + 3 * rank**2)
+
+    def factor_norms(self, rank: int) -> int:
+        """Block norms of one probe from factors of rank k, one target."""
+        return 4 * self.tokens * self.width * rank

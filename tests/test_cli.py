@@ -170,6 +170,11 @@ def test_options_reach_the_engine(run: Run, engine: Callable[[Any], Recorder]) -
         "--estimator": "coded",
         "--codes": "auto",
         "--normalize": "sum",
+        "--layers": "7",
+        "--window": "300",
+        "--overlap": "0.25",
+        "--sink": "2",
+        "--tail": "9",
         "--probes": "3",
         "--seed": "4",
         "--beta": "0.1",
@@ -194,6 +199,11 @@ def test_options_reach_the_engine(run: Run, engine: Callable[[Any], Recorder]) -
         estimator="coded",
         codes="auto",
         normalize="sum",
+        layers=7,
+        window=300,
+        overlap=0.25,
+        sink=2,
+        tail=9,
         probes=3,
         seed=4,
         beta=0.1,
@@ -218,7 +228,12 @@ def test_counts_may_be_automatic_and_normalize_may_be_none(
     recorder = engine(NumericalError("stop here"))
     run("--prompt", "a", "--probes", "auto", "--normalize", "none")
     run("--prompt", "a", "--codes", "16", "--estimator", "coded")
-    first, second = (call["config"] for call in recorder.calls)
+    low_rank = ["--rank", "9", "--rank-scope", "token", "--passes", "2", "--sketch", "1.5"]
+    run("--prompt", "a", "--variant", "lr", *low_rank)
+    first, second, third = (call["config"] for call in recorder.calls)
+    assert third == heat_fast.HeatConfig(
+        variant="lr", rank=9, rank_scope="token", passes=2, sketch=1.5
+    )
     assert first == heat_fast.HeatConfig(probes="auto", normalize=None)
     assert second == heat_fast.HeatConfig(estimator="coded", codes=16)
 
@@ -289,6 +304,10 @@ def test_a_real_story_model(run: Run, local_model: Callable[[str], Path]) -> Non
         (
             ["--prompt", "a", "--variant", "gs", "--estimator", "row"],
             ["--estimator row has no effect with --curvature grad_squared"],
+        ),
+        (
+            ["--prompt", "a", "--rank-scope", "token"],
+            ["--rank-scope token has no effect with --estimator block", "leave --rank-scope out"],
         ),
         (["--prompt", "a", "--dtype", "int8"], ["--dtype int8", "bfloat16"]),
         (["--prompt", "a", "--device", "toaster"], ["--device toaster"]),
@@ -545,9 +564,9 @@ def test_standard_output_that_is_full_is_an_ordinary_failure(
 def test_help_shows_the_choices() -> None:
     output = CliRunner().invoke(app, ["attribute", "--help"], env={"COLUMNS": "140"}).output
     for option, choices in (
-        ("--variant", "[full|gs]"),
+        ("--variant", "[full|lr|ls|win|lr+win|ls+win|gs]"),
         ("--curvature", "[hessian|gauss_newton|grad_squared|none]"),
-        ("--estimator", "[block|coded|row]"),
+        ("--estimator", "[block|coded|row|low_rank]"),
         ("--probes", "N|auto"),
         ("--normalize", "[none|sum]"),
     ):

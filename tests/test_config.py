@@ -24,7 +24,8 @@ def test_defaults_are_the_papers() -> None:
     )
     assert (config.probes, config.masking, config.normalize) == (10, "zero", None)
     assert (config.aggregate, config.seed, config.token_budget) == ("mean", 0, None)
-    assert (config.coverage, config.branch_tolerance) == (None, None)
+    assert (config.layers, config.coverage, config.branch_tolerance) == (None, None, None)
+    assert (config.window, config.overlap, config.sink, config.tail) == (None, 0.5, 1, 64)
 
 
 def test_is_frozen_and_hashable() -> None:
@@ -66,6 +67,10 @@ def test_gs_preset_changes_the_curvature_and_can_be_overridden() -> None:
         ("seed", 2**63),
         ("token_budget", 0),
         ("sentinel_token", -1),
+        *[("layers", value) for value in (0, -1, 2.0, True, "all")],
+        *[("window", value) for value in (0, 9.0, "auto", True)],
+        *[("overlap", value) for value in (-0.1, 1, 1.5, math.nan, "0.5", None)],
+        *[(name, value) for name in ("sink", "tail") for value in (-1, 0.5, None)],
         *[("coverage", value) for value in (0, 1.0, -0.1, math.nan, "0.9", True)],
         *[("branch_tolerance", value) for value in (0, -0.1, math.inf, "0.02", False)],
         ("rollout", "paths"),
@@ -110,6 +115,9 @@ def test_useless_combinations_are_rejected() -> None:
         HeatConfig(masking="sentinel")
     with pytest.raises(ConfigError, match="at least 2 codes"):
         HeatConfig(estimator="coded", codes=1)
+    with pytest.raises(ConfigError, match="more test vectors than the rank"):
+        HeatConfig(variant="lr", sketch=1)
+    assert HeatConfig(variant="lr", sketch=1, passes=2).passes == 2
     with pytest.raises(ConfigError, match="one name"):
         HeatConfig.preset("full", variant="gs")
     assert HeatConfig(beta=0, gamma=0, alpha=1).alpha == 1.0
@@ -127,6 +135,16 @@ def test_choices_without_effect_are_rejected() -> None:
     for masking in ("zero", "mean"):
         with pytest.raises(ConfigError, match=f"sentinel_token=5 has no effect .*{masking}"):
             HeatConfig(masking=masking, sentinel_token=5)  # type: ignore[arg-type]
+    for name, value in (("rank_scope", "token"), ("passes", 2)):
+        for estimator in ("block", "coded", "row"):
+            with pytest.raises(
+                ConfigError, match=f"{name}=.*{value}.* has no effect .*{estimator}"
+            ):
+                HeatConfig(estimator=estimator, **{name: value})
+        assert getattr(HeatConfig(variant="lr", **{name: value}), name) == value
+    with pytest.raises(ConfigError, match=r"low_rank.* has no effect .*gauss_newton"):
+        HeatConfig(variant="lr", curvature="gauss_newton")
+    assert HeatConfig(rank=5, sketch=1).sketch == 1.0
     # Amounts of sampling may be set once for every variant.
     assert HeatConfig(variant="gs", probes=3, codes=4, seed=5).codes == 4
 

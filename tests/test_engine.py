@@ -46,6 +46,9 @@ ESTIMATORS: dict[str, dict[str, Any]] = {
     "block": {},
     "coded": {"estimator": "coded", "codes": 5},
     "row": {"estimator": "row", "probes": 5},
+    "low_rank": {"variant": "lr", "rank": 7},
+    "low_rank_two_passes": {"variant": "lr", "rank": 7, "passes": 2},
+    "low_rank_by_token": {"variant": "lr", "rank": 3, "rank_scope": "token"},
     "gauss_newton": {"curvature": "gauss_newton"},
 }
 each_estimator = pytest.mark.parametrize("settings", ESTIMATORS.values(), ids=ESTIMATORS)
@@ -418,6 +421,12 @@ PRODUCTS: dict[str, tuple[dict[str, Any], int]] = {
     "coded": ({"estimator": "coded", "codes": 5}, 5 * PROBES),
     "all_codes": ({"estimator": "coded", "codes": 99}, 16 * PROBES),
     "row": ({"estimator": "row"}, PROBES),
+    "low_rank": ({"estimator": "low_rank", "rank": 7}, 14 + 4),
+    "low_rank_two_passes": ({"estimator": "low_rank", "rank": 7, "passes": 2}, 2 * 14 + 4),
+    "low_rank_by_token": (
+        {"estimator": "low_rank", "rank": 3, "sketch": 1.5, "rank_scope": "token"},
+        LENGTH * (5 + 4),
+    ),
     "gauss_newton": ({"curvature": "gauss_newton"}, PROBES),
     "grad_squared": ({"curvature": "grad_squared"}, 0),
     "none": ({"curvature": "none"}, 0),

@@ -66,6 +66,29 @@ def test_probes_auto_stops_when_the_ranking_is_settled() -> None:
     torch.testing.assert_close(hard.curvature, fixed.curvature)
 
 
+def test_probes_of_a_low_rank_approximation_take_no_products() -> None:
+    """Until the ranking is settled or not: the count is that of the approximation."""
+    settings: dict[str, Any] = {"variant": "lr", "rank": 6, "target": [5, 6]}
+    few, most = (
+        attribute(probes="auto", confidence=confidence, probes_max=40, **settings)
+        for confidence in (0.01, 0.9999)
+    )
+    assert few.metadata["counts"]["hvp"] == most.metadata["counts"]["hvp"] == 2 * (12 + 4)
+    fixed = attribute(probes=8, **settings)
+    torch.testing.assert_close(few.curvature, fixed.curvature)
+    assert most.curvature_stderr is not None and few.curvature_stderr is not None
+    assert float(most.curvature_stderr.mean()) < float(few.curvature_stderr.mean())
+
+
+@pytest.mark.parametrize("scope", ["sequence", "token"])
+@pytest.mark.parametrize("passes", [1, 2])
+def test_estimate_of_a_low_rank_run(scope: str, passes: int) -> None:
+    config = HeatConfig(variant="lr", rank=5, rank_scope=scope, passes=passes)  # type: ignore[arg-type]
+    told = heat_fast.estimate(families.build("llama"), LENGTH, 2, config, calibrate=False)
+    run = attribute(target=[5, 6], **config.to_dict())
+    assert told.hvp == run.metadata["counts"]["hvp"]
+
+
 def test_agreement_tells_noise_from_order() -> None:
     zeros = torch.zeros(1, 6)
     parts = Components(torch.full((1, 6), 1 / 6), zeros, zeros, zeros, zeros)

@@ -121,7 +121,7 @@ def wheels(
     root = tmp_path_factory.mktemp("build")
     tree = root / "tree"
     tree.mkdir()
-    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(repository / name, tree)
     # bench and tests too: they must stay out by the configuration, not by their absence.
     for name in ("heat_fast", "kernels", "csrc", "bench", "tests"):

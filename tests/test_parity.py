@@ -213,6 +213,45 @@ def test_row_estimator(name: str) -> None:
     assert_close(f"{name} row", expected, actual, rtol=1e-7)
 
 
+@pytest.mark.parametrize("passes", [1, 2])
+@pytest.mark.parametrize("scope", ["sequence", "token"])
+@few_families
+def test_low_rank_with_all_the_rank_there_is(name: str, scope: str, passes: int) -> None:
+    """Nothing is truncated, so the blocks are the reference's own."""
+    targets = list(TARGETS[:2])
+    model = model_of(name)
+    width = model.get_input_embeddings().weight.shape[-1]
+    rank = LENGTH * width if scope == "sequence" else width
+    expected = reference_curvature(name, PROBES, targets)
+    settings: dict[str, Any] = {"rank": rank, "rank_scope": scope, "passes": passes}
+    actual = measure(model, ids_of(name), targets, variant="lr", probes=PROBES, **settings)
+    assert_close(f"{name} {scope} {passes}", expected, actual["curvature"], rtol=1e-5)
+    report = actual.result.metadata["low_rank"]
+    assert (report["rank"], report["test_vectors"]) == (rank, rank)
+    for residual, captured in zip(report["residual"], report["captured_energy"], strict=True):
+        assert residual < 1e-5 and abs(captured - 1) < 1e-5
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+@pytest.mark.parametrize("scope", ["sequence", "token"])
+def test_low_rank_error_falls_as_the_rank_grows(scope: str, passes: int) -> None:
+    """And with it what the held-out probes say of it; a truncated H has too little curvature."""
+    targets = list(TARGETS[:2])
+    settings: dict[str, Any] = {"probes": 16}
+    expected = curvature("llama", targets, **settings)
+    settings |= {"variant": "lr", "rank_scope": scope, "passes": passes}
+    errors, residuals, levels = [], [], []
+    for rank in (4, 8, 16, 32) if scope == "token" else (8, 24, 72, 216):
+        found = measure(model_of("llama"), ids_of("llama"), targets, rank=rank, **settings)
+        errors.append(float((found["curvature"] / expected - 1).abs().mean()))
+        levels.append(float((found["curvature"] / expected).mean()))
+        residuals.append(found.result.metadata["low_rank"]["residual"][1])
+    print(f"{scope}, {passes} passes: errors {errors}, residuals {residuals}, levels {levels}")
+    assert errors == sorted(errors, reverse=True)
+    assert residuals == sorted(residuals, reverse=True)
+    assert levels[0] < 1
+
+
 @few_families
 def test_grad_squared(name: str) -> None:
     targets = list(TARGETS)

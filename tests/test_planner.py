@@ -156,6 +156,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "block": {"probes": 2},
     "coded": {"estimator": "coded", "codes": 4, "probes": 2},
     "row": {"estimator": "row", "probes": 3},
+    "low_rank": {"variant": "lr", "rank": 9, "passes": 2},
+    "low_rank_by_token": {"variant": "lr", "rank": 3, "rank_scope": "token"},
 }
 
 

@@ -31,10 +31,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "coded": {"estimator": "coded", "codes": 5},
     "all_codes": {"estimator": "coded", "codes": 99},
     "row": {"estimator": "row"},
+    "low_rank": {"variant": "lr", "rank": 7},
+    "low_rank_two_passes": {"variant": "lr", "rank": 7, "passes": 2},
+    "low_rank_by_token": {"variant": "lr", "rank": 3, "rank_scope": "token"},
     "gauss_newton": {"curvature": "gauss_newton"},
     "grad_squared": {"variant": "gs"},
     "none": {"curvature": "none"},
     "input_path": {"rollout": "input_path"},
+    "layers": {"layers": 2, "rollout": "input_path"},
     "many_probes": {"probes": 30, "estimator": "row"},  # the head's Hessian is formed
 }
 every_setting = pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
@@ -58,12 +62,13 @@ def record(name: str, targets: int, **settings: Any) -> tuple[Calls, Any]:
 class Enumerated:
     """The operations of a Llama, row by row and pair by pair, as `heat_fast.work` defines them."""
 
-    def __init__(self, config: Any, tokens: int, targets: int) -> None:
+    def __init__(self, config: Any, tokens: int, targets: int, swept: int | None) -> None:
         width, heads = config.hidden_size, config.num_attention_heads * config.head_dim
         self.keys = 2 * config.num_key_value_heads * config.head_dim * width
         self.rest = (2 * heads + 3 * config.intermediate_size) * width
         self.count, self.heads, self.width = config.num_attention_heads, heads, width
         self.layers, self.vocabulary = config.num_hidden_layers, config.vocab_size
+        self.swept = swept or self.layers
         self.tokens, self.targets = tokens, targets
         self.logits = 2 * width * config.vocab_size
 
@@ -90,7 +95,7 @@ class Enumerated:
         stop = tokens + targets - 1
         trunk = [*self.blocks(0, stop, tokens - 1, 2)[::-1], targets * self.logits]
         gate = []
-        for visited in range(self.layers):
+        for visited in range(self.swept):
             rows = targets * (1 if rollout == "value_path" else visited + 1)
             queries = range(tokens - 1 if visited == 0 else 0, stop)
             seen = sum(row + 1 for row in queries)
@@ -107,11 +112,11 @@ class Enumerated:
         head = 2 * self.width**2 if formed else 2 * self.logits
         curvature = []
         for end in range(tokens, tokens + targets):
-            curvature += [head_gradient, *self.blocks(0, end, end - 1, 5)]
+            curvature += [head_gradient, *self.blocks(0, end, end - 1, 5)[: self.swept]]
         for start in starts:
-            product = sum(self.blocks(start, stop, tokens - 1, 2, 2)) + targets * head
+            product = sum(self.blocks(start, stop, tokens - 1, 2, 2)[: self.swept]) + targets * head
             for end in range(tokens, tokens + targets):
-                product += sum(self.blocks(start, end, end - 1, 2, 6))
+                product += sum(self.blocks(start, end, end - 1, 2, 6)[: self.swept])
             curvature.append(product)
         return {
             "trunk": [*trunk, sum(trunk)],
@@ -122,7 +127,7 @@ class Enumerated:
 
 
 @pytest.mark.parametrize("targets", [1, 3])
-@pytest.mark.parametrize("name", ["block", "coded", "row", "input_path", "many_probes"])
+@pytest.mark.parametrize("name", ["block", "coded", "row", "input_path", "layers", "many_probes"])
 def test_every_step_is_the_work_that_it_did(name: str, targets: int) -> None:
     """One sequence per batch; the work of its rows and pairs is counted one by one."""
     settings = SETTINGS[name]
@@ -132,7 +137,8 @@ def test_every_step_is_the_work_that_it_did(name: str, targets: int) -> None:
         "row": [0] * PROBES,
         "many_probes": [0] * 30,
     }.get(name, [token for token in range(LENGTH) for _ in range(PROBES)])
-    oracle = Enumerated(families.build("llama").config, LENGTH, targets)
+    config = families.build("llama").config
+    oracle = Enumerated(config, LENGTH, targets, settings.get("layers"))
     expected = oracle.expected(settings.get("rollout", "value_path"), starts, len(starts))
     for component, work in expected.items():
         done = [done for done, _ in calls[component]]
@@ -201,12 +207,23 @@ def test_an_automatic_total_is_a_bound_that_falls_to_what_was_needed(
     products = result.metadata["counts"]["hvp"] // 2
     adjoints = sum(sum(work.adjoint(target)) for target in (0, 1))
     most = heat_fast.curvature.product_count(
-        heat_fast.HeatConfig(**{"probes": PROBES, **settings}), LENGTH
+        heat_fast.HeatConfig(**{"probes": PROBES, **settings}), LENGTH, work.width
     )
     starts = range(LENGTH) if settings.get("estimator") is None else [0]
     each = products // len(starts)
     spent = sum(each * work.product([0, 1], most, start) for start in starts)
     assert done[-1] == adjoints + 2 * work.head_gradient(most) + spent
+
+
+def test_the_automatic_total_of_a_low_rank_approximation_falls_too() -> None:
+    """To the work of the same number of probes, known beforehand."""
+    lenient = {"probes": "auto", "confidence": 0.01, "top_k": 2}
+    calls, _ = record("llama", 2, variant="lr", rank=7, **lenient)
+    totals = [total for _, total in calls["curvature"]]
+    fixed = heat_fast.HeatConfig(variant="lr", rank=7, probes=heat_fast.curvature.FIRST_PROBES)
+    decoder = view(families.build("llama"), LENGTH + 1)
+    assert calls["curvature"][-1][0] == totals[-1] < totals[0]
+    assert totals[-1] == heat_fast.cost.flops(decoder, LENGTH, 2, fixed)["curvature"]
 
 
 class Counter(TorchDispatchMode):

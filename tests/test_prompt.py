@@ -281,6 +281,11 @@ def test_length_limit() -> None:
         encode_prompt([1] * 6, None, 10, max_length=5)
     check_length(4, 2, 5)
     check_length(10**9, 10, None)
+    check_length(10**9, 2, 5, window=4)
+    with pytest.raises(InputError, match=r"a window has 4 tokens .* Choose a smaller window"):
+        check_length(10**9, 3, 5, window=4)
+    with pytest.raises(InputError, match=r"the prompt has 4 tokens .* Shorten the input by 1 "):
+        check_length(4, 3, 5, window=9)
     with pytest.raises(InputError, match=r"4 tokens and the target 3, which needs 6"):
         check_length(4, 3, 5)
 

@@ -42,6 +42,10 @@ class Decoder:
         """Width of the residual stream, d."""
         return int(self.embeddings_weight.shape[-1])
 
+    def first_of(self, layers: int | None) -> int:
+        """Index of the first of the last `layers` blocks; 0 for None, or where there are fewer."""
+        return 0 if layers is None else max(0, len(self.blocks) - layers)
+
     @property
     def concurrent(self) -> bool:
         """Whether several threads may run the blocks at once.

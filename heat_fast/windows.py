@@ -1,0 +1,228 @@
+"""Windows: a long context as several short ones, and what they agree on (paper Algorithm 1).
+
+A window holds the first `sink` tokens of the prompt, a stretch of it, and its last `tail` tokens:
+
+    [0, sink)  +  [a, a + body)  +  [N - tail, N),     body = window - sink - tail
+
+so that the prediction is made from the end of the prompt, with the attention sink in place; with
+`sink=0, tail=0` a window is the stretch alone, the paper's plain reading, and the target is
+predicted from the stretch's own end. Stretches begin every `(1 - overlap) * body` tokens; the last
+one ends where the tail begins, so all windows are equally long and every token is in one at least.
+A prompt of at most `window` tokens is one window.
+
+Each window is run as its own short context, at positions `0, 1, ...`, its gate normalised in it.
+With `W(i)` the windows that hold token i, every component is then
+
+    mean_i = 1 / |W(i)| * sum_{w in W(i)} value_w[i]
+
+(the paper's count normaliser), and the score is made of these means. What crosses from one stretch
+to another is lost: `leakage` tells how far windows that share tokens disagree about them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from heat_fast.combine import Components, combine
+from heat_fast.config import HeatConfig
+from heat_fast.lowrank import Quality
+from heat_fast.screening import Screening, share_of
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The windows of a prompt of `tokens` tokens: common `sink` and `tail`, and a stretch each.
+
+    Example:
+        >>> plan = plan_windows(10, HeatConfig(window=6, overlap=0.5, sink=1, tail=1))
+        >>> [plan.indices(number) for number in range(len(plan))]
+        [[0, 1, 2, 3, 4, 9], [0, 3, 4, 5, 6, 9], [0, 5, 6, 7, 8, 9]]
+    """
+
+    tokens: int
+    sink: int
+    tail: int
+    stretches: tuple[range, ...]
+
+    def __len__(self) -> int:
+        return len(self.stretches)
+
+    @property
+    def length(self) -> int:
+        """Prompt tokens of each window."""
+        return self.sink + len(self.stretches[0]) + self.tail
+
+    def indices(self, number: int) -> list[int]:
+        """The prompt tokens of one window, in order."""
+        stretch = self.stretches[number]
+        return [*range(self.sink), *stretch, *range(self.tokens - self.tail, self.tokens)]
+
+
+def plan_windows(tokens: int, config: HeatConfig) -> Plan:
+    """Cut a prompt into windows as the configuration says: one where it says nothing."""
+    if config.window is None or tokens <= config.window:
+        return Plan(tokens, 0, 0, (range(tokens),))
+    sink, tail = config.sink, config.tail
+    body = config.window - sink - tail
+    last = tokens - tail - body
+    stride = max(1, round((1 - config.overlap) * body))
+    starts = [*range(sink, last, stride), last]
+    return Plan(tokens, sink, tail, tuple(range(start, start + body) for start in starts))
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one window found, or all together.
+
+    `stderr [n, N]` of the curvature is None where it is not known, `screening` where nothing was
+    screened. `log_probs [n]`: log P of the `targets`, nats. `quality`: of the low-rank
+    approximation, where there is one; of several windows the worst.
+    """
+
+    parts: Components
+    stderr: Tensor | None
+    screening: Screening | None
+    targets: tuple[int, ...]
+    log_probs: Tensor
+    quality: Quality | None = None
+
+
+def accumulate(plan: Plan, findings: Sequence[Finding]) -> Finding:
+    """The means over windows, `[n, N]` each; of one window, that window itself.
+
+    Information that screening left out is in no mean: a token is skipped only where every one of
+    its windows skipped it. The standard error of a mean is at most the mean of the standard errors,
+    however the windows' errors are correlated, and is given as that. The log-probabilities of the
+    targets are those of the last window, whose stretch reaches to the end of the prompt.
+    """
+    if len(findings) == 1:
+        return findings[0]
+    parts = [finding.parts for finding in findings]
+    screenings = [each.screening for each in findings if each.screening is not None]
+    skipped = [torch.tensor(each.skipped) for each in screenings if each.skipped is not None]
+    measured = [~each for each in skipped] or None
+    gate = _mean(plan, [part.gate for part in parts])
+    screening = _screened_together(plan, screenings, skipped, gate) if screenings else None
+    together = Components(
+        gate=gate,
+        curvature=_mean(plan, [part.curvature for part in parts]),
+        information=_mean(plan, [part.information for part in parts], measured),
+        log_prob_drop=_mean(plan, [part.log_prob_drop for part in parts], measured),
+        gradient_norm=_mean(plan, [part.gradient_norm for part in parts]),
+        skipped=None if screening is None else screening.sums,
+    )
+    errors = [each.stderr for each in findings if each.stderr is not None]
+    stderr = _mean(plan, errors) if len(errors) == len(findings) else None
+    quality = Quality.worst([finding.quality for finding in findings])
+    last = findings[-1]
+    return Finding(together, stderr, screening, last.targets, last.log_probs, quality)
+
+
+def leakage(plan: Plan, findings: Sequence[Finding], config: HeatConfig) -> float | None:
+    """How far neighbouring windows disagree about the tokens that both hold; None of one window.
+
+        sum_i |a_i - b_i| / sum_i (a_i + b_i),   a, b the scores of two windows in a row,
+
+    over the tokens i of both, averaged over targets and pairs: 0 where they agree, 1 where no token
+    has a score in both (a reading of the paper's "attribution mass discrepancy").
+    """
+    if len(findings) == 1:
+        return None
+    found = []
+    for number in range(1, len(plan)):
+        rows = []
+        for which in (number - 1, number):
+            score, _ = combine(findings[which].parts, config)
+            row = score.new_full((len(score), plan.tokens), float("nan"))
+            row[:, plan.indices(which)] = score
+            rows.append(row)
+        shared = ~(rows[0] + rows[1]).isnan().any(0)
+        left, right = (row[:, shared] for row in rows)
+        total = (left + right).sum(-1)
+        apart = (left - right).abs().sum(-1)
+        found.append(torch.where(total > 0, apart / total, 0.0).mean())
+    return float(torch.stack(found).mean())
+
+
+def report(plan: Plan, findings: Sequence[Finding], config: HeatConfig) -> dict[str, Any]:
+    """The plan, the leakage, and the targets' log P in every window, as JSON values.
+
+    `stretches`: half-open ranges of the prompt; `log_probs [windows][n]`, nats.
+    """
+    return {
+        "tokens": plan.length,
+        "sink": plan.sink,
+        "tail": plan.tail,
+        "stretches": [[stretch.start, stretch.stop] for stretch in plan.stretches],
+        "leakage": leakage(plan, findings, config),
+        "log_probs": [finding.log_probs.tolist() for finding in findings],
+    }
+
+
+def _mean(plan: Plan, rows: Sequence[Tensor], counted: Sequence[Tensor] | None = None) -> Tensor:
+    """Means `[n, N]` of the windows' values `[n, length]`, of those `counted [length]` alone."""
+    total = rows[0].new_zeros(len(rows[0]), plan.tokens)
+    count = rows[0].new_zeros(plan.tokens)
+    for number, row in enumerate(rows):
+        index = plan.indices(number)
+        total[:, index] += row
+        count[index] += 1 if counted is None else counted[number].to(count.dtype)
+    return total / count.clamp_min(1)
+
+
+def _screened_together(
+    plan: Plan, screenings: Sequence[Screening], skipped: Sequence[Tensor], gate: Tensor
+) -> Screening:
+    """What the windows left out together: counts add up, of errors the worst window's is kept."""
+    never, estimates = None, None
+    facts: dict[str, dict[str, Any]] = {}
+    if skipped:
+        share = _mean(plan, [each[None].to(gate.dtype) for each in skipped])[0]
+        everywhere = share == 1
+        never = tuple(bool(each) for each in everywhere.tolist())
+
+        def expected(kind: int) -> Tensor:
+            """An estimate of a sum, spread over its tokens, averaged over windows, summed again."""
+            spread = []
+            for screening, mask in zip(screenings, skipped, strict=True):
+                assert screening.estimates is not None
+                each = screening.estimates[kind] / max(1, int(mask.sum()))
+                spread.append(each * mask.to(each.dtype))
+            return _mean(plan, spread)[:, everywhere].sum(-1, keepdim=True)
+
+        estimates = (expected(0), expected(1), expected(2))
+        windows = [screening.facts["coverage"] for screening in screenings]
+        audits = [each["audit"] for each in windows]
+        audited = sum(audit["tokens"] for audit in audits)
+        weighted = sum(audit["tokens"] * audit["mean_information"] for audit in audits)
+        facts["coverage"] = {
+            "tokens": plan.tokens,
+            "skipped": sum(never),
+            "gate_share_skipped": share_of(gate, never),
+            "rounds": sum(each["rounds"] for each in windows),
+            "audit": {
+                "tokens": audited,
+                "largest_information": max(audit["largest_information"] for audit in audits),
+                "mean_information": weighted / audited if audited else 0.0,
+            },
+        }
+    if "branch_tolerance" in screenings[0].facts:
+        windows = [screening.facts["branch_tolerance"] for screening in screenings]
+        audits = [each["audit"] for each in windows]
+        orders = [audit["rank_correlation"] for audit in audits]
+        errors = ("largest_error", "median_relative_error", "largest_relative_error")
+        facts["branch_tolerance"] = {
+            "rows": sum(each["rows"] for each in windows),
+            "frozen": sum(each["frozen"] for each in windows),
+            "audit": {
+                "branches": sum(audit["branches"] for audit in audits),
+                **{name: max(audit[name] for audit in audits) for name in errors},
+                "rank_correlation": None if None in orders else min(orders),
+            },
+        }
+    return Screening(never, estimates, facts)

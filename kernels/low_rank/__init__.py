@@ -1,0 +1,14 @@
+"""Low-rank approximation of a symmetric operator; see `reference.py` for the mathematics."""
+
+from __future__ import annotations
+
+from heat_fast.kernels.low_rank.reference import (
+    Factors,
+    block_norms,
+    orthonormalise,
+    quality,
+    single_pass,
+    two_pass,
+)
+
+__all__ = ["Factors", "block_norms", "orthonormalise", "quality", "single_pass", "two_pass"]

@@ -1,0 +1,359 @@
+"""Windows: the plan, means over windows against the reference and against runs of single windows,
+and what a result says of them.
+"""
+
+from __future__ import annotations
+
+import doctest
+import io
+import json
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+from torch import Tensor
+
+import families
+import heat_fast
+import heat_fast.windows as windows_module
+from assertions import assert_close
+from heat_fast import ConfigError, HeatConfig, InputError
+from heat_fast.combine import Components
+from heat_fast.cost import flops
+from heat_fast.decoder import view
+from heat_fast.reference import attribute_in_windows
+from heat_fast.terminal import render
+from heat_fast.windows import Finding, accumulate, leakage, plan_windows
+from oracles import COMPONENTS, measure, probe_signs
+
+LENGTH = 13
+PROBES = 2
+TARGETS = [5, 3]
+SHAPE: dict[str, Any] = {"window": 6, "sink": 1, "tail": 2}
+# float64: gate and divergences to 1e-9 of the largest entry, curvature to 1e-7 (see test_parity).
+TOLERANCES = dict(zip(COMPONENTS, (1e-9, 1e-7, 1e-9, 1e-9, 1e-9), strict=True))
+# The same windows run by themselves: sums of a few numbers in another order.
+SAME = 1e-13
+
+
+@cache
+def model_of(name: str) -> Any:
+    return families.build(name, dtype=torch.float64)
+
+
+def ids_of(name: str, length: int = LENGTH) -> list[int]:
+    return families.prompt_ids(name, length)
+
+
+# --- the plan -----------------------------------------------------------------------------------
+
+
+@given(
+    tokens=st.integers(1, 200),
+    body=st.integers(1, 60),
+    sink=st.integers(0, 5),
+    tail=st.integers(0, 9),
+    overlap=st.floats(0, 0.99),
+)
+def test_every_token_is_in_a_window_and_all_are_equally_long(
+    tokens: int, body: int, sink: int, tail: int, overlap: float
+) -> None:
+    window = sink + body + tail
+    plan = plan_windows(tokens, HeatConfig(window=window, overlap=overlap, sink=sink, tail=tail))
+    found = [plan.indices(number) for number in range(len(plan))]
+    assert {token for indices in found for token in indices} == set(range(tokens))
+    assert len(found) == len({tuple(indices) for indices in found})
+    for indices in found:
+        assert indices == sorted(set(indices))
+        assert len(indices) == plan.length == min(tokens, window)
+    if tokens > window:
+        ends = {*range(sink), *range(tokens - tail, tokens)}
+        assert all(ends <= set(indices) for indices in found)
+        starts = [stretch.start for stretch in plan.stretches]
+        steps = [after - before for before, after in pairwise(starts)]
+        stride = max(1, round((1 - overlap) * body))
+        assert set(steps[:-1]) <= {stride} and 0 < steps[-1] <= stride
+    else:
+        assert len(plan) == 1
+
+
+def test_the_papers_plain_reading() -> None:
+    config = HeatConfig.preset("win", sink=0, tail=0)
+    plan = plan_windows(1300, config)
+    assert [(each.start, each.stop) for each in plan.stretches] == [
+        (0, 512),
+        (256, 768),
+        (512, 1024),
+        (768, 1280),
+        (788, 1300),
+    ]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"window": 65},
+        {"variant": "win", "tail": 511},
+        {"window": 4, "sink": 2, "tail": 2},
+    ],
+)
+def test_a_window_without_room_is_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"window=\d+ has no room .* expected at least \d+"):
+        HeatConfig(**settings)
+
+
+def test_docstring_examples_run() -> None:
+    outcome = doctest.testmod(windows_module)
+    assert outcome.attempted > 0 and outcome.failed == 0
+
+
+def test_presets() -> None:
+    assert (HeatConfig.preset("win").window, HeatConfig.preset("win").layers) == (512, None)
+    assert (HeatConfig.preset("ls+win").window, HeatConfig.preset("ls+win").layers) == (512, 6)
+
+
+# --- the numbers --------------------------------------------------------------------------------
+
+CASES: dict[str, dict[str, Any]] = {
+    "kept_ends": {},
+    "plain": {"sink": 0, "tail": 0},
+    "no_overlap": {"overlap": 0.0, "sink": 2, "tail": 1},
+    "last_layers": {"layers": 1, "overlap": 0.7},
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
+def test_against_the_reference(name: str, case: dict[str, Any]) -> None:
+    model, ids, settings = model_of(name), ids_of(name), SHAPE | case
+    probes = probe_signs(model, PROBES, LENGTH)
+    expected = attribute_in_windows(model, ids, TARGETS, probes, **settings)
+    actual = measure(model, ids, TARGETS, probes=PROBES, token_budget=23, **settings)
+    for part, rtol in TOLERANCES.items():
+        assert_close(f"{name} {part}", expected[part], actual[part], rtol=rtol)
+    bracket = 0.5 * (expected["curvature"] + expected["information"])
+    assert_close("scores", expected["gate"] * bracket, actual["target_scores"], rtol=1e-7)
+
+
+@pytest.mark.parametrize("more", [{}, {"coverage": 0.2, "branch_tolerance": 0.1}])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_one_window_is_the_whole_prompt(name: str, more: dict[str, Any]) -> None:
+    model, ids = model_of(name), ids_of(name)
+    whole = measure(model, ids, TARGETS, probes=PROBES, **more)
+    for window in (LENGTH, LENGTH + 1):
+        shape = {"window": window, "sink": 1, "tail": 2}
+        actual = measure(model, ids, TARGETS, probes=PROBES, **shape, **more)
+        for part, values in whole.parts.items():
+            assert torch.equal(values, actual[part]), part
+        assert actual.result.metadata.get("screening") == whole.result.metadata.get("screening")
+        assert actual.result.metadata["windows"]["leakage"] is None
+        assert torch.equal(whole.result.target_log_probs, actual.result.target_log_probs)
+
+
+EVERY: dict[str, dict[str, Any]] = {
+    "block": {},
+    "automatic": {"probes": "auto", "probes_max": 12, "top_k": 3},
+    "coded": {"estimator": "coded", "codes": "auto"},
+    "row": {"estimator": "row"},
+    "gauss_newton": {"curvature": "gauss_newton"},
+    "grad_squared": {"variant": "gs"},
+    "none": {"curvature": "none"},
+    "layers": {"layers": 2, "alpha": 0.5},
+    "tolerance": {"branch_tolerance": 0.1},
+    "normalize": {"normalize": "sum", "aggregate": "max"},
+}
+
+
+@pytest.mark.parametrize("settings", EVERY.values(), ids=EVERY)
+def test_means_of_windows_run_by_themselves(settings: dict[str, Any]) -> None:
+    model, ids, settings = model_of("mistral"), ids_of("mistral"), {"probes": PROBES} | settings
+    together = measure(model, ids, TARGETS, **SHAPE, **settings)
+    plan = plan_windows(LENGTH, HeatConfig(**SHAPE))
+    sums = {part: torch.zeros(2, LENGTH, dtype=torch.float64) for part in COMPONENTS}
+    errors, visits = torch.zeros(2, LENGTH), torch.zeros(LENGTH, dtype=torch.float64)
+    for number in range(len(plan)):
+        indices = plan.indices(number)
+        alone = measure(model, [ids[i] for i in indices], TARGETS, **settings)
+        for part in COMPONENTS:
+            sums[part][:, indices] += alone[part]
+        if alone.result.curvature_stderr is not None:
+            errors[:, indices] += alone.result.curvature_stderr
+        visits[indices] += 1
+    for part in COMPONENTS:
+        assert_close(part, sums[part] / visits, together[part], rtol=SAME)
+    stderr = together.result.curvature_stderr
+    if stderr is not None:
+        assert_close("stderr", errors / visits, stderr, rtol=1e-6)
+    assert (stderr is None) == (settings.get("curvature") == "gauss_newton")
+
+
+def test_a_prompt_beyond_the_models_positions() -> None:
+    model, limit = model_of("gpt2"), int(model_of("gpt2").config.n_positions)
+    ids = [index % 29 for index in range(limit + 17)]
+    settings: dict[str, Any] = {"curvature": "grad_squared", "sink": 1, "tail": 4}
+    with pytest.raises(InputError, match="Shorten the input"):
+        measure(model, ids, TARGETS, **settings)
+    with pytest.raises(InputError, match=rf"a window has {limit} tokens .* smaller window"):
+        measure(model, ids, TARGETS, window=limit, **settings)
+    found = measure(model, ids, TARGETS, window=limit - 1, **settings)  # and a target token read
+    assert float(found["target_scores"].min()) >= 0
+    assert found.result.metadata["windows"]["tokens"] == limit - 1
+    told = heat_fast.estimate(
+        model, len(ids), 2, HeatConfig(window=limit - 1, **settings), calibrate=False
+    )
+    assert told.branches == found.result.metadata["counts"]["branches"]
+    config = HeatConfig(window=40, tail=4, curvature="none")
+    assert (heat_fast.estimate(model, 300, 2, config).seconds or 0) > 0
+
+
+def test_the_models_own_target_is_the_last_windows() -> None:
+    model, ids = model_of("llama"), ids_of("llama")
+    own = measure(model, ids, **SHAPE, probes=PROBES)
+    plan = plan_windows(LENGTH, HeatConfig(**SHAPE))
+    last = [ids[i] for i in plan.indices(len(plan) - 1)]
+    alone = measure(model, last, probes=PROBES).result
+    assert own.result.target_ids == alone.target_ids
+    assert torch.equal(own.result.target_log_probs, alone.target_log_probs)
+    given_it = measure(model, ids, list(alone.target_ids), **SHAPE, probes=PROBES)
+    assert torch.equal(own["target_scores"], given_it["target_scores"])
+
+
+# --- screening ----------------------------------------------------------------------------------
+
+
+def test_coverage_in_windows() -> None:
+    """A token counts where it was measured, and is skipped only where no window measured it."""
+    length, shape = 61, {"window": 40, "sink": 1, "tail": 3}
+    model, ids = model_of("llama"), ids_of("llama", 48) + ids_of("llama", 13)
+    settings: dict[str, Any] = {"curvature": "none", "coverage": 0.2}
+    together = measure(model, ids, TARGETS, **shape, **settings)
+    plan = plan_windows(length, HeatConfig(**shape))
+    total = torch.zeros(2, length, dtype=torch.float64)
+    visits = torch.zeros(length, dtype=torch.float64)
+    rounds = 0
+    for number in range(len(plan)):
+        indices = plan.indices(number)
+        alone = measure(model, [ids[i] for i in indices], TARGETS, **settings)
+        skipped = torch.tensor(alone.result.information_skipped)
+        total[:, indices] += alone["information"]
+        visits[indices] += (~skipped).double()
+        rounds += alone.result.metadata["screening"]["coverage"]["rounds"]
+    assert int((visits == 0).sum()) > 0 and int((visits == 1).sum()) > 0
+    assert together.result.information_skipped == tuple((visits == 0).tolist())
+    assert_close("I", total / visits.clamp_min(1), together["information"], rtol=SAME)
+    facts = together.result.metadata["screening"]["coverage"]
+    assert (facts["tokens"], facts["rounds"]) == (length, rounds)
+    assert facts["skipped"] == int((visits == 0).sum())
+    assert 0 < facts["audit"]["score_share_lost"] < 1
+    assert facts["audit"]["tokens"] == 8 * len(plan)
+    assert "information skipped for" in shown(together.result)
+
+
+# --- leakage ------------------------------------------------------------------------------------
+
+
+def finding(score: list[float]) -> Finding:
+    """A window whose scores with gamma=1 and beta=0 are the given ones."""
+    row = torch.tensor([score], dtype=torch.float64)
+    zero = torch.zeros_like(row)
+    parts = Components(torch.ones_like(row), zero, row, zero, zero)
+    return Finding(parts, None, None, (4,), torch.zeros(1))
+
+
+def test_leakage_and_means_by_hand() -> None:
+    config = HeatConfig(window=3, sink=1, tail=0, overlap=0.5, beta=0.0, gamma=1.0)
+    plan = plan_windows(4, config)  # 0 1 2 and 0 2 3
+    findings = [finding([1.0, 7.0, 2.0]), finding([3.0, 4.0, 9.0])]
+    together = accumulate(plan, findings)
+    expected: Tensor = torch.tensor([[2.0, 7.0, 3.0, 9.0]], dtype=torch.float64)
+    assert torch.equal(together.parts.information, expected)
+    # Shared: tokens 0 and 2, scores (1, 2) and (3, 4).
+    assert leakage(plan, findings, config) == pytest.approx((2 + 2) / (4 + 6))
+    assert leakage(plan, [findings[0], finding([1.0, 2.0, 0.0])], config) == 0
+    assert leakage(plan, [finding([0, 5, 2]), finding([3, 0, 5])], config) == 1
+    assert leakage(plan, [finding([0, 5, 0]), finding([0, 0, 5])], config) == 0
+
+
+# --- what is told -------------------------------------------------------------------------------
+
+
+def shown(result: heat_fast.Attribution) -> str:
+    stream = io.StringIO()
+    console = Console(file=stream, width=140)
+    console.print(render(result, console))
+    return stream.getvalue()
+
+
+def test_the_result_says_what_was_done(tmp_path: Path) -> None:
+    model, ids = model_of("llama"), ids_of("llama")
+    result = measure(model, ids, TARGETS, **SHAPE, layers=2, probes=PROBES).result
+    windows = result.metadata["windows"]
+    plan = plan_windows(LENGTH, HeatConfig(**SHAPE))
+    assert windows["stretches"] == tuple((s.start, s.stop) for s in plan.stretches)
+    assert (windows["tokens"], windows["sink"], windows["tail"]) == (6, 1, 2)
+    assert 0 < windows["leakage"] < 1
+    assert windows["log_probs"][-1] == pytest.approx(result.target_log_probs.tolist(), abs=1e-6)
+    text = shown(result)
+    assert f"{len(plan)} windows of 6 tokens (leakage {windows['leakage']:.1%}" in text
+    assert "gate and curvature through the last 2 of 3 blocks" in text
+    result.save(tmp_path / "result.safetensors")
+    loaded = heat_fast.load(tmp_path / "result.safetensors")
+    assert loaded.metadata == result.metadata
+    assert torch.equal(loaded.target_scores, result.target_scores)
+    json.dumps(result.to_dict(), allow_nan=False)
+
+
+@pytest.mark.parametrize("targets", [1, 2])
+@pytest.mark.parametrize("name", ["block", "automatic", "coded", "gauss_newton", "layers"])
+def test_progress_and_estimate_count_all_windows(name: str, targets: int) -> None:
+    calls: dict[str, list[tuple[int, int]]] = {}
+    settings = {"probes": PROBES} | SHAPE | EVERY[name]
+    model = families.build("llama")
+    result = heat_fast.attribute(
+        model,
+        None,
+        ids_of("llama"),
+        TARGETS[:targets],
+        progress=lambda part, done, total: calls.setdefault(part, []).append((done, total)),
+        **settings,
+    )
+    config = HeatConfig(**settings)
+    plan = plan_windows(LENGTH, config)
+    told = heat_fast.estimate(model, LENGTH, targets, config, calibrate=False)
+    cost = flops(view(model, plan.length + targets - 1), LENGTH, targets, config)
+    assert calls["total"] == [(number, len(plan)) for number in range(len(plan) + 1)]
+    for component, seen in calls.items():
+        done, totals = zip(*seen, strict=True)
+        sampled = component == "curvature" and "auto" in (config.probes, config.codes)
+        assert list(done) == sorted(done) and list(totals) == sorted(totals, reverse=True)
+        assert done[0] == 0 and done[-1] == totals[-1]
+        assert all(reached < totals[-1] for reached in done[:-1]) or sampled
+        if component not in ("total", "trunk"):
+            assert totals[0] == cost[component]
+            assert sampled or set(totals) == {cost[component]}
+    counts = result.metadata["counts"]
+    assert (told.branches, told.hvp >= counts["hvp"]) == (counts["branches"], True)
+    if "auto" not in (config.probes, config.codes):
+        assert told.hvp == counts["hvp"]
+
+
+def test_low_rank_in_windows_at_full_rank_is_block_in_windows() -> None:
+    model = families.build("llama", torch.float64)
+    ids = families.prompt_ids("llama", 14)
+    settings: dict[str, Any] = {"window": 8, "sink": 1, "tail": 2, "probes": 2}
+    whole_rank = 8 * model.config.hidden_size
+    exact = heat_fast.Attributor(model, None, HeatConfig(**settings)).attribute(ids, 5)
+    config = HeatConfig(estimator="low_rank", rank=whole_rank, **settings)
+    full_rank = heat_fast.Attributor(model, None, config).attribute(ids, 5)
+    # At full rank a window's low-rank curvature is its block curvature.
+    torch.testing.assert_close(full_rank.curvature, exact.curvature, rtol=1e-4, atol=0)
+    few = heat_fast.Attributor(model, None, config.replace(rank=3)).attribute(ids, 5)
+    (worst,) = few.metadata["low_rank"]["residual"]
+    assert worst > 0.1
+    assert full_rank.metadata["low_rank"]["residual"][0] < 1e-3
