@@ -1,10 +1,11 @@
 # Every target sets up what it needs: a virtual environment in .venv with pinned dependencies.
 #   make PYTHON=/path/to/python3   use another interpreter for a new .venv
-#   make test PYTEST_ARGS="-k gate"
+#   make test PYTEST_ARGS="-k gate" JOBS=0   in one process (JOBS: auto, one per core)
 #   make bench JSON=name           also write bench/results/name.json
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
+JOBS ?= auto
 JSON ?=
 
 VENV := .venv
@@ -48,7 +49,7 @@ demo: $(STAMP) ## Attribute an answer of the embedded model and print it
 	@$(BIN)/heat-fast attribute
 
 test: lint types ## Lint, types and tests
-	@$(BIN)/pytest --quiet --durations=10 --benchmark-disable $(PYTEST_ARGS)
+	@$(BIN)/pytest --quiet --durations=10 --benchmark-disable --numprocesses=$(JOBS) --dist=worksteal $(PYTEST_ARGS)
 
 lint: $(STAMP) ## ruff: rules and formatting
 	@$(BIN)/ruff check --quiet .

@@ -6,7 +6,7 @@ import os
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 # Read by the hub client when it is imported, so before anything imports transformers.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -61,6 +61,17 @@ class Figures:
 
 
 _FIGURES = Figures()
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    # One of several processes hands its figures to the one that prints them.
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["figures"] = _FIGURES.lines
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    _FIGURES.lines += getattr(node, "workeroutput", {}).get("figures", [])
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
