@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,10 +30,8 @@ from heat_fast.config import HeatConfig
 from heat_fast.kernels.low_rank import block_norms, quality, single_pass, two_pass
 from heat_fast.kernels.rademacher import rademacher
 from heat_fast.planner import run_batches
-
-if TYPE_CHECKING:
-    from heat_fast.curvature import _Products
-    from heat_fast.trunk import TargetAdjoint
+from heat_fast.products import Products
+from heat_fast.trunk import TargetAdjoint
 
 # Streams of the counter-based generator beside the probes' own.
 _TEST_STREAM = 0x72616E6B
@@ -100,7 +98,7 @@ class Quality:
 class LowRank:
     """Block norms of `H_k`, one per target, token and probe; the factors are made at once."""
 
-    def __init__(self, products: _Products, config: HeatConfig) -> None:
+    def __init__(self, products: Products, config: HeatConfig) -> None:
         self.products = products
         self.seed = config.seed
         self.by_token = config.rank_scope == "token"

@@ -1,0 +1,140 @@
+"""Hessian-vector products against one trunk, in batches, for several targets at once.
+
+One tangent sweep up serves every target; each takes its own sweep down. Products run in the model's
+dtype, the directions scaled by a power of two to the size of X and g by one that brings its adjoint
+near 1, so that half precision neither overflows nor underflows; they are returned in at least
+float32. What was a product's work and count is told to the ledger.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from heat_fast.decoder.norm import wide
+from heat_fast.kernels.rademacher import rademacher
+from heat_fast.planner import Budget, run_batches
+from heat_fast.progress import Ledger, Meter
+from heat_fast.sweeps import hessian_rows, tangent_sweep
+from heat_fast.trunk import TargetAdjoint, Trunk, require_finite
+
+
+class Products:
+    """Hessian-vector products of several targets against one trunk."""
+
+    def __init__(
+        self,
+        trunk: Trunk,
+        adjoints: Sequence[TargetAdjoint],
+        seed: int,
+        budget: Budget,
+        ledger: Ledger,
+        step: Meter,
+        expected: int,
+    ) -> None:
+        self.trunk = trunk
+        self.adjoints = adjoints
+        self.seed = seed
+        self.budget = budget
+        self.tokens = trunk.prompt_length
+        self.length = trunk.length
+        self.width = trunk.embeddings.shape[-1]
+        self.device = trunk.embeddings.device
+        self.dtype = wide(trunk.embeddings.dtype)
+        self._ledger = ledger
+        self._step = step
+        self._expected = expected
+        size = float(trunk.source.to(self.dtype).square().mean().sqrt())
+        self._scale = 2.0 ** round(math.log2(size)) if size > 0 else 1.0
+
+    def signs(self, samples: Tensor, tokens: Tensor) -> Tensor:
+        """Probe entries of some (sample, token) pairs, `[..., d]`, in the model's dtype."""
+        dtype = self.trunk.embeddings.dtype
+        return rademacher(
+            self.seed, samples.to(self.device), tokens.to(self.device), self.width, dtype
+        )
+
+    def __call__(
+        self, directions: Tensor, start: int, adjoints: Sequence[TargetAdjoint] | None = None
+    ) -> list[Tensor]:
+        """`H r` at positions `start..p` of each target, `[B, p + 1 - start, d]`, summing dtype.
+
+        `adjoints`: some of the targets, where they do not share their directions.
+        """
+        adjoints = self.adjoints if adjoints is None else adjoints
+        directions = directions * self._scale
+        sweep = tangent_sweep(self.trunk, directions, start)
+        results = [hessian_rows(self.trunk, sweep, adjoint) for adjoint in adjoints]
+        for result in results:
+            if not bool(torch.isfinite(result).all()):
+                self._locate(directions, start)
+                require_finite(result, "a Hessian-vector product")
+        scales = [self._scale * adjoint.head.scale for adjoint in adjoints]
+        pairs = zip(results, scales, strict=True)
+        return [result.to(self.dtype) / scale for result, scale in pairs]
+
+    def _locate(self, directions: Tensor, start: int) -> None:
+        """Repeat a product that went wrong, checking block by block."""
+
+        def inspect(where: str, values: Tensor) -> None:
+            require_finite(values, where)
+
+        sweep = tangent_sweep(self.trunk, directions, start, inspect)
+        for adjoint in self.adjoints:
+            hessian_rows(self.trunk, sweep, adjoint, inspect)
+
+    def work(self, start: int, adjoints: Sequence[TargetAdjoint] | None = None) -> int:
+        """FLOPs of one product from `start` on, for every target or for some."""
+        targets = [each.target for each in (self.adjoints if adjoints is None else adjoints)]
+        return self.trunk.work.product(targets, self._expected, start)
+
+    def done(self, products: int, work: int, targets: int | None = None) -> None:
+        """Count products that are finished, for every target or so many, and their work."""
+        targets = len(self.adjoints) if targets is None else targets
+        self._ledger.counts["hvp"] += products * targets
+        self._step(work)
+
+    def blocks(
+        self,
+        count: int,
+        directions: Callable[[Tensor, Tensor], Tensor],
+        finish: Callable[[Tensor], Tensor],
+        keep: Callable[[int, int, Tensor], None],
+        adjoints: Sequence[TargetAdjoint] | None = None,
+    ) -> None:
+        """`H_ii r` for `count` directions r of every token i, each run from its token on.
+
+        Items are (token, direction) pairs in the order of tokens, so that suffixes batch well.
+        `directions(tokens, numbers) [B, d]` makes those of a batch, `finish` turns their products
+        `[B, d]` into what `keep(low, high, found [T, B, ...])` is given.
+        """
+        chosen = self.adjoints if adjoints is None else adjoints
+        each = [self.work(token, chosen) for token in range(self.tokens)]
+        total = self.tokens * count
+
+        def size(item: int) -> int:
+            return self.budget.batch(self.length - item // count, total - item)
+
+        def run(low: int, high: int) -> Tensor:
+            items = torch.arange(low, high)
+            token, start = items // count, low // count
+            own = directions(token, items % count)
+            batch = torch.arange(high - low, device=own.device)
+            place = (token - start).to(own.device)
+            spread = own.new_zeros(high - low, self.length - start, self.width)
+            spread[batch, place] = own
+            return torch.stack([finish(rows[batch, place]) for rows in self(spread, start, chosen)])
+
+        def keep_and_count(low: int, high: int, found: Tensor) -> None:
+            keep(low, high, found)
+            work = sum(each[item // count] for item in range(low, high))
+            self.done(high - low, work, len(chosen))
+
+        run_batches(total, self.budget, size, run, keep_and_count)
+
+    def skip(self, work: int) -> None:
+        """Take back work that was expected and is not needed."""
+        self._step.skip(work)
