@@ -1,9 +1,9 @@
 """Which implementation of an operation runs, and which one ran.
 
 Every operation takes `impl=`: `"reference"` (torch; any device and dtype), `"native"` (the compiled
-extension; CPU) or None, the choice in force (`using`). The choice `"auto"` is `"native"` wherever
-the extension can take the tensors, else `"reference"`. Asking for `"native"` where it is missing is
-an error, and what ran is on record: nothing falls back in silence.
+extension; CPU), `"triton"` (GPU kernels) or None, the choice in force (`using`). The choice
+`"auto"` is `"native"` or `"triton"` wherever these can take the tensors, else `"reference"`. Asking
+for one where it is missing is an error, and what ran is on record: nothing falls back in silence.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor
 
-from heat_fast import native
+from heat_fast import gpu, native
 from heat_fast.errors import ConfigError
 
 #: Operations by name, with the implementations that ran them.
@@ -32,8 +32,14 @@ _RECORD: ContextVar[Record | None] = ContextVar("heat_fast_kernels_ran", default
 def using(choice: str, device: torch.device) -> Iterator[Record]:
     """Put a choice in force for a model on `device`; the value records what runs.
 
-    `"native"` then serves wherever the extension has the operation for the model's dtype.
+    `"native"` and `"triton"` then serve wherever they have the operation for the model's dtype.
     """
+    if choice == "triton" and (gpu.missing() or device.type != "cuda"):
+        found = gpu.missing() or f"the model is on {device.type}"
+        raise ConfigError(
+            f"kernels='triton' cannot run ({found}): expected Triton and a model on a CUDA device. "
+            "Install triton and move the model to the GPU, or use kernels='auto'."
+        )
     if choice == "native" and (not native.available() or device.type != "cpu"):
         found = native.missing() or f"the model is on {device.type}"
         raise ConfigError(
@@ -49,23 +55,45 @@ def using(choice: str, device: torch.device) -> Iterator[Record]:
         _RECORD.reset(tokens[1])
 
 
-def runs_native(
-    operation: str, impl: str | None, *tensors: Tensor, also: tuple[torch.dtype, ...] = ()
-) -> bool:
-    """Whether the extension runs an operation on `tensors`; raises `ConfigError` if it cannot.
+def implementation(
+    operation: str,
+    impl: str | None,
+    *tensors: Tensor,
+    offers: tuple[str, ...] = ("native",),
+    also: tuple[torch.dtype, ...] = (),
+) -> str:
+    """Which implementation runs an operation on `tensors`: `"reference"` or one of its `offers`.
 
-    `also`: dtypes that the operation casts, beside float32 and float64.
+    `also`: dtypes that the operation casts for the extension, beside float32 and float64. Raises
+    `ConfigError` if `impl` names an implementation that cannot take them.
     """
     choice = impl if impl is not None else _CHOICE.get()
-    chosen = choice != "reference" and native.serves(*tensors, also=also)
-    if impl == "native" and not chosen:
+    serving = {
+        "native": lambda: native.serves(*tensors, also=also),
+        "triton": lambda: gpu.serves(*tensors, asked=choice == "triton"),
+    }
+    chosen = "reference"
+    for name in offers:
+        if choice in ("auto", name) and serving[name]():
+            chosen = name
+    if impl not in (None, "auto", chosen):
         found = ", ".join(sorted({f"{tensor.device.type} {tensor.dtype}" for tensor in tensors}))
         raise ConfigError(
-            f"{operation} with impl='native' cannot take {found}: expected the compiled extension "
-            "and CPU tensors of float32 or float64 without gradients. Use impl='reference'"
-            + (f" (the extension is missing: {native.missing()})." if native.missing() else ".")
+            f"{operation} with impl={impl!r} cannot take {found}: expected {_EXPECTED[impl]}. "
+            "Use impl='reference'" + _why(impl)
         )
     record = _RECORD.get()
     if record is not None:
-        record.setdefault(operation, set()).add("native" if chosen else "reference")
+        record.setdefault(operation, set()).add(chosen)
     return chosen
+
+
+_EXPECTED = {
+    "native": "the compiled extension and CPU tensors of float32 or float64 without gradients",
+    "triton": "Triton and CUDA tensors of float32, float16 or bfloat16 without gradients",
+}
+
+
+def _why(impl: str) -> str:
+    missing = native.missing() if impl == "native" else gpu.missing()
+    return f" ({impl} is missing: {missing})." if missing else "."

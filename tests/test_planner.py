@@ -15,7 +15,7 @@ import families
 from assertions import assert_close
 from heat_fast import Attributor, HeatConfig
 from heat_fast.decoder import view
-from heat_fast.kernels.dispatch import runs_native, using
+from heat_fast.kernels.dispatch import implementation, using
 from heat_fast.planner import Budget, run_batches
 
 each_workers = pytest.mark.parametrize("workers", [1, 3])
@@ -142,7 +142,7 @@ def test_threads_see_the_callers_choices_and_leave_torch_as_it_was(two_threads: 
 
     def run(first: int, stop: int) -> list[int]:
         modes.append((torch.is_grad_enabled(), torch.get_num_threads()))
-        runs_native("probe", None, torch.zeros(1))
+        implementation("probe", None, torch.zeros(1))
         return items(first, stop)
 
     with using("reference", torch.device("cpu")) as ran, torch.no_grad():

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from heat_fast.kernels.branch_attention import native, reference
 from heat_fast.kernels.branch_attention.reference import Masking
-from heat_fast.kernels.dispatch import HALF, runs_native
+from heat_fast.kernels.dispatch import HALF, implementation
 
 
 def branch_attention(
@@ -37,6 +37,6 @@ def branch_attention(
         (torch.Size([1, 3, 1, 2, 8]), True, [5.0, 6.0])
     """
     tensors = (query, key, value, prefix_key, prefix_value)
-    if runs_native("branch_attention", impl, *tensors, also=HALF):
+    if implementation("branch_attention", impl, *tensors, also=HALF) == "native":
         return native.branch_attention(*tensors, masking)
     return reference.branch_attention(*tensors, masking)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from heat_fast.kernels.dispatch import runs_native
+from heat_fast.kernels.dispatch import implementation
 from heat_fast.kernels.gated import native, reference
 
 
 def _native(impl: str | None, *tensors: Tensor) -> bool:
     same = all(part.dtype == tensors[0].dtype and part.stride(-1) == 1 for part in tensors)
-    return same and runs_native("gated", impl, *tensors)
+    return same and implementation("gated", impl, *tensors) == "native"
 
 
 def gate_tangent(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from heat_fast.kernels.dispatch import runs_native
+from heat_fast.kernels.dispatch import implementation
 from heat_fast.kernels.rotary import native, reference
 from heat_fast.kernels.rotary.reference import Table
 
@@ -27,7 +27,7 @@ def place(
     tables = () if table is None else (table.cos, table.sin)
     same = all(part.dtype == x.dtype for part in (target, *tables))
     dense = target.stride(-1) == 1 and all(part.stride(-1) == 1 for part in tables)
-    if same and dense and runs_native("rotary", impl, x, target, *tables):
+    if same and dense and implementation("rotary", impl, x, target, *tables) == "native":
         native.place(x, target, table, sign)
     else:
         reference.place(x, target, table, sign)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from heat_fast.kernels.dispatch import HALF, runs_native
+from heat_fast.kernels.dispatch import HALF, implementation
 from heat_fast.kernels.second_order_attention import native, reference
 from heat_fast.kernels.second_order_attention.reference import Primal
 
@@ -18,7 +18,7 @@ def attention_tangent(
     from `primal.start` on. Formulas: `reference.py`. `impl`: see `heat_fast.kernels.dispatch`.
     """
     tensors = (primal.query, query, key, value)
-    if runs_native("attention_tangent", impl, *tensors, also=HALF):
+    if implementation("attention_tangent", impl, *tensors, also=HALF) == "native":
         return native.attention_tangent(primal, query, key, value)
     return reference.attention_tangent(primal, query, key, value)
 
@@ -49,6 +49,9 @@ def attention_adjoint_tangent(
     see `heat_fast.kernels.dispatch`.
     """
     moved = (query, key, value, output, output_bar, output_bar_dot)
-    if runs_native("attention_adjoint_tangent", impl, primal.query, *moved, also=HALF):
+    if (
+        implementation("attention_adjoint_tangent", impl, primal.query, *moved, also=HALF)
+        == "native"
+    ):
         return native.attention_adjoint_tangent(primal, *moved)
     return reference.attention_adjoint_tangent(primal, *moved)
