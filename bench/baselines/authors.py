@@ -37,7 +37,7 @@ def curvature(
     `tokens` (from 0 on) restricts it to a sample, for timing.
     """
     tokens = range(embeddings.shape[0]) if tokens is None else tokens
-    result = torch.zeros(len(tokens))
+    result = torch.zeros(len(tokens), device=embeddings.device)
     with torch.enable_grad(), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         for token in tokens:
             for probe in probes:
@@ -53,11 +53,15 @@ def curvature(
 
 
 @torch.no_grad()
-def information(model: Any, embeddings: Tensor) -> Tensor:
-    """`KL(P || P without i)`, one full forward with all logits per token."""
+def information(model: Any, embeddings: Tensor, tokens: range | None = None) -> Tensor:
+    """`KL(P || P without i)`, one full forward with all logits per token.
+
+    `tokens` (from 0 on) restricts it to a sample, for timing.
+    """
+    tokens = range(embeddings.shape[0]) if tokens is None else tokens
     original = torch.log_softmax(model(inputs_embeds=embeddings[None]).logits[0, -1], dim=-1)
-    result = torch.zeros(embeddings.shape[0])
-    for token in range(embeddings.shape[0]):
+    result = torch.zeros(len(tokens), device=embeddings.device)
+    for token in tokens:
         masked = embeddings.clone()
         masked[token] = 0
         logits = model(inputs_embeds=masked[None]).logits[0, -1]
