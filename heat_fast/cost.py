@@ -20,7 +20,7 @@ from heat_fast.decoder.head import shares_curvature
 from heat_fast.errors import InputError
 from heat_fast.information import LOGIT_ELEMENTS
 from heat_fast.lowrank import HELD_OUT, factor_sizes
-from heat_fast.planner import CPU_ROWS, cpu_workers, slices, sweep_workers, targets_at_once
+from heat_fast.planner import Budget, slices, sweep_workers, targets_at_once, token_budget
 from heat_fast.windows import plan_windows
 from heat_fast.work import Shape, Work
 
@@ -150,6 +150,9 @@ def estimate(
     if hessian and config.estimator == "low_rank":  # test vectors, products and a basis of them
         columns = factor_sizes(config, tokens, work.width)[1]
         factors = 3 * max(4, item) * tokens * work.width * columns
+    kept = _trunk_bytes(work, work.shapes, item) + _stream_bytes(work, item, config)
+    device = decoder.embeddings_weight.device
+    budget = token_budget(kept, length, device, config.token_budget, decoder.concurrent)
     seconds = None
     if calibrate:
         # A window is what surely fits into the model's context.
@@ -159,8 +162,8 @@ def estimate(
         branches=windows * tokens,
         branch_tokens=windows * sum(length - start for start in range(tokens)),
         flops=costs,
-        trunk_bytes=_trunk_bytes(work, work.shapes, item) + _stream_bytes(work, item, config),
-        peak_bytes=_peak_bytes(work, item, config, cpu_workers(decoder.concurrent)) + factors,
+        trunk_bytes=kept,
+        peak_bytes=_peak_bytes(work, item, config, budget) + factors,
         seconds=seconds,
     )
 
@@ -182,10 +185,10 @@ def _stream_bytes(work: Work, item: int, config: HeatConfig) -> int:
     return 2 * item * work.width * work.length * len(work.shapes) if kept else 0
 
 
-def _peak_bytes(work: Work, item: int, config: HeatConfig, workers: int) -> int:
+def _peak_bytes(work: Work, item: int, config: HeatConfig, budget: Budget) -> int:
     """The most that is alive at once beyond the model: the trunk and the hungriest component.
 
-    `workers` batches run side by side. Counted for torch alone; the compiled kernels need less.
+    Counted for torch alone; the compiled kernels need less.
     Temporaries are those of one block, by count of the steps of a gated layer.
     """
     wide, tokens, targets = max(item, 4), work.tokens, work.targets
@@ -199,7 +202,7 @@ def _peak_bytes(work: Work, item: int, config: HeatConfig, workers: int) -> int:
         sweep += item * (sizes.normed + heads + sizes.hidden)
         block = wide * (2 * sizes.normed + 2 * heads + sizes.hidden + 2 * sizes.inner)
         temporary, inner = max(temporary, block), max(inner, sizes.inner)
-    each = max(work.length, config.token_budget or CPU_ROWS)
+    workers, each = budget.workers, max(work.length, budget.rows)
     vocabulary = work.logits // (2 * work.width)
     # Eight copies of the logits in a divergence, four of the targets' rows in the trunk.
     logits = (

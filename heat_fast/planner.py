@@ -103,11 +103,6 @@ def _trim_arenas(pool: ThreadPoolExecutor, workers: int) -> None:
     adjust(_TRIM_THRESHOLD, 2 * _LARGEST_HEAP_BLOCK)
 
 
-def cpu_workers(concurrent: bool) -> int:
-    """How many batches run side by side on a CPU, if several threads may run the model at once."""
-    return min(torch.get_num_threads(), MOST_WORKERS) if concurrent else 1
-
-
 def sweep_workers(length: int, workers: int) -> int:
     """How many of `workers` run sweeps over contexts of `length` tokens.
 
@@ -127,7 +122,8 @@ def token_budget(
     batches run side by side if several threads may run the model at once (`concurrent`).
     """
     if device.type != "cuda":
-        return Budget(asked or CPU_ROWS, cpu_workers(concurrent))
+        workers = min(torch.get_num_threads(), MOST_WORKERS) if concurrent else 1
+        return Budget(asked or CPU_ROWS, workers)
     if asked is not None:
         return Budget(asked)
     free, _ = torch.cuda.mem_get_info(device)

@@ -148,7 +148,9 @@ def test_matches_the_library_call(run: Run, model_folder: str, tmp_path: Path) -
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     file = tmp_path / "r"
-    outcome = run("--prompt", PROMPT, "--save", str(file), "--probes", "3", "--seed", "5")
+    outcome = run(
+        "--prompt", PROMPT, "--save", str(file), "--probes", "3", "--seed", "5", "--device", "cpu"
+    )
     assert outcome.exit_code == 0, outcome.output
     assert f"saved {file}" in outcome.stderr
     direct = heat_fast.attribute(

@@ -76,9 +76,10 @@ def test_every_variant_gives_the_cpu_numbers(name: str, settings: dict[str, Any]
 
 @pytest.mark.parametrize("name", ["llama", "gptj"])
 def test_float64(name: str) -> None:
+    """To the rounding of the model's rotary angles, which it forms in float32."""
     model, ids = families.build(name, dtype=torch.float64), ids_of(name)
     expected = measure(model, ids, [4, 6], probes=PROBES)
-    same(name, expected, measure(on_gpu(model), ids, [4, 6], probes=PROBES), 1e-7)
+    same(name, expected, measure(on_gpu(model), ids, [4, 6], probes=PROBES), 1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
