@@ -30,7 +30,7 @@ class TangentSweep:
     """Everything that moved on the way up: per-block tangents and `last [B, n, d]`."""
 
     start: int
-    blocks: tuple[BlockTangent, ...]
+    blocks: list[BlockTangent]
     last: Tensor
 
 
@@ -46,20 +46,28 @@ def tangent_sweep(
         if inspect is not None:
             inspect(f"the tangent at block {layer}", x_dot)
         tangents.append(tangent)
-    return TangentSweep(start, tuple(tangents), x_dot)
+    return TangentSweep(start, tangents, x_dot)
 
 
 def hessian_rows(
-    trunk: Trunk, sweep: TangentSweep, adjoint: TargetAdjoint, inspect: Inspect | None = None
+    trunk: Trunk,
+    sweep: TangentSweep,
+    adjoint: TargetAdjoint,
+    inspect: Inspect | None = None,
+    *,
+    last: bool = False,
 ) -> Tensor:
-    """Finish the products of one target: `(H r) [B, p + 1 - start, d]` at `start..p`."""
+    """Finish the products of one target: `(H r) [B, p + 1 - start, d]` at `start..p`.
+
+    For the `last` target the blocks' tangents are let go of on the way.
+    """
     decoder, target = trunk.decoder, adjoint.target
     row = slice(target, target + 1)
     x_bar_dot = decoder.head.adjoint_tangent(adjoint.head, sweep.last[:, row])
     for layer in reversed(trunk.layers):
         x_bar_dot = decoder.blocks[layer].adjoint_tangent(
             trunk.states[layer],
-            sweep.blocks[layer - trunk.first],
+            sweep.blocks.pop() if last else sweep.blocks[layer - trunk.first],
             adjoint.blocks[layer - trunk.first],
             x_bar_dot,
             trunk.target_rows(layer, sweep.start, target),
