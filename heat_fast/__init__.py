@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from heat_fast.config import HeatConfig
     from heat_fast.cost import Estimate, estimate
     from heat_fast.demo import load_demo_model
+    from heat_fast.error_bounds import Bounds, bounds
     from heat_fast.errors import (
         ConfigError,
         HeatError,
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Attribution",
     "Attributor",
+    "Bounds",
     "ConfigError",
     "Estimate",
     "HeatConfig",
@@ -51,6 +53,7 @@ __all__ = [
     "UnsupportedModelError",
     "__version__",
     "attribute",
+    "bounds",
     "build_info",
     "estimate",
     "load",
@@ -61,6 +64,7 @@ __all__ = [
 _HOME = {
     "Attribution": "heat_fast.result",
     "Attributor": "heat_fast.attributor",
+    "Bounds": "heat_fast.error_bounds",
     "ConfigError": "heat_fast.errors",
     "Estimate": "heat_fast.cost",
     "HeatConfig": "heat_fast.config",
@@ -70,6 +74,7 @@ _HOME = {
     "OutputError": "heat_fast.errors",
     "UnsupportedModelError": "heat_fast.errors",
     "attribute": "heat_fast.attributor",
+    "bounds": "heat_fast.error_bounds",
     "build_info": "heat_fast.native",
     "estimate": "heat_fast.cost",
     "load": "heat_fast.result",

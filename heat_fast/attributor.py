@@ -8,8 +8,7 @@ A prompt that is cut into windows goes to the middle of it once per window (`hea
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -26,6 +25,7 @@ from heat_fast.curvature import Curvature, curvature, product_count
 from heat_fast.decoder import Decoder, check_supported, view
 from heat_fast.decoder.norm import wide
 from heat_fast.errors import ConfigError, HeatError, InputError, UnsupportedModelError
+from heat_fast.forward import check_faithful, unchanged
 from heat_fast.gate import gate
 from heat_fast.information import ExactBranches, information, replacement
 from heat_fast.kernels.dispatch import Record, using
@@ -158,7 +158,7 @@ class Attributor:
                 torch.inference_mode(False),
                 torch.no_grad(),
                 torch.autocast(device.type, enabled=False),
-                _unchanged(self.model),
+                unchanged(self.model),
                 using(self.config.kernels, device) as ran,
                 _reporting(progress, self.config) as report,
             ):
@@ -256,7 +256,7 @@ class Attributor:
                 keep_streams=config.branch_tolerance is not None,
                 first=first,
             )
-            _check_faithful(self.model, trunk)
+            check_faithful(self.model, trunk)
             step(work.trunk())
         if targets is None:  # the trunk of a single target does not depend on it
             trunk = replace(trunk, targets=(int(trunk.log_probs[0].argmax()),))
@@ -424,56 +424,3 @@ def _embedding_device(embed: nn.Module) -> torch.device:
     hook = getattr(embed, "_hf_hook", None)
     device = getattr(hook, "execution_device", None)
     return torch.device(device) if device is not None else weight.device
-
-
-def _check_faithful(model: Any, trunk: Trunk) -> None:
-    """Compare the view's log-probabilities with the model's own at the target rows.
-
-    A hook, a patched forward, a subclass or a prompt-learning adapter may change what the model
-    computes above the submodules that the view calls; explaining another model would be worse
-    than none. Costs about one run of the trunk.
-    """
-    count = len(trunk.targets)
-    output = model(inputs_embeds=trunk.embeddings[None], use_cache=False, logits_to_keep=count)
-    own = torch.log_softmax(output.logits[0, -count:].to(trunk.log_probs), dim=-1)
-    # Rounding accumulates over the blocks: the square root of the precision is far above it, and
-    # far below what a change to the model does. Unlikely tokens do not matter.
-    weight = torch.maximum(own.exp(), trunk.log_probs.exp())
-    difference = float((weight * (own - trunk.log_probs).abs()).max())
-    # A float64 model still takes its norms and softmax in float32.
-    eps = max(torch.finfo(trunk.embeddings.dtype).eps, torch.finfo(torch.float32).eps)
-    allowed = 8 * eps**0.5
-    if not difference <= allowed:
-        raise UnsupportedModelError(
-            f"the view of {type(model).__name__} does not compute what the model computes: "
-            f"log-probabilities differ by {difference:.2g} nats, expected at most {allowed:.2g}. "
-            "A hook, a patched forward, a custom attention or a learned prompt changes the model; "
-            "remove it, or merge it into the weights."
-        )
-
-
-@contextmanager
-def _unchanged(model: nn.Module) -> Iterator[None]:
-    """Switch dropout off (an adapter's, say); afterwards restore every module's mode and tables.
-
-    Long-context variants of the rotary embedding rewrite their tables in the model's own forward.
-    """
-    training = [module for module in model.modules() if module.training]
-    rotary = [module for module in model.modules() if "Rotary" in type(module).__name__]
-    attributes = [dict(vars(module)) for module in rotary]
-    buffers = [
-        {name: (table, table.clone()) for name, table in module.named_buffers(recurse=False)}
-        for module in rotary
-    ]
-    try:
-        model.eval()
-        yield
-    finally:
-        for module in training:
-            module.training = True
-        for module, before, tables in zip(rotary, attributes, buffers, strict=True):
-            for name in vars(module).keys() - before.keys():
-                delattr(module, name)
-            for name, (table, values) in tables.items():
-                table.copy_(values)
-                module._buffers[name] = table

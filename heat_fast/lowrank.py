@@ -56,12 +56,14 @@ def products_each(config: HeatConfig, tokens: int, width: int) -> int:
 class Quality:
     """What the approximation holds of each target's H (or of its blocks together), `[T]`.
 
-    `residual`: `|H - H_k|_F / |H|_F`; `captured`: `|H_k|_F^2 / |H|_F^2`; both estimated from
-    `HELD_OUT` probes. `rank` and `columns`: the rank and the test vectors of one approximation.
+    `residual`: `|H - H_k|_F / |H|_F`; `captured`: `|H_k|_F^2 / |H|_F^2`; `norm`: `|H|_F`; all
+    estimated from `HELD_OUT` probes. `rank` and `columns`: the rank and the test vectors of one
+    approximation.
     """
 
     residual: Tensor
     captured: Tensor
+    norm: Tensor
     rank: int
     columns: int
 
@@ -73,7 +75,8 @@ class Quality:
             return None
         residual = torch.cat([part.residual for part in found])
         captured = torch.cat([part.captured for part in found])
-        return Quality(residual, captured, found[0].rank, found[0].columns)
+        norm = torch.cat([part.norm for part in found])
+        return Quality(residual, captured, norm, found[0].rank, found[0].columns)
 
     @staticmethod
     def worst(parts: Sequence[Quality | None]) -> Quality | None:
@@ -83,7 +86,8 @@ class Quality:
             return None
         residual = torch.stack([part.residual for part in found]).amax(0)
         captured = torch.stack([part.captured for part in found]).amin(0)
-        return Quality(residual, captured, found[0].rank, found[0].columns)
+        norm = torch.stack([part.norm for part in found]).amax(0)
+        return Quality(residual, captured, norm, found[0].rank, found[0].columns)
 
     def report(self) -> dict[str, Any]:
         """For a result's metadata."""
@@ -92,6 +96,7 @@ class Quality:
             "test_vectors": self.columns,
             "residual": self.residual.tolist(),
             "captured_energy": self.captured.tolist(),
+            "norm": self.norm.tolist(),
         }
 
 
@@ -120,7 +125,9 @@ class LowRank:
         if self.by_token:  # the blocks together are one block-diagonal operator
             pair = pair[0].flatten(-3, -2), pair[1].flatten(-3, -2)
         residual, captured = (part.cpu() for part in quality(*pair))
-        self.quality = Quality(residual, captured, self.rank, self.columns)
+        # E |H z|^2 = |H|_F^2 for signs z.
+        norm = pair[0].double().square().sum((-2, -1)).div(HELD_OUT).sqrt().cpu()
+        self.quality = Quality(residual, captured, norm, self.rank, self.columns)
 
     def _tests(self) -> Tensor:
         """Signs, or all unit vectors: what is exact need not depend on the signs' rank."""
