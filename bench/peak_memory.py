@@ -1,10 +1,11 @@
-"""Peak resident memory of one attribution of the random-weight Llama, in a process of its own.
+"""Peak resident memory of one attribution of a random-weight Llama, in a process of its own.
 
-    python bench/peak_memory.py 1024 '{"estimator": "coded", "codes": 8, "probes": 4}'
+    python bench/peak_memory.py 1024 '{"estimator": "coded", "codes": 8, "probes": 4}' [llama]
 
 prints, as JSON in bytes: what the process held before the model (interpreter, torch, and all that a
 first attribution of a tiny model loads); the model; the trunk as the engine counts it; the most
-that was resident during the attribution beyond the first; and what `heat_fast.estimate` told.
+that was resident during the attribution beyond the first; what `heat_fast.estimate` told; counts,
+FLOPs and seconds. The last argument names one of the shapes of `models.py`.
 """
 
 from __future__ import annotations
@@ -39,12 +40,17 @@ def forget_peak() -> bool:
 
 
 def main() -> None:
-    tokens, config = int(sys.argv[1]), HeatConfig(**json.loads(sys.argv[2]))
+    settings = json.loads(sys.argv[2])
+    shape = sys.argv[3] if len(sys.argv) > 3 else "llama"
+    tokens, config = (
+        int(sys.argv[1]),
+        HeatConfig.preset(settings.pop("variant", "full"), **settings),
+    )
     demo = load_demo_model(1)
-    Attributor(demo.model, None, config).attribute([5, 6, 7], 8)
+    Attributor(demo.model, None, config.replace(layers=None)).attribute([5, 6, 7], 8)
     del demo
     baseline = resident("VmRSS")
-    model = random_llama()
+    model = random_llama(shape)
     reset = forget_peak()
     kept: list[int] = []
     run = attributor.run_trunk
@@ -55,14 +61,17 @@ def main() -> None:
         return trunk
 
     with mock.patch.object(attributor, "run_trunk", run_trunk):
-        result = Attributor(model, None, config).attribute(prompt_ids(tokens), 7)
+        result = Attributor(model, None, config).attribute(prompt_ids(tokens, shape), 7)
     peak = resident("VmHWM") if reset else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    told = estimate(model, tokens, 1, config, calibrate=False)
     report = {
         "baseline": baseline,
         "model": sum(value.nbytes for value in model.parameters()),
         "trunk": kept[0],
         "peak": peak - baseline,
-        "estimated": estimate(model, tokens, 1, config, calibrate=False).peak_bytes,
+        "estimated": told.peak_bytes,
+        "flops": dict(told.flops),
+        "counts": dict(result.metadata["counts"]),
         "seconds": dict(result.metadata["seconds"]),
     }
     print(json.dumps(report))

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from baselines import authors
+from measures import spearman
+from models import story_ids
 
 from heat_fast import Attribution, Attributor, HeatConfig
 from heat_fast.combine import Components, combine
@@ -70,11 +72,6 @@ def authors_curvature_seconds(
     return seconds * len(ids) / len(tokens), values
 
 
-def spearman(left: torch.Tensor, right: torch.Tensor) -> float:
-    ranks = torch.stack([left.argsort().argsort(), right.argsort().argsort()]).double()
-    return float(torch.corrcoef(ranks)[0, 1])
-
-
 def median_run(benchmark: Any, function: Callable[[], Attribution], rounds: int) -> Attribution:
     result: Attribution = benchmark.pedantic(function, rounds=rounds, warmup_rounds=1)
     benchmark.extra_info["seconds"] = dict(result.metadata["seconds"])
@@ -86,11 +83,7 @@ def median_run(benchmark: Any, function: Callable[[], Attribution], rounds: int)
 def story(stories: tuple[Any, Any]) -> tuple[Any, list[int], Attribution, torch.Tensor]:
     """A story of 256 tokens: model, ids, its run with one block probe, and the converged S."""
     model, tokenizer = stories
-    torch.manual_seed(3)
-    start = tokenizer("Once upon a time there was a little girl", return_tensors="pt")
-    ids = model.generate(
-        **start, max_new_tokens=STORY, do_sample=True, temperature=0.8, eos_token_id=None
-    )[0][:STORY].tolist()
+    ids = story_ids(model, tokenizer, STORY)
     exact = run(model, ids, None, probes=1)
     curvature = converged_curvature(model, ids, exact.target_ids[0])
     # The blocks are the engine's: with its own probe they give its own values.

@@ -1,0 +1,129 @@
+"""Every preset's time, memory and counts at growing lengths, and its fidelity to `full`.
+
+Costs are those of a random-weight Llama small enough for `full` with the block estimator at 2,048
+tokens (2 blocks, width 64), each run in a process of its own; `ls` keeps one of its two blocks. All
+presets use 2 probes, so that what differs is the preset. Fidelity is measured on the 3M-parameter
+story model, where that is on disk, against `full` with 32 block probes.
+
+    make bench JSON=variants-cpu PYTEST_ARGS="-k variants"
+    .venv/bin/python bench/variants_table.py variants-cpu      # writes the Markdown beside it
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from measures import overlap, relative_error, spearman
+from models import story_ids
+
+from heat_fast import Attribution, Attributor, HeatConfig
+from heat_fast.config import PRESETS
+
+if TYPE_CHECKING:
+    from conftest import Summary
+
+HERE = Path(__file__).resolve().parent
+LENGTHS = (512, 1024, 2048)
+PROBES = 2
+STORY = 256
+REFERENCE_PROBES = 32
+FIDELITY: dict[str, dict[str, Any]] = {
+    "full, 2 probes": {"variant": "full", "probes": 2},
+    "full, coded": {"variant": "full", "estimator": "coded", "codes": 16, "probes": 4},
+    "lr": {"variant": "lr"},
+    "lr, rank 256": {"variant": "lr", "rank": 256},
+    "ls": {"variant": "ls", "layers": 3, "probes": 2},
+    "win": {"variant": "win", "window": 128, "probes": 2},
+    "lr+win": {"variant": "lr+win", "window": 128},
+    "ls+win": {"variant": "ls+win", "layers": 3, "window": 128, "probes": 2},
+    "gs": {"variant": "gs"},
+}
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("variant", PRESETS)
+def test_cost(
+    benchmark: Any, variant: str, length: int, summary: Summary, costs: dict[Any, Any]
+) -> None:
+    """One attribution; `full` comes first, and the others are told as ratios to it."""
+    settings: dict[str, Any] = {"variant": variant, "probes": PROBES}
+    if "ls" in variant:
+        settings["layers"] = 1
+    command = [sys.executable, str(HERE / "peak_memory.py"), str(length)]
+    command += [json.dumps(settings), "small"]
+    outcome = benchmark.pedantic(
+        lambda: subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True), rounds=1
+    )
+    told = json.loads(outcome.stdout)
+    told["total_flops"] = sum(told["flops"].values())
+    told["beyond_model"] = told["peak"] - told["model"]
+    costs[variant, length] = told
+    full = costs.get(("full", length), told)
+    ratios = {
+        "cheaper_flops": full["total_flops"] / told["total_flops"],
+        "faster": full["seconds"]["total"] / told["seconds"]["total"],
+        "memory": told["beyond_model"] / full["beyond_model"],
+    }
+    benchmark.extra_info.update(variant=variant, tokens=length, **told, **ratios)
+    summary.add(
+        f"{variant}, N={length}: FLOPs cheaper, faster, memory, of full",
+        f"{ratios['cheaper_flops']:.1f}, {ratios['faster']:.1f}, {ratios['memory']:.2f}",
+    )
+
+
+@pytest.fixture(scope="session")
+def costs() -> dict[Any, Any]:
+    """What was told of each preset and length in this run."""
+    return {}
+
+
+@pytest.fixture(scope="session")
+def exact(stories: tuple[Any, Any]) -> tuple[Any, list[int], Attribution]:
+    """A story of 256 tokens: model, ids, and `full` with many block probes of another seed."""
+    model, tokenizer = stories
+    ids = story_ids(model, tokenizer, STORY)
+    config = HeatConfig(probes=REFERENCE_PROBES, seed=1)
+    return model, ids, Attributor(model, None, config).attribute(ids)
+
+
+@pytest.mark.parametrize("settings", FIDELITY.values(), ids=FIDELITY)
+def test_fidelity(
+    benchmark: Any,
+    exact: tuple[Any, list[int], Attribution],
+    settings: dict[str, Any],
+    request: pytest.FixtureRequest,
+    summary: Summary,
+) -> None:
+    """Gate, S, I and score against `full`: Spearman, top-10 overlap, relative l1 error."""
+    model, ids, wanted = exact
+    config = HeatConfig.preset(**{"name": "full", **_renamed(settings)})
+    found = benchmark.pedantic(
+        lambda: Attributor(model, None, config).attribute(ids, list(wanted.target_ids)), rounds=1
+    )
+    pairs = {
+        "gate": (found.gate[0], wanted.gate[0]),
+        "curvature": (found.curvature[0], wanted.curvature[0]),
+        "information": (found.information[0], wanted.information[0]),
+        "score": (found.scores, wanted.scores),
+    }
+    measured = {
+        name: [spearman(*pair), overlap(*pair), relative_error(*pair)]
+        for name, pair in pairs.items()
+    }
+    label = request.node.callspec.id
+    benchmark.extra_info.update(
+        variant=label, fidelity=measured, counts=dict(found.metadata["counts"])
+    )
+    summary.add(
+        f"{label}, stories3M, N={STORY}: Spearman of S, of the score; top-10 of the score",
+        f"{measured['curvature'][0]:.3f}, {measured['score'][0]:.3f}; {measured['score'][1]:.1f}",
+    )
+
+
+def _renamed(settings: dict[str, Any]) -> dict[str, Any]:
+    return {("name" if key == "variant" else key): value for key, value in settings.items()}
