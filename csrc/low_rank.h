@@ -284,7 +284,10 @@ struct Orthonormaliser {
     }
 
     void copy(const Tall<T>& from, const double* scaled, const Tall<T>& to) const {
-        for (std::int64_t i = 0; from.data != to.data && i < rows; ++i) {
+        if (from.data == to.data && scaled == nullptr) {
+            return;
+        }
+        for (std::int64_t i = 0; i < rows; ++i) {
             for (std::int64_t j = 0; j < count; ++j) {
                 const T factor = scaled == nullptr ? T(1) : static_cast<T>(scaled[j]);
                 to.data[i * to.row + j] = from.data[i * from.row + j * from.column] * factor;

@@ -228,7 +228,7 @@ struct Grams {
         if (own_result != nullptr) {
             own.total(true, own_result);
         }
-        if (right != nullptr) {
+        if (cross_result != nullptr) {
             cross.total(false, cross_result);
         }
     }
