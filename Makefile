@@ -15,7 +15,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test lint types format bench clean distclean
+.PHONY: help setup demo test lint types format sanitize bench clean distclean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -62,6 +62,9 @@ types: $(STAMP) ## mypy --strict on the package
 format: $(STAMP) ## Rewrite the code in the project's format
 	@$(BIN)/ruff check --quiet --fix . || true
 	@$(BIN)/ruff format .
+
+sanitize: ## Run every compiled kernel under the address and undefined-behaviour sanitizers
+	@$(MAKE) --no-print-directory --jobs=2 --file=csrc/tests/sanitize.mk
 
 bench: $(STAMP) ## Run the benchmarks (JSON=name writes bench/results/name.json)
 	@ls bench/test_*.py >/dev/null 2>&1 || { echo "bench/ holds no benchmark yet." >&2; exit 1; }

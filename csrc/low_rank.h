@@ -242,7 +242,10 @@ struct Orthonormaliser {
         for (std::int64_t i = 0; i < count; ++i) {
             for (std::int64_t j = 0; j < count; ++j) {
                 const double value = std::abs(gram[i * stride + j] - (i == j ? 1 : 0));
-                worst = value <= worst ? worst : value;  // keeps NaN
+                if (!(value <= std::numeric_limits<double>::max())) {
+                    return std::numeric_limits<double>::infinity();
+                }
+                worst = std::max(worst, value);
             }
         }
         return worst;
@@ -259,10 +262,10 @@ struct Orthonormaliser {
                 gram[i * stride + j] /= length[i] * length[j];
                 off += std::abs(gram[i * stride + j] - (i == j ? 1 : 0));
             }
-            farthest = off <= farthest ? farthest : off;
-        }
-        if (!(farthest <= 2.0 * static_cast<double>(count))) {
-            return false;
+            if (!(off <= std::numeric_limits<double>::max())) {
+                return false;
+            }
+            farthest = std::max(farthest, off);
         }
         double lift = farthest < 0.5 ? 0 : shift;
         for (double more = shift; lift < 1; more *= 10) {

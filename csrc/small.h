@@ -72,11 +72,11 @@ struct Eigen {
                 const double value =
                     given[i * given_stride + j] / 2 + given[j * given_stride + i] / 2;
                 matrix[i * stride + j] = value;
-                peak = std::abs(value) <= peak ? peak : std::abs(value);  // keeps NaN
+                if (!(std::abs(value) <= std::numeric_limits<double>::max())) {
+                    return false;
+                }
+                peak = std::max(peak, std::abs(value));
             }
-        }
-        if (!(peak <= std::numeric_limits<double>::max())) {
-            return false;
         }
         // A power of two near the largest entry: squares stay far from overflow and underflow.
         int power = 0;
