@@ -318,7 +318,7 @@ void all(const Kernels<T>& set) {
             low_rank(set, 1, 1, 1, swapped, Kind::plain, threads);
             low_rank(set, 3, 19, 19, swapped, Kind::plain, threads);
             low_rank(set, 2, 300, 13, swapped, Kind::plain, threads);
-            low_rank(set, 1, 20011, 33, swapped, Kind::plain, threads);  // several chunks
+            low_rank(set, 1, 60011, 9, swapped, Kind::plain, threads);  // several chunks
             for (const Kind kind : {Kind::repeated, Kind::zero, Kind::huge, Kind::tiny,
                                     Kind::graded, Kind::not_a_number, Kind::infinite}) {
                 low_rank(set, 2, 71, 9, swapped, kind, threads);
