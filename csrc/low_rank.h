@@ -197,12 +197,9 @@ struct Orthonormaliser {
         // A rounding of the entries, and what the sums of the Gram matrix themselves round off.
         const double allowed = 4 * std::sqrt(count) * std::numeric_limits<T>::epsilon() +
                                2 * std::sqrt(rows) * eps;
+        bool solved = false;
         for (int attempt = 0; attempt < passes; ++attempt) {
-            bool empty = false;
-            for (std::int64_t j = 0; j < count; ++j) {
-                length[j] = std::sqrt(gram[j * stride + j]);
-                empty = empty || length[j] == 0;
-            }
+            const bool empty = find_lost(solved);
             const bool done = !empty && distance_from_identity() <= allowed;
             if (empty || done) {
                 copy(current, scaled, frame);
@@ -222,6 +219,7 @@ struct Orthonormaliser {
                 return Outcome::out_of_range;
             }
             substitution.run(current, scaled, upper, threads, frame, gram);
+            solved = true;
             current = frame;
             scaled = nullptr;
             for (std::int64_t i = 0; i < count; ++i) {  // triangle = upper triangle
@@ -235,6 +233,32 @@ struct Orthonormaliser {
             std::copy(trial, trial + count * stride, triangle);
         }
         return Outcome::out_of_range;
+    }
+
+    // Lengths of the columns; 0 where A has nothing more to say: what is left of a column that the
+    // shift has swallowed is rounding noise, and that may be parallel to another column for ever.
+    bool find_lost(bool solved) const {
+        constexpr double swallowed = 1e-3;
+        const double least = std::numeric_limits<T>::epsilon() / 4;
+        std::fill(peaks, peaks + count, std::numeric_limits<double>::min());
+        for (std::int64_t i = 0; i < count; ++i) {
+            for (std::int64_t j = i; j < count; ++j) {
+                peaks[j] = std::max(peaks[j], std::abs(triangle[i * stride + j]));
+            }
+        }
+        bool any = false;
+        for (std::int64_t i = 0; i < count; ++i) {
+            length[i] = std::sqrt(gram[i * stride + i]);
+            double share = 0;
+            for (std::int64_t j = i; j < count; ++j) {
+                share = std::max(share, std::abs(triangle[i * stride + j]) / peaks[j]);
+            }
+            if (solved && length[i] < swallowed && length[i] * share <= least) {
+                length[i] = 0;
+            }
+            any = any || length[i] == 0;
+        }
+        return any;
     }
 
     double distance_from_identity() const {

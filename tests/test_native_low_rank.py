@@ -154,21 +154,18 @@ def check_basis(matrix: Tensor) -> None:
     size = torch.where(size > 0, size, 1.0)
     scaled = matrix.double() / size
     rebuilt = frame.double() @ (triangle / size)
-    # A rounding of every entry of Q per pass, against columns of at most sqrt(rows).
-    assert_close("QR", scaled, rebuilt, rtol=0, atol=8 * eps * rows**0.5)
+    # A rounding of every entry of Q per pass, against columns of at most sqrt(rows), and as much
+    # again for the sums of this product.
+    assert_close("QR", scaled, rebuilt, rtol=0, atol=16 * eps * rows**0.5)
 
 
 @both_dtypes
 @each_layout
 @pytest.mark.parametrize("condition", [1.0, 1e3, 1e7, 1e15])
-@pytest.mark.parametrize("shape", [(211, 23), (7001, 130)], ids=str)
 def test_orthonormal_bases(
-    shape: tuple[int, int],
-    condition: float,
-    layout: Callable[[Tensor], Tensor],
-    dtype: torch.dtype,
+    condition: float, layout: Callable[[Tensor], Tensor], dtype: torch.dtype
 ) -> None:
-    rows, columns = shape
+    rows, columns = 411, 43
     magnitudes = condition ** -torch.linspace(0, 1, columns, dtype=torch.float64)
     left, right = (torch.linalg.qr(draw(size, columns)).Q for size in (rows, columns))
     check_basis(layout((left * magnitudes @ right.mT).to(dtype)))
@@ -183,6 +180,7 @@ def test_bases_of_columns_of_any_scale(dtype: torch.dtype) -> None:
     check_basis(torch.cat(parts, 1))
     check_basis(torch.zeros(30, 30, dtype=dtype))
     check_basis(torch.ones(30, 30, dtype=dtype))
+    check_basis(torch.ones(6, 2, dtype=dtype))
 
 
 @both_dtypes
@@ -380,15 +378,10 @@ def test_the_extension_checks_what_it_is_given() -> None:
         call(matrix.mT, frame.mT, triangle)
     with pytest.raises(ValueError, match="threads"):
         call(matrix, frame, triangle, threads=0)
+    rows, index, mean = torch.ones(1, 1, 2), torch.tensor([[0, 7]]), torch.ones(1, 3)
+    parts = [native.array(tensor) for tensor in (rows, index, None, mean)]
     with pytest.raises(ValueError, match="index holds 7"):
-        extension.window_mean(
-            native.array(torch.ones(1, 1, 2)),
-            native.array(torch.tensor([[0, 7]])),
-            None,
-            native.array(torch.ones(1, 3)),
-            native.workspace(torch.float32),
-            1,
-        )
+        extension.window_mean(*parts, native.workspace(torch.float32), 1)
 
 
 # --- fuzz ---------------------------------------------------------------------------------------
@@ -431,7 +424,7 @@ def test_any_input_gives_a_finite_result_or_a_reason(
         lambda: single_pass(one, other, rank),
         lambda: two_pass(one, lambda frame: frame * 2, rank),
         lambda: two_pass(one, lambda _: other, rank),
-        lambda: product(Factors(one, torch.ones(one.shape[-1:]).double()), other),
+        lambda: product(Factors(one, (one.sum(-2) if one.dim() > 1 else one).double()), other),
         lambda: quality(one, other),
         lambda: block_norms(one, other, rank, torch.arange(max(0, rank))),
         lambda: window_mean(one, torch.zeros(one.shape[::2], dtype=torch.int64), 3),

@@ -107,8 +107,12 @@ def product(factors: Factors, directions: Tensor, *, impl: str | None = None) ->
     """`H_k Z [..., M, p]` for `Z [..., M, p]`, whose leading dimensions broadcast."""
     vectors, values = factors.vectors, factors.values
     _check_tall(vectors, directions)
-    if vectors.shape[-2] != directions.shape[-2]:
-        _refuse(directions, f"as many rows as the factors {tuple(vectors.shape)}")
+    pairs = zip(reversed(vectors.shape[:-2]), reversed(directions.shape[:-2]), strict=False)
+    fits = all(one == other or 1 in (one, other) for one, other in pairs)
+    if vectors.shape[-2] != directions.shape[-2] or not fits:
+        _refuse(directions, f"the rows and leading dimensions of factors {tuple(vectors.shape)}")
+    if values.shape != (*vectors.shape[:-2], vectors.shape[-1]):
+        _refuse(vectors, f"one for each of the values {tuple(values.shape)}")
     directions = directions.to(vectors.dtype)
     gram, combine = reference.gram, reference.combine
     if implementation("low_rank", impl, vectors, directions) == "native":

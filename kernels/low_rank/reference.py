@@ -129,10 +129,13 @@ def orthonormalise(matrix: Tensor) -> tuple[Tensor, Tensor]:
     # A rounding of the entries, and what the sums of the Gram matrix themselves round off.
     allowed = 4 * count**0.5 * torch.finfo(matrix.dtype).eps + 2 * rows**0.5 * double
     shift = 4 * count * double
+    solved = False
     for attempt in range(_PASSES):
         squares = gram(frame, frame)
         length = squares.diagonal(dim1=-2, dim2=-1).sqrt()
         empty = length == 0
+        if solved:
+            empty |= _swallowed(length, triangle, torch.finfo(matrix.dtype).eps)
         if bool(empty.any()):
             frame = _filled(frame, empty, attempt)
             triangle = torch.where(empty[..., None], 0.0, triangle)
@@ -145,6 +148,7 @@ def orthonormalise(matrix: Tensor) -> tuple[Tensor, Tensor]:
         lift = torch.where(sure, 0.0, shift)[..., None, None]
         upper = _cholesky(cosines + lift * identity, shift * identity) * length[..., None, :]
         frame = _solved(frame, upper)
+        solved = True
         triangle = upper @ triangle
     raise NumericalError(OUT_OF_RANGE.format(matrix.dtype))
 
@@ -158,6 +162,14 @@ def _cholesky(matrix: Tensor, lift: Tensor) -> Tensor:
         matrix = torch.where(info[..., None, None] > 0, matrix + lift, matrix)
         factor, info = torch.linalg.cholesky_ex(matrix, upper=True)
     return factor
+
+
+def _swallowed(length: Tensor, triangle: Tensor, eps: float) -> Tensor:
+    """Columns of which A has nothing more to say: what the shift has left of them is rounding
+    noise, and that may be parallel to another column for ever."""
+    peaks = triangle.abs().amax(-2, keepdim=True).clamp_min(torch.finfo(triangle.dtype).tiny)
+    share = (triangle.abs() / peaks).amax(-1)
+    return (length < 1e-3) & (length * share <= eps / 4)
 
 
 def _filled(frame: Tensor, empty: Tensor, attempt: int) -> Tensor:
