@@ -266,6 +266,21 @@ def test_test_vectors_of_another_precision() -> None:
 
 
 @both_dtypes
+def test_test_vectors_of_a_batch_that_broadcast(dtype: torch.dtype) -> None:
+    """To leading dimensions beyond their own, from a layout that has to be copied."""
+    operators = draw(2, 3, 24, 24)
+    operators = operators + operators.mT
+    tests = turned(draw(3, 24, 9)).to(dtype)
+    images = (operators @ tests.double()).to(dtype)
+    exact = single_pass(tests.double(), images.double(), 4, 1e-7, impl="reference")
+    found = single_pass(tests, images, 4, 1e-7, impl="native")
+    # The core's inverse magnifies roundings, here by less than a thousand.
+    eps = 1e3 * torch.finfo(dtype).eps
+    assert_close("values", exact.values, found.values, rtol=eps)
+    assert_close("H", dense(exact), dense(found), rtol=eps)
+
+
+@both_dtypes
 @each_layout
 @pytest.mark.parametrize("probes", [1, 5, 41])
 @pytest.mark.parametrize("own", [False, True])

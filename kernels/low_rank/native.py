@@ -5,6 +5,8 @@ Shapes are checked by `api.py`. Tall matrices may have any strides.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -20,7 +22,11 @@ def _flat(tall: Tensor, shape: torch.Size) -> Tensor:
     return tall.expand(*shape, *tall.shape[-2:]).reshape(-1, *tall.shape[-2:])
 
 
-def _finished(reason: str, dtype: torch.dtype) -> None:
+def _call(function: Any, dtype: torch.dtype, *arguments: Tensor | float) -> None:
+    """Call a function of the extension. The tensors that it is given, copies among them, live here
+    until it has returned."""
+    passed = [native.array(each) if isinstance(each, Tensor) else each for each in arguments]
+    reason = function(*passed, native.workspace(torch.float64), torch.get_num_threads())
     if reason:
         raise NumericalError(_REASONS[reason].format(dtype))
 
@@ -29,13 +35,8 @@ def gram(left: Tensor, right: Tensor) -> Tensor:
     """As the reference."""
     shape = torch.broadcast_shapes(left.shape[:-2], right.shape[:-2])
     result = left.new_empty(*shape, left.shape[-1], right.shape[-1], dtype=torch.float64)
-    native.module(left.dtype).gram(
-        native.array(_flat(left, shape)),
-        native.array(_flat(right, shape)),
-        native.array(_flat(result, shape)),
-        native.workspace(torch.float64),
-        torch.get_num_threads(),
-    )
+    tensors = [_flat(each, shape) for each in (left, right, result)]
+    _call(native.module(left.dtype).gram, left.dtype, *tensors)
     return result
 
 
@@ -43,13 +44,8 @@ def combine(tall: Tensor, small: Tensor) -> Tensor:
     """As the reference."""
     shape = torch.broadcast_shapes(tall.shape[:-2], small.shape[:-2])
     result = tall.new_empty(*shape, tall.shape[-2], small.shape[-1])
-    native.module(tall.dtype).combine(
-        native.array(_flat(tall, shape)),
-        native.array(_flat(small.double().contiguous(), shape)),
-        native.array(_flat(result, shape)),
-        native.workspace(torch.float64),
-        torch.get_num_threads(),
-    )
+    tensors = [_flat(each, shape) for each in (tall, small.double().contiguous(), result)]
+    _call(native.module(tall.dtype).combine, tall.dtype, *tensors)
     return result
 
 
@@ -58,65 +54,46 @@ def orthonormalise(matrix: Tensor) -> tuple[Tensor, Tensor]:
     shape, count = matrix.shape[:-2], matrix.shape[-1]
     frame = torch.empty(matrix.shape, dtype=matrix.dtype)
     triangle = torch.empty(*shape, count, count, dtype=torch.float64)
-    reason = native.module(matrix.dtype).orthonormalise(
-        native.array(_flat(matrix, shape)),
-        native.array(_flat(frame, shape)),
-        native.array(_flat(triangle, shape)),
-        native.workspace(torch.float64),
-        torch.get_num_threads(),
-    )
-    _finished(reason, matrix.dtype)
+    tensors = [_flat(each, shape) for each in (matrix, frame, triangle)]
+    _call(native.module(matrix.dtype).orthonormalise, matrix.dtype, *tensors)
     return frame, triangle
 
 
 def single_pass(tests: Tensor, images: Tensor, rank: int, precision: float) -> Factors:
     """As the reference."""
-    shape = images.shape[:-2]
-    vectors = torch.empty(*images.shape[:-1], rank, dtype=images.dtype)
-    values = torch.empty(*shape, rank, dtype=torch.float64)
-    reason = native.module(images.dtype).single_pass(
-        native.array(_flat(tests, shape)),
-        native.array(_flat(images, shape)),
-        native.array(_flat(vectors, shape)),
-        native.array(values.view(-1, rank)),
-        precision,
-        native.workspace(torch.float64),
-        torch.get_num_threads(),
-    )
-    _finished(reason, images.dtype)
-    return Factors(vectors, values)
+    factors, tensors = _factors(tests, images, rank)
+    _call(native.module(images.dtype).single_pass, images.dtype, *tensors, precision)
+    return factors
 
 
 def second_pass(frame: Tensor, images: Tensor, rank: int) -> Factors:
     """As the reference."""
+    factors, tensors = _factors(frame, images, rank)
+    _call(native.module(images.dtype).second_pass, images.dtype, *tensors)
+    return factors
+
+
+def _factors(tall: Tensor, images: Tensor, rank: int) -> tuple[Factors, list[Tensor]]:
+    """Factors to be written, and the tensors of the call that writes them."""
     shape = images.shape[:-2]
     vectors = torch.empty(*images.shape[:-1], rank, dtype=images.dtype)
     values = torch.empty(*shape, rank, dtype=torch.float64)
-    reason = native.module(images.dtype).second_pass(
-        native.array(_flat(frame, shape)),
-        native.array(_flat(images, shape)),
-        native.array(_flat(vectors, shape)),
-        native.array(values.view(-1, rank)),
-        native.workspace(torch.float64),
-        torch.get_num_threads(),
-    )
-    _finished(reason, images.dtype)
-    return Factors(vectors, values)
+    tensors = [_flat(each, shape) for each in (tall, images, vectors)]
+    return Factors(vectors, values), [*tensors, values.view(-1, rank)]
 
 
 def block_norms(vectors: Tensor, values: Tensor, seed: int, samples: Tensor) -> Tensor:
     """As the reference."""
-    shape = vectors.shape[:-2]
-    values = values.double().expand(*shape, -1)
-    norms = vectors.new_empty(*shape, len(samples))
-    native.module(vectors.dtype).block_norms(
-        native.array(vectors.reshape(-1, *vectors.shape[-3:])),
-        native.array(values.reshape(-1, *values.shape[-2:])),
+    values = values.double().expand(*vectors.shape[:-2], -1)
+    norms = vectors.new_empty(*vectors.shape[:-2], len(samples))
+    _call(
+        native.module(vectors.dtype).block_norms,
+        vectors.dtype,
+        vectors.reshape(-1, *vectors.shape[-3:]),
+        values.reshape(-1, *values.shape[-2:]),
         seed & 0xFFFFFFFFFFFFFFFF,
-        native.array(samples.to(torch.int64).contiguous()),
-        native.array(norms.view(-1, *norms.shape[-2:])),
-        native.workspace(torch.float64),
-        torch.get_num_threads(),
+        samples.to(torch.int64).contiguous(),
+        norms.view(-1, *norms.shape[-2:]),
     )
     return norms
 
@@ -127,12 +104,8 @@ def symmetric_eigen(matrix: Tensor) -> tuple[Tensor, Tensor]:
     order, shape = matrix.shape[-1], matrix.shape[:-2]
     values = torch.empty(*shape, order, dtype=torch.float64)
     rows = torch.empty(*shape, order, order, dtype=torch.float64)
-    reason = native.module(torch.float64).symmetric_eigen(
-        native.array(matrix.reshape(-1, order, order).contiguous()),
-        native.array(values.view(-1, order)),
-        native.array(rows.view(-1, order, order)),
-        native.workspace(torch.float64),
-        torch.get_num_threads(),
-    )
-    _finished(reason, matrix.dtype)
+    square = [each.reshape(-1, order, order) for each in (matrix.contiguous(), rows)]
+    values_flat = values.view(-1, order)
+    function = native.module(torch.float64).symmetric_eigen
+    _call(function, matrix.dtype, square[0], values_flat, square[1])
     return values, rows.mT

@@ -12,9 +12,11 @@ def window_mean(rows: Tensor, index: Tensor, tokens: int, counted: Tensor | None
     """As the reference."""
     mean = rows.new_empty(rows.shape[1], tokens)
     weights = None if counted is None else counted.to(rows.dtype).contiguous()
+    # Named, so that the copies live until the call has returned.
+    rows, index = rows.contiguous(), index.contiguous()
     native.module(rows.dtype).window_mean(
-        native.array(rows.contiguous()),
-        native.array(index.contiguous()),
+        native.array(rows),
+        native.array(index),
         native.array(weights),
         native.array(mean),
         native.workspace(rows.dtype),
