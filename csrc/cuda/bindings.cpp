@@ -79,7 +79,7 @@ struct Array {
     }
     bool is_double() const { return bytes == 8; }
     Matrices matrices() const {
-        return {data, is_double(), strides[0], strides[1], strides[2], strides[3]};
+        return {data, strides[0], strides[1], strides[2], strides[3]};
     }
 };
 
@@ -96,7 +96,7 @@ void bind_gram(int device, std::uintptr_t stream, const py::tuple& left, const p
                const py::tuple& result) {
     const Array a("left", left), b("right", right), sums("partial", partial), out("result", result);
     a.rank(4).floating();
-    b.rank(4).floating().of({a.shape[0], a.shape[1], a.shape[2], b.shape[3]});
+    b.rank(4).number(a.bytes).of({a.shape[0], a.shape[1], a.shape[2], b.shape[3]});
     const std::int64_t rows = a.shape[2], chunks = sums.rank(5).shape[2];
     sums.of({a.shape[0], a.shape[1], chunks, a.shape[3], b.shape[3]}).number(8).contiguous();
     out.of({a.shape[0], a.shape[1], a.shape[3], b.shape[3]}).number(8).contiguous();
@@ -112,7 +112,7 @@ void bind_gram(int device, std::uintptr_t stream, const py::tuple& left, const p
     const std::int64_t tiles =
         ((a.shape[3] + kTile - 1) / kTile) * ((b.shape[3] + kTile - 1) / kTile);
     fits("gram", a.shape[0] * a.shape[1] * chunks * tiles);
-    gram({device, stream}, a.matrices(), b.matrices(), symmetric, a.shape[0], a.shape[1], rows,
+    gram({device, stream}, a.is_double(), a.matrices(), b.matrices(), symmetric, a.shape[0], a.shape[1], rows,
          a.shape[3], b.shape[3], chunks, rows_each, sums.data, out.data);
 }
 
@@ -125,7 +125,7 @@ void bind_combine(int device, std::uintptr_t stream, const py::tuple& tall, cons
     if (a.shape[3] >= std::int64_t(1) << 30) a.refuse("fewer than 2^30 columns");
     fits("combine", a.shape[0] * a.shape[1] * ((a.shape[2] + kTile - 1) / kTile) *
                         ((b.shape[3] + kTile - 1) / kTile));
-    combine({device, stream}, a.matrices(), b.matrices(), a.shape[0], a.shape[1], a.shape[2],
+    combine({device, stream}, a.is_double(), a.matrices(), b.matrices(), a.shape[0], a.shape[1], a.shape[2],
             a.shape[3], b.shape[3], out.data);
 }
 
@@ -141,31 +141,28 @@ void bind_block_norms(int device, std::uintptr_t stream, const py::tuple& vector
     space.of({u.shape[0], u.shape[1], count, u.shape[3]}).number(u.bytes).contiguous();
     out.of({u.shape[0], u.shape[1], count}).number(u.bytes).contiguous();
     fits("block_norms", u.shape[0] * u.shape[1] * ((count + 7) / 8));
-    block_norms({device, stream},
-                {u.data, u.is_double(), u.strides[0], u.strides[1], u.strides[2], w.data,
+    block_norms({device, stream}, u.is_double(),
+                {u.data, u.strides[0], u.strides[1], u.strides[2], w.data,
                  w.strides[0], w.strides[1]},
                 u.shape[0], u.shape[1], u.shape[2], u.shape[3], seed, probes.data, count,
                 space.data, out.data);
 }
 
 void bind_window_mean(int device, std::uintptr_t stream, const py::tuple& values,
-                      const py::tuple& starts, const py::object& counted, std::int64_t sink,
-                      std::int64_t tail, const py::tuple& result) {
-    const Array in("values", values), begin("starts", starts), out("result", result);
+                      const py::tuple& places, const py::object& counted,
+                      const py::tuple& result) {
+    const Array in("values", values), where("places", places), out("result", result);
     in.rank(3).floating().contiguous();
-    begin.of({in.shape[0]}).number(8).contiguous();
-    const std::int64_t body = in.shape[2] - sink - tail;
-    if (sink < 0 || tail < 0 || body < 0) in.refuse("windows that hold the sink and the tail");
     out.rank(2).of({in.shape[1], out.shape[1]}).number(in.bytes).contiguous();
-    if (out.shape[1] < in.shape[2]) out.refuse("at least the tokens of one window");
+    where.of({in.shape[0], out.shape[1]}).number(8).contiguous();
     std::uintptr_t mask = 0;
     if (!counted.is_none()) {
         const Array given("counted", counted.cast<py::tuple>());
         mask = given.of({in.shape[0], in.shape[2]}).number(1).contiguous().data;
     }
     fits("window_mean", (in.shape[1] * out.shape[1] + 127) / 128);
-    window_mean({device, stream}, in.is_double(), in.data, begin.data, mask, in.shape[0],
-                in.shape[1], out.shape[1], sink, body, tail, out.data);
+    window_mean({device, stream}, in.is_double(), in.data, where.data, mask, in.shape[0],
+                in.shape[1], out.shape[1], in.shape[2], out.data);
 }
 
 }  // namespace

@@ -190,10 +190,10 @@ void norms_of(Where where, const Factors& factors, std::int64_t outer, std::int6
 
 }  // namespace
 
-void block_norms(Where where, Factors factors, std::int64_t outer, std::int64_t tokens,
+void block_norms(Where where, bool is_double, Factors factors, std::int64_t outer, std::int64_t tokens,
                  std::int64_t width, std::int64_t rank, std::uint64_t seed, std::uintptr_t samples,
                  std::int64_t count, std::uintptr_t workspace, std::uintptr_t result) {
-    (factors.is_double ? norms_of<double> : norms_of<float>)(
+    (is_double ? norms_of<double> : norms_of<float>)(
         where, factors, outer, tokens, width, rank, seed, samples, count, workspace, result);
 }
 

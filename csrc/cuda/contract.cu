@@ -216,11 +216,11 @@ Operand<T> operand(const Matrices& m, bool by_row) {
 
 std::int64_t tiles_of(std::int64_t size) { return (size + kTile - 1) / kTile; }
 
-template <class P, class Q>
-void partial_grams(Where where, const Matrices& a, const Matrices& b, const Shape& shape,
-                   std::int64_t blocks, std::uintptr_t partial) {
-    launch("gram", contract<P, Q, double>, where.device, where.stream, blocks, kThreads,
-           operand<P>(a, true), operand<Q>(b, true), reinterpret_cast<double*>(partial), shape);
+template <class T>
+void gram_of(Where where, const Matrices& a, const Matrices& b, const Shape& shape,
+             std::int64_t blocks, std::uintptr_t partial) {
+    launch("gram", contract<T, T, double>, where.device, where.stream, blocks, kThreads,
+           operand<T>(a, true), operand<T>(b, true), reinterpret_cast<double*>(partial), shape);
 }
 
 template <class T>
@@ -232,7 +232,7 @@ void combine_of(Where where, const Matrices& a, const Matrices& b, const Shape& 
 
 }  // namespace
 
-void gram(Where where, Matrices a, Matrices b, bool symmetric, std::int64_t outer,
+void gram(Where where, bool is_double, Matrices a, Matrices b, bool symmetric, std::int64_t outer,
           std::int64_t inner, std::int64_t rows, std::int64_t left, std::int64_t right,
           std::int64_t chunks, std::int64_t rows_each, std::uintptr_t partial,
           std::uintptr_t result) {
@@ -240,25 +240,18 @@ void gram(Where where, Matrices a, Matrices b, bool symmetric, std::int64_t oute
     const std::int64_t across = tiles_of(left);
     const std::int64_t tiles = symmetric ? across * (across + 1) / 2 : across * tiles_of(right);
     const std::int64_t blocks = outer * inner * chunks * tiles;
-    if (a.is_double) {
-        b.is_double ? partial_grams<double, double>(where, a, b, shape, blocks, partial)
-                    : partial_grams<double, float>(where, a, b, shape, blocks, partial);
-    } else {
-        b.is_double ? partial_grams<float, double>(where, a, b, shape, blocks, partial)
-                    : partial_grams<float, float>(where, a, b, shape, blocks, partial);
-    }
+    (is_double ? gram_of<double> : gram_of<float>)(where, a, b, shape, blocks, partial);
     const std::int64_t total = outer * inner * left * right;
     launch("gram", sum_chunks, where.device, where.stream, (total + 127) / 128, 128,
            reinterpret_cast<const double*>(partial), reinterpret_cast<double*>(result), total,
            chunks, left, right, symmetric);
 }
 
-void combine(Where where, Matrices a, Matrices b, std::int64_t outer, std::int64_t inner,
+void combine(Where where, bool is_double, Matrices a, Matrices b, std::int64_t outer, std::int64_t inner,
              std::int64_t rows, std::int64_t left, std::int64_t right, std::uintptr_t result) {
     const Shape shape{inner, left, rows, right, 1, left, false};
     const std::int64_t blocks = outer * inner * tiles_of(rows) * tiles_of(right);
-    a.is_double ? combine_of<double>(where, a, b, shape, blocks, result)
-                : combine_of<float>(where, a, b, shape, blocks, result);
+    (is_double ? combine_of<double> : combine_of<float>)(where, a, b, shape, blocks, result);
 }
 
 int runtime_version() { return CUDART_VERSION; }

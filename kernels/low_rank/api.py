@@ -8,14 +8,22 @@ Shapes and types are checked here, so that the implementations need not: a tall 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from heat_fast.errors import InputError, NumericalError
 from heat_fast.kernels.dispatch import implementation
-from heat_fast.kernels.low_rank import native, reference
+from heat_fast.kernels.low_rank import cuda, native, reference
 from heat_fast.kernels.low_rank.reference import Factors
+
+_HOMES = {"reference": reference, "native": native, "cuda": cuda}
+
+
+def _home(impl: str | None, *tensors: Tensor) -> Any:
+    """The module that runs the step on these tensors."""
+    return _HOMES[implementation("low_rank", impl, *tensors, offers=("native", "cuda"))]
 
 
 def single_pass(
@@ -47,10 +55,7 @@ def single_pass(
         precision = torch.finfo(images.dtype).eps
     common = torch.promote_types(tests.dtype, images.dtype)
     wide = tests.to(common), images.to(common)
-    run = reference.single_pass
-    if implementation("low_rank", impl, *wide) == "native":
-        run = native.single_pass
-    factors = run(*wide, rank, precision)
+    factors = _home(impl, *wide).single_pass(*wide, rank, precision)
     return Factors(factors.vectors.to(images.dtype), factors.values)
 
 
@@ -71,10 +76,7 @@ def two_pass(
         _refuse(again, f"the images of a basis of shape {tuple(frame.shape)}")
     common = torch.promote_types(frame.dtype, again.dtype)
     wide = frame.to(common), again.to(common)
-    run = reference.second_pass
-    if implementation("low_rank", impl, *wide) == "native":
-        run = native.second_pass
-    factors = run(*wide, rank)
+    factors = _home(impl, *wide).second_pass(*wide, rank)
     return Factors(factors.vectors.to(images.dtype), factors.values)
 
 
@@ -98,9 +100,8 @@ def orthonormalise(matrix: Tensor, *, impl: str | None = None) -> tuple[Tensor, 
             f"{count} columns of {rows} rows cannot be orthonormal: expected at most as many "
             "columns as rows. Pass fewer columns."
         )
-    if implementation("low_rank", impl, matrix) == "native":
-        return native.orthonormalise(matrix)
-    return reference.orthonormalise(matrix)
+    frame, triangle = _home(impl, matrix).orthonormalise(matrix)
+    return frame, triangle
 
 
 def product(factors: Factors, directions: Tensor, *, impl: str | None = None) -> Tensor:
@@ -114,10 +115,9 @@ def product(factors: Factors, directions: Tensor, *, impl: str | None = None) ->
     if values.shape != (*vectors.shape[:-2], vectors.shape[-1]):
         _refuse(vectors, f"one for each of the values {tuple(values.shape)}")
     directions = directions.to(vectors.dtype)
-    gram, combine = reference.gram, reference.combine
-    if implementation("low_rank", impl, vectors, directions) == "native":
-        gram, combine = native.gram, native.combine
-    return combine(vectors, gram(vectors, directions) * values[..., None])
+    home = _home(impl, vectors, directions)
+    images: Tensor = home.combine(vectors, home.gram(vectors, directions) * values[..., None])
+    return images
 
 
 def quality(exact: Tensor, found: Tensor) -> tuple[Tensor, Tensor]:
@@ -157,10 +157,7 @@ def block_norms(
         )
     if len(samples) == 0:
         return vectors.new_empty(*vectors.shape[:-2], 0)
-    run = reference.block_norms
-    if implementation("low_rank", impl, vectors, values) == "native":
-        run = native.block_norms
-    norms = run(vectors, values, seed, samples)
+    norms: Tensor = _home(impl, vectors, values).block_norms(vectors, values, seed, samples)
     if not bool(torch.isfinite(norms).all()):
         raise NumericalError(
             f"block norms that are not finite ({vectors.dtype}): expected finite factors whose "

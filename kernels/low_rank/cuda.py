@@ -1,8 +1,8 @@
-"""Products of tall matrices and block norms by the compiled CUDA kernels (csrc/cuda/).
+"""The low-rank step with tall matrices in the hands of the compiled CUDA kernels (csrc/cuda/).
 
-Float32 and float64, summed in float64 on the tensor cores; no result depends on timing. Matrices of
-the small size (Cholesky factor, eigenvalues) stay with torch: at 128 x 128 they are bound by the
-latency of their own steps, and cuSOLVER's are as good as any.
+The algorithm is the reference's. Products of tall matrices are summed in float64 on the tensor
+cores, in an order that does not depend on timing. Matrices of the small size (Cholesky factor,
+eigenvalues) stay with torch: cuSOLVER's latency of a 128 x 128 one is not to be had cheaper.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from heat_fast import cuda
-from heat_fast.kernels.low_rank.reference import Primitives
+from heat_fast.kernels.low_rank import reference
+from heat_fast.kernels.low_rank.reference import Factors, Primitives
 
 # A chunk of rows is worth a block of its own from here on.
 _ROWS = 256
@@ -89,16 +90,15 @@ def block_norms(vectors: Tensor, values: Tensor, seed: int, samples: Tensor) -> 
     count = len(numbers)
     workspace = vectors.new_empty(outer, tokens, count, rank)
     result = vectors.new_empty(outer, tokens, count)
-    if result.numel():
-        cuda.module().block_norms(
-            *cuda.place(vectors),
-            cuda.array(factors),
-            cuda.array(weights),
-            seed & 0xFFFFFFFFFFFFFFFF,
-            cuda.array(numbers),
-            cuda.array(workspace),
-            cuda.array(result),
-        )
+    cuda.module().block_norms(
+        *cuda.place(vectors),
+        cuda.array(factors),
+        cuda.array(weights),
+        seed & 0xFFFFFFFFFFFFFFFF,
+        cuda.array(numbers),
+        cuda.array(workspace),
+        cuda.array(result),
+    )
     return result.view(*lead, tokens, count)
 
 
@@ -110,4 +110,19 @@ def _batched(matrix: Tensor, lead: torch.Size) -> Tensor:
     return spread[(None,) * (2 - len(lead))]
 
 
-CUDA = Primitives("cuda", gram, combine, solve, block_norms)
+_CUDA = Primitives(gram, combine, solve)
+
+
+def orthonormalise(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """As the reference."""
+    return reference.orthonormalise(matrix, _CUDA)
+
+
+def single_pass(tests: Tensor, images: Tensor, rank: int, precision: float) -> Factors:
+    """As the reference."""
+    return reference.single_pass(tests, images, rank, precision, _CUDA)
+
+
+def second_pass(frame: Tensor, images: Tensor, rank: int) -> Factors:
+    """As the reference."""
+    return reference.second_pass(frame, images, rank, _CUDA)

@@ -18,7 +18,7 @@ slices of rows; what is tall keeps its dtype.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -55,27 +55,47 @@ class Factors:
     values: Tensor
 
 
-def single_pass(tests: Tensor, images: Tensor, rank: int, precision: float) -> Factors:
+@dataclass(frozen=True)
+class Primitives:
+    """What touches tall matrices: all that another implementation of the algorithm replaces.
+
+    `gram(A, B)`: `A' B` in float64. `combine(A, B)`: `A B` in A's dtype, for a small B in float64.
+    `solve(A, R)`: `A R^-1` likewise, for an upper triangular R.
+    """
+
+    gram: Callable[[Tensor, Tensor], Tensor]
+    combine: Callable[[Tensor, Tensor], Tensor]
+    solve: Callable[[Tensor, Tensor], Tensor]
+
+
+def single_pass(
+    tests: Tensor, images: Tensor, rank: int, precision: float, tall: Primitives | None = None
+) -> Factors:
     """`H_k` from test vectors `T [..., M, s]` and their images `Y = H T [..., M, s]` alone."""
+    tall = tall or TORCH
     finite(tests)
     finite(images)
-    whiten = _inverse_root(_in_range(gram(tests, tests), tests))
-    core = whiten.mT @ _in_range(gram(tests, images), images) @ whiten
+    whiten = _inverse_root(_in_range(tall.gram(tests, tests), tests))
+    core = whiten.mT @ _in_range(tall.gram(tests, images), images) @ whiten
     values, small = _leading(_in_range(core, images), rank)
     known = values.abs() > 4 * precision * values.abs().amax(-1, keepdim=True)
     values = torch.where(known, values, 0.0)
     # Divided by their eigenvalues the columns are near orthonormal, whatever the spectrum is.
     inverse = torch.where(known, 1 / torch.where(known, values, 1.0), 0.0)
-    frame, triangle = orthonormalise(combine(images, whiten @ small * inverse[..., None, :]))
+    near = tall.combine(images, whiten @ small * inverse[..., None, :])
+    frame, triangle = orthonormalise(near, tall)
     values, turn = _leading(triangle * values[..., None, :] @ triangle.mT, rank)
-    return Factors(combine(frame, turn), values)
+    return Factors(tall.combine(frame, turn), values)
 
 
-def second_pass(frame: Tensor, images: Tensor, rank: int) -> Factors:
+def second_pass(
+    frame: Tensor, images: Tensor, rank: int, tall: Primitives | None = None
+) -> Factors:
     """`H_k` from an orthonormal basis `Q [..., M, s]` and its images `H Q [..., M, s]`."""
+    tall = tall or TORCH
     finite(images)
-    values, small = _leading(_in_range(gram(frame, images), images), rank)
-    return Factors(combine(frame, small), values)
+    values, small = _leading(_in_range(tall.gram(frame, images), images), rank)
+    return Factors(tall.combine(frame, small), values)
 
 
 def quality(exact: Tensor, found: Tensor) -> tuple[Tensor, Tensor]:
@@ -112,13 +132,14 @@ def block_norms(vectors: Tensor, values: Tensor, seed: int, samples: Tensor) -> 
     return torch.cat(norms, dim=-2)
 
 
-def orthonormalise(matrix: Tensor) -> tuple[Tensor, Tensor]:
+def orthonormalise(matrix: Tensor, tall: Primitives | None = None) -> tuple[Tensor, Tensor]:
     """`A = Q R` by shifted Cholesky QR (Fukaya et al. 2020), repeated until `Q' Q` is the identity
     to working precision.
 
     The Gram matrix is scaled to a unit diagonal and accumulated in float64, so that columns of any
     scale and float32 matrices of any condition are served.
     """
+    tall = tall or TORCH
     rows, count = matrix.shape[-2:]
     finite(matrix)
     identity = torch.eye(count, dtype=torch.float64, device=matrix.device)
@@ -131,7 +152,7 @@ def orthonormalise(matrix: Tensor) -> tuple[Tensor, Tensor]:
     shift = 4 * count * double
     solved = False
     for attempt in range(_PASSES):
-        squares = gram(frame, frame)
+        squares = tall.gram(frame, frame)
         length = squares.diagonal(dim1=-2, dim2=-1).sqrt()
         empty = length == 0
         if solved:
@@ -147,7 +168,7 @@ def orthonormalise(matrix: Tensor) -> tuple[Tensor, Tensor]:
         sure = (cosines - identity).abs().sum(-1).amax(-1) < 0.5
         lift = torch.where(sure, 0.0, shift)[..., None, None]
         upper = _cholesky(cosines + lift * identity, shift * identity) * length[..., None, :]
-        frame = _solved(frame, upper)
+        frame = tall.solve(frame, upper)
         solved = True
         triangle = upper @ triangle
     raise NumericalError(OUT_OF_RANGE.format(matrix.dtype))
@@ -181,7 +202,7 @@ def _filled(frame: Tensor, empty: Tensor, attempt: int) -> Tensor:
     return torch.where(empty[..., None, :], signs.mT, frame)
 
 
-def _solved(frame: Tensor, upper: Tensor) -> Tensor:
+def solve(frame: Tensor, upper: Tensor) -> Tensor:
     """`A R^-1`, in float64 slices."""
     result = torch.empty_like(frame)
     for part in _rows(frame):
@@ -244,3 +265,6 @@ def _in_range(small: Tensor, tall: Tensor) -> Tensor:
     if not bool(torch.isfinite(small).all()):
         raise NumericalError(OUT_OF_RANGE.format(tall.dtype))
     return small
+
+
+TORCH = Primitives(gram, combine, solve)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from heat_fast.errors import InputError
 from heat_fast.kernels.dispatch import implementation
-from heat_fast.kernels.window_mean import native, reference
+from heat_fast.kernels.window_mean import cuda, native, reference
 
 
 def window_mean(
@@ -53,7 +53,7 @@ def window_mean(
             f"windows hold the tokens {low} to {high} of {tokens}: expected tokens of the prompt. "
             "Check the plan."
         )
-    run = reference.window_mean
-    if implementation("window_mean", impl, rows) == "native":
-        run = native.window_mean
-    return run(rows, index, tokens, counted)
+    chosen = implementation("window_mean", impl, rows, offers=("native", "cuda"))
+    run = {"reference": reference, "native": native, "cuda": cuda}[chosen].window_mean
+    mean: Tensor = run(rows, index, tokens, counted)
+    return mean
