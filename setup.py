@@ -52,7 +52,9 @@ def cuda_compiler(
         return None
     nvcc = find_nvcc(environment, default)
     if not nvcc and choice:
-        raise SystemExit(f"HEAT_FAST_CUDA=1, but {_NO_NVCC}. Install the CUDA toolkit, or unset it.")
+        raise SystemExit(
+            f"HEAT_FAST_CUDA=1, but {_NO_NVCC}. Install the CUDA toolkit, or unset it."
+        )
     return nvcc or None
 
 
@@ -86,7 +88,7 @@ def native_extension(choice: bool | None) -> Extension:
 
 
 class CudaExtension(Pybind11Extension):
-    """The CUDA kernels: nvcc compiles the ``.cu`` files, and links, because it knows its runtime."""
+    """The CUDA kernels: nvcc compiles the ``.cu`` files, and links, for it knows its runtime."""
 
     def __init__(self, nvcc: str, archs: list[int], optional: bool) -> None:
         super().__init__(
@@ -157,9 +159,7 @@ def extensions(environment: Mapping[str, str]) -> list[Extension]:
 def main(**options: Any) -> None:
     """Build the package."""
     ParallelCompile("MAX_JOBS", default=2).install()
-    setup(
-        ext_modules=extensions(os.environ), cmdclass={"build_ext": BuildExtensions}, **options
-    )
+    setup(ext_modules=extensions(os.environ), cmdclass={"build_ext": BuildExtensions}, **options)
 
 
 if __name__ == "__main__":

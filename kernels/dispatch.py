@@ -1,9 +1,10 @@
 """Which implementation of an operation runs, and which one ran.
 
 Every operation takes `impl=`: `"reference"` (torch; any device and dtype), `"native"` (the compiled
-extension; CPU), `"cuda"` (its part for GPUs), `"triton"` (GPU kernels) or None, the choice in force
-(`using`). The choice `"auto"` is whichever of these can take the tensors, else `"reference"`. Asking
-for one where it is missing is an error, and what ran is on record: nothing falls back in silence.
+extension; CPU), `"cuda"` (its kernels for GPUs), `"triton"` (kernels for GPUs in Triton) or None,
+the choice in force (`using`). The choice `"auto"` is one of these wherever it can take the tensors,
+else `"reference"`. Asking for one where it is missing is an error, and what ran is on record:
+nothing falls back in silence.
 """
 
 from __future__ import annotations

@@ -14,11 +14,11 @@ from heat_fast.kernels.low_rank import (
     orthonormalise,
     product,
     quality,
+    reference,
     single_pass,
     two_pass,
 )
 from heat_fast.kernels.low_rank import cuda as kernels
-from heat_fast.kernels.low_rank import reference
 from heat_fast.kernels.rademacher import rademacher
 from heat_fast.kernels.window_mean import window_mean
 
@@ -330,7 +330,7 @@ def test_asking_for_what_is_missing_is_an_error() -> None:
 def test_a_launch_without_a_device_says_what_is_missing() -> None:
     matrix, small = torch.ones(1, 1, 4, 2), torch.ones(1, 1, 2, 2, dtype=torch.float64)
     arrays = cuda.array(matrix), cuda.array(small), cuda.array(torch.empty_like(matrix))
-    with pytest.raises(RuntimeError, match="combine could not run: .*expected a CUDA device"):
+    with pytest.raises(RuntimeError, match=r"combine could not run: .*expected a CUDA device"):
         cuda.module().combine(0, 0, *arrays)
 
 
@@ -340,11 +340,11 @@ def test_arrays_that_do_not_fit_are_refused() -> None:
     call = cuda.module().combine
     with pytest.raises(ValueError, match=r"small of shape \[1, 1, 3, 2\].*expected shape"):
         call(0, 0, cuda.array(matrix), cuda.array(small), cuda.array(matrix))
-    with pytest.raises(ValueError, match="tall of shape .*expected 4 dimensions"):
+    with pytest.raises(ValueError, match=r"tall of shape .*expected 4 dimensions"):
         call(0, 0, cuda.array(matrix[0]), cuda.array(small), cuda.array(matrix))
     small = small[:, :, :2]
-    with pytest.raises(ValueError, match="result of shape .*expected contiguous numbers"):
+    with pytest.raises(ValueError, match=r"result of shape .*expected contiguous numbers"):
         spread = torch.ones(1, 1, 2, 4).mT
         call(0, 0, cuda.array(matrix), cuda.array(small), cuda.array(spread))
-    with pytest.raises(ValueError, match="small of shape .*expected 8 bytes a number"):
+    with pytest.raises(ValueError, match=r"small of shape .*expected 8 bytes a number"):
         call(0, 0, cuda.array(matrix), cuda.array(small.float()), cuda.array(matrix))
