@@ -92,7 +92,7 @@ def check_installed(wheel: Path, modules: list[str], folder: Path) -> None:
         subprocess.run([str(part) for part in command], cwd=folder, env=kept, check=True)
 
     run(sys.executable, "-m", "venv", folder / "environment")
-    pip = (python, "-m", "pip", "--disable-pip-version-check", "-qq", "install")
+    pip = (python, "-m", "pip", "--disable-pip-version-check", "-qq", "install", "--no-compile")
     pinned = ("--constraint", ROOT / "constraints.txt")
     # torch first, as in the Makefile: nothing that depends on it may choose another build.
     run(*pip, *pinned, "torch")
