@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from assertions import assert_close
-from heat_fast import ConfigError, NumericalError, cuda
+from heat_fast import ConfigError, InputError, NumericalError, cuda
 from heat_fast.kernels.dispatch import using
 from heat_fast.kernels.low_rank import (
     block_norms,
@@ -315,6 +315,14 @@ def test_window_mean(masked: bool, dtype: torch.dtype) -> None:
     actual = window_mean(values, index, tokens, counted, impl="cuda")
     assert actual.dtype == dtype
     assert_close("means", expected, actual, rtol=windows * torch.finfo(dtype).eps)
+
+
+@gpu
+@built
+def test_a_window_that_holds_a_token_twice_is_refused() -> None:
+    with pytest.raises(InputError, match="hold some twice"):
+        index = torch.tensor([[0, 1], [1, 1]], device=DEVICE)
+        window_mean(normal(2, 1, 2), index, 3, impl="cuda")
 
 
 # --- without a device ---------------------------------------------------------------------------
