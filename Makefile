@@ -2,11 +2,14 @@
 #   make PYTHON=/path/to/python3   use another interpreter for a new .venv
 #   make test PYTEST_ARGS="-k gate" JOBS=0   in one process (JOBS: auto, one per core)
 #   make bench JSON=name           also write bench/results/name.json
+#   make wheel HEAT_FAST_CUDA=1    with the CUDA kernels, into dist/cuda
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
 JOBS ?= auto
 JSON ?=
+# Where no GPU is to be seen the CUDA kernels could not run, and nvcc takes as long as all the rest.
+export HEAT_FAST_CUDA ?= $(if $(wildcard /dev/nvidia[0-9]*),,0)
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -15,7 +18,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test lint types format bench clean distclean
+.PHONY: help setup demo test lint types format sanitize bench wheel clean distclean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -23,7 +26,7 @@ help: ## List the targets
 setup: $(STAMP) ## Create .venv and install everything into it (the other targets do this too)
 
 # torch is a step of its own: nothing that depends on it may choose another build.
-$(STAMP): pyproject.toml setup.py constraints.txt heat_fast/_version.py $(wildcard csrc/*.cpp csrc/*.h)
+$(STAMP): pyproject.toml setup.py constraints.txt heat_fast/_version.py $(wildcard csrc/*.cpp csrc/*.h csrc/cuda/*)
 	@if [ ! -x $(BIN)/python ]; then \
 	  command -v "$(PYTHON)" >/dev/null || { \
 	    echo "make: there is no '$(PYTHON)' here. heat-fast needs Python 3.10 or newer: install it, or name one with 'make PYTHON=/path/to/python3'." >&2; exit 1; }; \
@@ -63,10 +66,21 @@ format: $(STAMP) ## Rewrite the code in the project's format
 	@$(BIN)/ruff check --quiet --fix . || true
 	@$(BIN)/ruff format .
 
+sanitize: ## Run every compiled kernel under the address and undefined-behaviour sanitizers
+	@$(MAKE) --no-print-directory --jobs=2 --file=csrc/tests/sanitize.mk
+
 bench: $(STAMP) ## Run the benchmarks (JSON=name writes bench/results/name.json)
 	@ls bench/test_*.py >/dev/null 2>&1 || { echo "bench/ holds no benchmark yet." >&2; exit 1; }
 	@$(if $(JSON),mkdir -p bench/results)
 	@$(BIN)/pytest bench --benchmark-only $(if $(JSON),--benchmark-json=bench/results/$(JSON).json) $(PYTEST_ARGS)
+
+DIST = dist$(if $(filter 1,$(HEAT_FAST_CUDA)),/cuda)
+
+# build/lib is packed as it lies, whatever an earlier build left there.
+wheel: $(STAMP) ## Build the wheel and test it in an environment without the source tree
+	@rm -rf build/lib* build/bdist* && mkdir -p $(DIST) && rm -f $(DIST)/*.whl
+	@HEAT_FAST_NATIVE=1 $(PIP) wheel --no-deps --no-build-isolation --wheel-dir $(DIST) .
+	@$(BIN)/python .ci/check_wheel.py $(DIST)/*.whl
 
 clean: ## Remove caches and build output (.venv stays)
 	@rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .benchmarks .hypothesis

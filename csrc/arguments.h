@@ -111,6 +111,62 @@ struct GateAdjointTangent {
     int threads;
 };
 
+// What became of a computation; the larger is the worse.
+enum class Outcome { done, out_of_range, not_finite };
+
+// Below, tall matrices may have any strides; results and all that is small is in rows. What is
+// small is in float64 whatever the type of the tall matrices, and so are the workspaces.
+
+struct Gram {
+    Array left, right, result;  // [B,M,a] [B,M,b] [B,a,b]
+    void* workspace;
+    int threads;
+};
+
+struct Combine {
+    Array tall, small, result;  // [B,M,a] [B,a,b] [B,M,b]
+    void* workspace;
+    int threads;
+};
+
+struct Orthonormalise {
+    Array matrix, frame, triangle;  // [B,M,s] [B,M,s] [B,s,s]
+    void* workspace;
+    int threads;
+};
+
+struct SinglePass {
+    Array tests, images, vectors, values;  // [B,M,s] [B,M,s] [B,M,k] [B,k]
+    double precision;
+    void* workspace;
+    int threads;
+};
+
+struct SecondPass {
+    Array frame, images, vectors, values;  // [B,M,s] [B,M,s] [B,M,k] [B,k]
+    void* workspace;
+    int threads;
+};
+
+struct BlockNorms {
+    Array vectors, values, samples, norms;  // [B,N,d,k] any strides, [B,N,k] [m] [B,N,m]
+    std::uint64_t seed;
+    void* workspace;
+    int threads;
+};
+
+struct SymmetricEigen {
+    Array matrix, values, vectors;  // float64: [B,n,n] [B,n] [B,n,n], eigenvectors in rows
+    void* workspace;
+    int threads;
+};
+
+struct WindowMean {
+    Array rows, index, counted, mean;  // [W,n,L] [W,L] int64, [W,L] data null: all, [n,N]
+    void* workspace;                   // N numbers of the rows' type
+    int threads;
+};
+
 // One set of kernels per instruction set; the best one that the processor has is taken.
 template <class T>
 struct Kernels {
@@ -127,6 +183,22 @@ struct Kernels {
     void (*rotate)(const Rotation&);
     void (*gate_tangent)(const GateTangent&);
     void (*gate_adjoint_tangent)(const GateAdjointTangent&);
+    std::int64_t (*gram_workspace)(const Gram&);
+    Outcome (*gram)(const Gram&);
+    std::int64_t (*combine_workspace)(const Combine&);
+    Outcome (*combine)(const Combine&);
+    std::int64_t (*orthonormalise_workspace)(const Orthonormalise&);
+    Outcome (*orthonormalise)(const Orthonormalise&);
+    std::int64_t (*single_pass_workspace)(const SinglePass&);
+    Outcome (*single_pass)(const SinglePass&);
+    std::int64_t (*second_pass_workspace)(const SecondPass&);
+    Outcome (*second_pass)(const SecondPass&);
+    std::int64_t (*symmetric_eigen_workspace)(const SymmetricEigen&);
+    Outcome (*symmetric_eigen)(const SymmetricEigen&);
+    std::int64_t (*block_norms_workspace)(const BlockNorms&);
+    void (*block_norms)(const BlockNorms&);
+    std::int64_t (*window_mean_workspace)(const WindowMean&);
+    void (*window_mean)(const WindowMean&);
 };
 
 }  // namespace heat

@@ -14,47 +14,14 @@
 #include <vector>
 
 #include "arguments.h"
+#include "instruction_sets.h"
 #include "parallel.h"
 
 namespace py = pybind11;
 
 namespace heat {
 
-#define HEAT_DECLARE(name)             \
-    namespace name {                   \
-    Kernels<float> float_kernels();    \
-    Kernels<double> double_kernels();  \
-    }
-HEAT_DECLARE(base)
-#if defined(__x86_64__)
-HEAT_DECLARE(avx2)
-HEAT_DECLARE(avx512)
-#endif
-#undef HEAT_DECLARE
-
 namespace {
-
-struct InstructionSet {
-    const char* name;
-    Kernels<float> of_float;
-    Kernels<double> of_double;
-};
-
-// The instruction sets that this processor runs, the widest first.
-std::vector<InstructionSet> runnable() {
-    std::vector<InstructionSet> found;
-#if defined(__x86_64__)
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-        found.push_back({"avx512", avx512::float_kernels(), avx512::double_kernels()});
-    }
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-        found.push_back({"avx2", avx2::float_kernels(), avx2::double_kernels()});
-    }
-#endif
-    found.push_back({"base", base::float_kernels(), base::double_kernels()});
-    return found;
-}
 
 const std::vector<InstructionSet>& sets() {
     static const std::vector<InstructionSet> all = runnable();
@@ -84,9 +51,9 @@ std::string list(const std::int64_t* values, int count) {
     return text + "]";
 }
 
-// An argument, checked against the shape it must have; its last dimension must be contiguous.
-Array array(const char* name, const py::object& given, std::initializer_list<std::int64_t> shape,
-            bool optional = false) {
+// An argument, checked against the shape it must have.
+Array strided(const char* name, const py::object& given, std::initializer_list<std::int64_t> shape,
+              bool optional = false) {
     Array result;
     if (given.is_none()) {
         if (!optional) {
@@ -115,12 +82,20 @@ Array array(const char* name, const py::object& given, std::initializer_list<std
             fail(std::string(name) + " has a negative stride");
         }
     }
-    if (result.dims > 0 && sizes.back() > 1 && strides.back() != 1) {
-        fail(std::string(name) + " is not contiguous in its last dimension");
-    }
     result.data = reinterpret_cast<void*>(parts[0].cast<std::uintptr_t>());
     if (result.data == nullptr && numbers > 0) {
         fail(std::string(name) + " has no memory");
+    }
+    return result;
+}
+
+// The same for one whose last dimension must be contiguous.
+Array array(const char* name, const py::object& given, std::initializer_list<std::int64_t> shape,
+            bool optional = false) {
+    const Array result = strided(name, given, shape, optional);
+    const int last = result.dims - 1;
+    if (last >= 0 && result.shape[last] > 1 && result.stride[last] != 1) {
+        fail(std::string(name) + " is not contiguous in its last dimension");
     }
     return result;
 }
@@ -165,12 +140,12 @@ void check_depth(std::int64_t depth) {
 }
 
 // Ask Python for the workspace and run with the GIL released.
-template <class Call>
-void run(Call& call, std::int64_t (*size)(const Call&), void (*kernel)(const Call&),
-         const py::function& allocate) {
+template <class Call, class Result>
+Result run(Call& call, std::int64_t (*size)(const Call&), Result (*kernel)(const Call&),
+           const py::function& allocate) {
     call.workspace = reinterpret_cast<void*>(allocate(size(call)).template cast<std::uintptr_t>());
     py::gil_scoped_release released;
-    kernel(call);
+    return kernel(call);
 }
 
 template <class Call>
@@ -399,6 +374,144 @@ void gate_adjoint_tangent(py::object value, py::object slope, py::object bend, p
     run(call, kernels<T>().gate_adjoint_tangent);
 }
 
+// Below, what is returned tells how it went: "" or the reason why there is no result.
+const char* reason(Outcome outcome) {
+    return outcome == Outcome::done ? "" : outcome == Outcome::not_finite ? "not finite" : "range";
+}
+
+template <class T>
+void gram(py::object left, py::object right, py::object result, py::function allocate,
+          int threads) {
+    const auto size = shape_of("left", left, 3);
+    const std::int64_t others = shape_of("right", right, 3)[2];
+    Gram call;
+    call.left = strided("left", left, {size[0], size[1], size[2]});
+    call.right = strided("right", right, {size[0], size[1], others});
+    call.result = array("result", result, {size[0], size[2], others});
+    call.threads = thread_count(threads);
+    run(call, kernels<T>().gram_workspace, kernels<T>().gram, allocate);
+}
+
+template <class T>
+void combine(py::object tall, py::object small, py::object result, py::function allocate,
+             int threads) {
+    const auto size = shape_of("tall", tall, 3);
+    const std::int64_t columns = shape_of("small", small, 3)[2];
+    Combine call;
+    call.tall = strided("tall", tall, {size[0], size[1], size[2]});
+    call.small = array("small", small, {size[0], size[2], columns});
+    call.result = array("result", result, {size[0], size[1], columns});
+    call.threads = thread_count(threads);
+    run(call, kernels<T>().combine_workspace, kernels<T>().combine, allocate);
+}
+
+template <class T>
+const char* orthonormalise(py::object matrix, py::object frame, py::object triangle,
+                           py::function allocate, int threads) {
+    const auto size = shape_of("matrix", matrix, 3);
+    if (size[2] > size[1]) {
+        fail("matrix has more columns than rows");
+    }
+    Orthonormalise call;
+    call.matrix = strided("matrix", matrix, {size[0], size[1], size[2]});
+    call.frame = array("frame", frame, {size[0], size[1], size[2]});
+    call.triangle = array("triangle", triangle, {size[0], size[2], size[2]});
+    call.threads = thread_count(threads);
+    return reason(
+        run(call, kernels<T>().orthonormalise_workspace, kernels<T>().orthonormalise, allocate));
+}
+
+// Arguments `vectors [B,M,k]` and `values [B,k]`: k at most what the test vectors can carry.
+std::int64_t rank_of(const py::object& vectors, const std::vector<std::int64_t>& images) {
+    const std::int64_t rank = shape_of("vectors", vectors, 3)[2];
+    if (rank > images[1] || rank > images[2]) {
+        fail("rank " + std::to_string(rank) + " is above the rows or the columns of the images");
+    }
+    return rank;
+}
+
+template <class T>
+const char* single_pass(py::object tests, py::object images, py::object vectors,
+                        py::object values, double precision, py::function allocate,
+                        int threads) {
+    const auto size = shape_of("images", images, 3);
+    const std::int64_t rank = rank_of(vectors, size);
+    SinglePass call;
+    call.tests = strided("tests", tests, {size[0], size[1], size[2]});
+    call.images = strided("images", images, {size[0], size[1], size[2]});
+    call.vectors = array("vectors", vectors, {size[0], size[1], rank});
+    call.values = array("values", values, {size[0], rank});
+    call.precision = precision;
+    call.threads = thread_count(threads);
+    return reason(
+        run(call, kernels<T>().single_pass_workspace, kernels<T>().single_pass, allocate));
+}
+
+template <class T>
+const char* second_pass(py::object frame, py::object images, py::object vectors,
+                        py::object values, py::function allocate, int threads) {
+    const auto size = shape_of("images", images, 3);
+    const std::int64_t rank = rank_of(vectors, size);
+    SecondPass call;
+    call.frame = strided("frame", frame, {size[0], size[1], size[2]});
+    call.images = strided("images", images, {size[0], size[1], size[2]});
+    call.vectors = array("vectors", vectors, {size[0], size[1], rank});
+    call.values = array("values", values, {size[0], rank});
+    call.threads = thread_count(threads);
+    return reason(
+        run(call, kernels<T>().second_pass_workspace, kernels<T>().second_pass, allocate));
+}
+
+const char* symmetric_eigen(py::object matrix, py::object values, py::object vectors,
+                            py::function allocate, int threads) {
+    const auto size = shape_of("matrix", matrix, 3);
+    SymmetricEigen call;
+    call.matrix = array("matrix", matrix, {size[0], size[1], size[1]});
+    call.values = array("values", values, {size[0], size[1]});
+    call.vectors = array("vectors", vectors, {size[0], size[1], size[1]});
+    call.threads = thread_count(threads);
+    const auto& set = kernels<double>();
+    return reason(run(call, set.symmetric_eigen_workspace, set.symmetric_eigen, allocate));
+}
+
+template <class T>
+void block_norms(py::object vectors, py::object values, std::uint64_t seed, py::object samples,
+                 py::object norms, py::function allocate, int threads) {
+    const auto size = shape_of("vectors", vectors, 4);
+    const std::int64_t probes = shape_of("samples", samples, 1)[0];
+    BlockNorms call;
+    call.vectors = strided("vectors", vectors, {size[0], size[1], size[2], size[3]});
+    call.values = strided("values", values, {size[0], size[1], size[3]});
+    call.samples = array("samples", samples, {probes});
+    call.norms = array("norms", norms, {size[0], size[1], probes});
+    call.seed = seed;
+    call.threads = thread_count(threads);
+    run(call, kernels<T>().block_norms_workspace, kernels<T>().block_norms, allocate);
+}
+
+template <class T>
+void window_mean(py::object rows, py::object index, py::object counted, py::object mean,
+                 py::function allocate, int threads) {
+    const auto size = shape_of("rows", rows, 3);
+    const std::int64_t tokens = shape_of("mean", mean, 2)[1];
+    WindowMean call;
+    call.rows = array("rows", rows, {size[0], size[1], size[2]});
+    call.index = array("index", index, {size[0], size[2]});
+    call.counted = array("counted", counted, {size[0], size[2]}, true);
+    call.mean = array("mean", mean, {size[1], tokens});
+    call.threads = thread_count(threads);
+    for (std::int64_t window = 0; window < size[0]; ++window) {
+        for (std::int64_t i = 0; i < size[2]; ++i) {
+            const std::int64_t token = *call.index.at<std::int64_t>(window, i);
+            if (token < 0 || token >= tokens) {
+                fail("index holds " + std::to_string(token) + ": expected 0.." +
+                     std::to_string(tokens - 1));
+            }
+        }
+    }
+    run(call, kernels<T>().window_mean_workspace, kernels<T>().window_mean, allocate);
+}
+
 // The operations for one type of number, under the name of the submodule.
 template <class T>
 void define(py::module_& module) {
@@ -413,6 +526,13 @@ void define(py::module_& module) {
     module.def("rotate", &rotate<T>);
     module.def("gate_tangent", &gate_tangent<T>);
     module.def("gate_adjoint_tangent", &gate_adjoint_tangent<T>);
+    module.def("gram", &gram<T>);
+    module.def("combine", &combine<T>);
+    module.def("orthonormalise", &orthonormalise<T>);
+    module.def("single_pass", &single_pass<T>);
+    module.def("second_pass", &second_pass<T>);
+    module.def("block_norms", &block_norms<T>);
+    module.def("window_mean", &window_mean<T>);
 }
 
 }  // namespace
@@ -425,6 +545,7 @@ PYBIND11_MODULE(_native, module) {
     auto of_double = module.def_submodule("float64");
     define<float>(of_float);
     define<double>(of_double);
+    of_double.def("symmetric_eigen", &symmetric_eigen);
     module.def(
         "instruction_sets",
         [] {

@@ -14,6 +14,14 @@ namespace HEAT_NAMESPACE {
 
 #include "elementwise.h"
 
+#include "tall.h"
+
+#include "small.h"
+
+#include "signs.h"
+
+#include "low_rank.h"
+
 template <class T>
 Kernels<T> table() {
     return {
@@ -30,6 +38,22 @@ Kernels<T> table() {
         rotate<T>,
         gate_tangent<T>,
         gate_adjoint_tangent<T>,
+        gram_workspace<T>,
+        gram<T>,
+        combine_workspace<T>,
+        combine<T>,
+        orthonormalise_workspace<T>,
+        orthonormalise<T>,
+        single_pass_workspace<T>,
+        single_pass<T>,
+        second_pass_workspace<T>,
+        second_pass<T>,
+        symmetric_eigen_workspace,
+        symmetric_eigen,
+        block_norms_workspace<T>,
+        block_norms<T>,
+        window_mean_workspace<T>,
+        window_mean<T>,
     };
 }
 

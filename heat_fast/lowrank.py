@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from heat_fast.config import HeatConfig
-from heat_fast.kernels.low_rank import block_norms, quality, single_pass, two_pass
+from heat_fast.kernels.low_rank import block_norms, product, quality, single_pass, two_pass
 from heat_fast.kernels.rademacher import rademacher
 from heat_fast.planner import run_batches
 from heat_fast.products import Products
@@ -121,7 +121,7 @@ class LowRank:
             self.factors = single_pass(tests, seen, self.rank, precision)
         work = products.trunk.work.factorisation(self.columns, self.rank, config.passes)
         products.done(0, work * len(products.adjoints))
-        pair = unseen, self.factors.product(held_out)
+        pair = unseen, product(self.factors, held_out)
         if self.by_token:  # the blocks together are one block-diagonal operator
             pair = pair[0].flatten(-3, -2), pair[1].flatten(-3, -2)
         residual, captured = (part.cpu() for part in quality(*pair))

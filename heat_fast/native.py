@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from heat_fast import cuda
+
 try:
     _extension: Any = importlib.import_module("heat_fast._native")
     _missing = ""
@@ -70,15 +72,17 @@ def build_info() -> dict[str, Any]:
 
     `native`: whether the extension is there; if not, `reason`. Else `compiler`,
     `instruction_set` (in use), `instruction_sets` (that this processor runs) and `threads`.
+    `cuda`: the same of the CUDA kernels, see `heat_fast.cuda.build_info`.
 
     Example:
         >>> sorted(build_info())[-1] in ("reason", "threads")
         True
     """
     if _extension is None:
-        return {"native": False, "reason": _missing}
+        return {"native": False, "reason": _missing, "cuda": cuda.build_info()}
     return {
         "native": True,
+        "cuda": cuda.build_info(),
         "compiler": _extension.compiler,
         "instruction_set": _extension.instruction_set(),
         "instruction_sets": _extension.instruction_sets(),

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from heat_fast.combine import Components, combine
 from heat_fast.config import HeatConfig
+from heat_fast.kernels.window_mean import window_mean
 from heat_fast.lowrank import Quality
 from heat_fast.screening import Screening, share_of
 
@@ -166,13 +167,10 @@ def report(plan: Plan, findings: Sequence[Finding], config: HeatConfig) -> dict[
 
 def _mean(plan: Plan, rows: Sequence[Tensor], counted: Sequence[Tensor] | None = None) -> Tensor:
     """Means `[n, N]` of the windows' values `[n, length]`, of those `counted [length]` alone."""
-    total = rows[0].new_zeros(len(rows[0]), plan.tokens)
-    count = rows[0].new_zeros(plan.tokens)
-    for number, row in enumerate(rows):
-        index = plan.indices(number)
-        total[:, index] += row
-        count[index] += 1 if counted is None else counted[number].to(count.dtype)
-    return total / count.clamp_min(1)
+    device = rows[0].device
+    index = torch.tensor([plan.indices(number) for number in range(len(rows))], device=device)
+    mask = None if counted is None else torch.stack(list(counted)).to(device)
+    return window_mean(torch.stack(list(rows)), index, plan.tokens, mask)
 
 
 def _screened_together(

@@ -1,9 +1,10 @@
 """Which implementation of an operation runs, and which one ran.
 
 Every operation takes `impl=`: `"reference"` (torch; any device and dtype), `"native"` (the compiled
-extension; CPU), `"triton"` (GPU kernels) or None, the choice in force (`using`). The choice
-`"auto"` is `"native"` or `"triton"` wherever these can take the tensors, else `"reference"`. Asking
-for one where it is missing is an error, and what ran is on record: nothing falls back in silence.
+extension; CPU), `"cuda"` (its kernels for GPUs), `"triton"` (kernels for GPUs in Triton) or None,
+the choice in force (`using`). The choice `"auto"` is one of these wherever it can take the tensors,
+else `"reference"`. Asking for one where it is missing is an error, and what ran is on record:
+nothing falls back in silence.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor
 
-from heat_fast import gpu, native
+from heat_fast import cuda, gpu, native
 from heat_fast.errors import ConfigError
 
 #: Operations by name, with the implementations that ran them.
@@ -70,6 +71,7 @@ def implementation(
     choice = impl if impl is not None else _CHOICE.get()
     serving = {
         "native": lambda: native.serves(*tensors, also=also),
+        "cuda": lambda: cuda.serves(*tensors),
         "triton": lambda: gpu.serves(*tensors, asked=choice == "triton"),
     }
     chosen = "reference"
@@ -90,10 +92,11 @@ def implementation(
 
 _EXPECTED = {
     "native": "the compiled extension and CPU tensors of float32 or float64 without gradients",
+    "cuda": "the compiled CUDA extension and CUDA tensors of float32 or float64 without gradients",
     "triton": "Triton and CUDA tensors of float32, float16 or bfloat16 without gradients",
 }
 
 
 def _why(impl: str) -> str:
-    missing = native.missing() if impl == "native" else gpu.missing()
+    missing = {"native": native, "cuda": cuda, "triton": gpu}[impl].missing()
     return f" ({impl} is missing: {missing})." if missing else "."

@@ -20,7 +20,7 @@ from torch import Tensor
 
 import heat_fast
 from assertions import assert_close
-from heat_fast import ConfigError, HeatConfig, native
+from heat_fast import ConfigError, HeatConfig, cuda, native
 from heat_fast.kernels import branch_attention, gated, norm, rotary, second_order_attention
 from heat_fast.kernels.branch_attention import Masking
 from heat_fast.kernels.dispatch import using
@@ -368,6 +368,7 @@ def test_a_missing_extension_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     assert heat_fast.build_info() == {
         "native": False,
         "reason": "no module named heat_fast._native",
+        "cuda": cuda.build_info(),
     }
     with using("auto", CPU) as ran:
         branch_attention.branch_attention(

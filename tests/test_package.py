@@ -128,10 +128,11 @@ def wheels(
         ignored = shutil.ignore_patterns("__pycache__", "*.so")
         shutil.copytree(repository / name, tree / name, symlinks=True, ignore=ignored)
 
-    # What is packed does not depend on the compiled extension, and compiling takes a minute.
+    # What is packed does not depend on the compiled extensions, and compiling takes a minute.
     monkeypatch = pytest.MonkeyPatch()
     request.addfinalizer(monkeypatch.undo)
     monkeypatch.setenv("HEAT_FAST_NATIVE", "0")
+    monkeypatch.setenv("HEAT_FAST_CUDA", "0")
 
     def build(kind: str, source: Path, name: str) -> Path:
         out = root / name

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from heat_fast.kernels.low_rank.reference import (
-    Factors,
+from heat_fast.kernels.low_rank.api import (
     block_norms,
     orthonormalise,
+    product,
     quality,
     single_pass,
     two_pass,
 )
+from heat_fast.kernels.low_rank.reference import Factors
 
-__all__ = ["Factors", "block_norms", "orthonormalise", "quality", "single_pass", "two_pass"]
+__all__ = [
+    "Factors",
+    "block_norms",
+    "orthonormalise",
+    "product",
+    "quality",
+    "single_pass",
+    "two_pass",
+]

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from heat_fast.errors import InputError, NumericalError
+from heat_fast.errors import NumericalError
 from heat_fast.kernels.rademacher import rademacher
 
 # Numbers in a slice of rows that is worked on in float64.
@@ -33,6 +33,14 @@ _SLICE = 1 << 20
 _PASSES = 8
 # Eigenvalues of T' T below this share of the largest belong to test vectors that repeat others.
 _DEPENDENT = 1e-10
+
+NOT_FINITE = (
+    "non-finite values in a tall matrix ({}): expected finite numbers. Check the operator whose "
+    "products they are."
+)
+OUT_OF_RANGE = (
+    "a tall matrix ({}) whose sums overflow or underflow: expected finite factors. Scale it."
+)
 
 
 @dataclass(frozen=True)
@@ -46,57 +54,48 @@ class Factors:
     vectors: Tensor
     values: Tensor
 
-    def product(self, directions: Tensor) -> Tensor:
-        """`H_k Z [..., M, p]` for `Z [..., M, p]`."""
-        inner = _gram(self.vectors, directions) * self.values[..., None]
-        return _combine(self.vectors, inner)
+
+@dataclass(frozen=True)
+class Primitives:
+    """What touches tall matrices: all that another implementation of the algorithm replaces.
+
+    `gram(A, B)`: `A' B` in float64. `combine(A, B)`: `A B` in A's dtype, for a small B in float64.
+    `solve(A, R)`: `A R^-1` likewise, for an upper triangular R.
+    """
+
+    gram: Callable[[Tensor, Tensor], Tensor]
+    combine: Callable[[Tensor, Tensor], Tensor]
+    solve: Callable[[Tensor, Tensor], Tensor]
 
 
 def single_pass(
-    tests: Tensor, images: Tensor, rank: int, precision: float | None = None
+    tests: Tensor, images: Tensor, rank: int, precision: float, tall: Primitives | None = None
 ) -> Factors:
-    """`H_k` from test vectors `T [..., M, s]` and their images `Y = H T [..., M, s]` alone.
-
-    `tests` broadcasts to the leading dimensions of `images`. `precision`: relative error of the
-    products, by default that of their dtype; core eigenvalues that it drowns are cut off.
-
-    Raises `NumericalError` for non-finite numbers, `InputError` for shapes that do not fit.
-
-    Example:
-        >>> H = torch.diag(torch.tensor([3.0, -2.0, 1e-3, 0.0, 0.0]).double())
-        >>> tests = torch.randn(5, 4, dtype=torch.float64)
-        >>> single_pass(tests, H @ tests, 2).values.round(decimals=2).tolist()
-        [3.0, -2.0]
-    """
-    _check(images, rank)
-    _check(tests, rank)
-    whiten = _inverse_root(_gram(tests, tests))
-    core = whiten.mT @ _gram(tests, images) @ whiten
-    values, small = _leading(core, rank)
-    if precision is None:
-        precision = torch.finfo(images.dtype).eps
+    """`H_k` from test vectors `T [..., M, s]` and their images `Y = H T [..., M, s]` alone."""
+    tall = tall or TORCH
+    finite(tests)
+    finite(images)
+    whiten = _inverse_root(_in_range(tall.gram(tests, tests), tests))
+    core = whiten.mT @ _in_range(tall.gram(tests, images), images) @ whiten
+    values, small = _leading(_in_range(core, images), rank)
     known = values.abs() > 4 * precision * values.abs().amax(-1, keepdim=True)
     values = torch.where(known, values, 0.0)
     # Divided by their eigenvalues the columns are near orthonormal, whatever the spectrum is.
     inverse = torch.where(known, 1 / torch.where(known, values, 1.0), 0.0)
-    frame, triangle = orthonormalise(_combine(images, whiten @ small * inverse[..., None, :]))
+    near = tall.combine(images, whiten @ small * inverse[..., None, :])
+    frame, triangle = orthonormalise(near, tall)
     values, turn = _leading(triangle * values[..., None, :] @ triangle.mT, rank)
-    return Factors(_combine(frame, turn), values)
+    return Factors(tall.combine(frame, turn), values)
 
 
-def two_pass(images: Tensor, product: Callable[[Tensor], Tensor], rank: int) -> Factors:
-    """`H_k` from images `Y = H T [..., M, s]` and `product(Q) = H Q` of their orthonormal basis.
-
-    Twice the products of the single pass, and the best rank-k approximation within the span of Y.
-
-    Raises `NumericalError` for non-finite numbers, `InputError` for shapes that do not fit.
-    """
-    _check(images, rank)
-    frame, _ = orthonormalise(images)
-    again = product(frame)
-    _check(again, rank)
-    values, small = _leading(_gram(frame, again), rank)
-    return Factors(_combine(frame, small), values)
+def second_pass(
+    frame: Tensor, images: Tensor, rank: int, tall: Primitives | None = None
+) -> Factors:
+    """`H_k` from an orthonormal basis `Q [..., M, s]` and its images `H Q [..., M, s]`."""
+    tall = tall or TORCH
+    finite(images)
+    values, small = _leading(_in_range(tall.gram(frame, images), images), rank)
+    return Factors(tall.combine(frame, small), values)
 
 
 def quality(exact: Tensor, found: Tensor) -> tuple[Tensor, Tensor]:
@@ -119,12 +118,7 @@ def quality(exact: Tensor, found: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def block_norms(vectors: Tensor, values: Tensor, seed: int, samples: Tensor) -> Tensor:
-    """`|U_i diag(w) U_i' r|_1` for every token i and probe r, without forming H.
-
-    `vectors [..., N, d, k]`: the rows of U by tokens; `values [..., N or 1, k]`; `samples [m]`:
-    numbers of the probes, whose signs are `rademacher(seed, sample, token, d)`. Norms
-    `[..., N, m]` in the vectors' dtype.
-    """
+    """`|U_i diag(w) U_i' r|_1` for every token i and probe r, `[..., N, m]`."""
     tokens, width = vectors.shape[-3:-1]
     values = values.to(vectors.dtype).expand(*vectors.shape[:-2], -1)
     each = vectors.shape[:-3].numel() * width * max(len(samples), vectors.shape[-1])
@@ -138,28 +132,16 @@ def block_norms(vectors: Tensor, values: Tensor, seed: int, samples: Tensor) -> 
     return torch.cat(norms, dim=-2)
 
 
-def orthonormalise(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """`Q [..., M, s]` with orthonormal columns and upper triangular `R [..., s, s]`, `A = Q R`.
+def orthonormalise(matrix: Tensor, tall: Primitives | None = None) -> tuple[Tensor, Tensor]:
+    """`A = Q R` by shifted Cholesky QR (Fukaya et al. 2020), repeated until `Q' Q` is the identity
+    to working precision.
 
-    Shifted Cholesky QR (Fukaya et al. 2020), repeated until `Q' Q` is the identity to working
-    precision. The Gram matrix is scaled to a unit diagonal and accumulated in float64, so that
-    columns of any scale and float32 matrices of any condition are served. Where A has lower rank,
-    the superfluous columns of Q are arbitrary, as in Householder's method. R is in float64.
-
-    Raises `NumericalError` for non-finite numbers, `InputError` for more columns than rows.
-
-    Example:
-        >>> Q, R = orthonormalise(torch.tensor([[3.0, 1.0], [4.0, 1.0], [0.0, 1e-6]]))
-        >>> bool((Q.T @ Q - torch.eye(2)).abs().max() < 1e-6)
-        True
+    The Gram matrix is scaled to a unit diagonal and accumulated in float64, so that columns of any
+    scale and float32 matrices of any condition are served.
     """
+    tall = tall or TORCH
     rows, count = matrix.shape[-2:]
-    _check(matrix, 1)
-    if count > rows:
-        raise InputError(
-            f"{count} columns of {rows} rows cannot be orthonormal: expected at most as many "
-            "columns as rows. Pass fewer columns."
-        )
+    finite(matrix)
     identity = torch.eye(count, dtype=torch.float64, device=matrix.device)
     peak = matrix.abs().amax(-2, keepdim=True)
     frame = matrix / torch.where(peak > 0, peak, 1.0)
@@ -168,27 +150,28 @@ def orthonormalise(matrix: Tensor) -> tuple[Tensor, Tensor]:
     # A rounding of the entries, and what the sums of the Gram matrix themselves round off.
     allowed = 4 * count**0.5 * torch.finfo(matrix.dtype).eps + 2 * rows**0.5 * double
     shift = 4 * count * double
+    solved = False
     for attempt in range(_PASSES):
-        gram = _gram(frame, frame)
-        length = gram.diagonal(dim1=-2, dim2=-1).sqrt()
+        squares = tall.gram(frame, frame)
+        length = squares.diagonal(dim1=-2, dim2=-1).sqrt()
         empty = length == 0
+        if solved:
+            empty |= _swallowed(length, triangle, torch.finfo(matrix.dtype).eps)
         if bool(empty.any()):
             frame = _filled(frame, empty, attempt)
             triangle = torch.where(empty[..., None], 0.0, triangle)
             continue
-        if bool((gram - identity).abs().max() <= allowed):
-            return frame, triangle
-        cosines = gram / (length[..., :, None] * length[..., None, :])
+        if bool((squares - identity).abs().max() <= allowed):
+            return frame, _in_range(triangle, matrix)
+        cosines = squares / (length[..., :, None] * length[..., None, :])
         # Diagonally dominant is positive definite for certain; anything else gets the shift.
         sure = (cosines - identity).abs().sum(-1).amax(-1) < 0.5
         lift = torch.where(sure, 0.0, shift)[..., None, None]
         upper = _cholesky(cosines + lift * identity, shift * identity) * length[..., None, :]
-        frame = _solved(frame, upper)
+        frame = tall.solve(frame, upper)
+        solved = True
         triangle = upper @ triangle
-    raise NumericalError(
-        f"{count} columns of {rows} rows were not orthonormal after {_PASSES} passes "
-        f"({matrix.dtype}): expected finite numbers that do not underflow. Scale them."
-    )
+    raise NumericalError(OUT_OF_RANGE.format(matrix.dtype))
 
 
 def _cholesky(matrix: Tensor, lift: Tensor) -> Tensor:
@@ -202,6 +185,14 @@ def _cholesky(matrix: Tensor, lift: Tensor) -> Tensor:
     return factor
 
 
+def _swallowed(length: Tensor, triangle: Tensor, eps: float) -> Tensor:
+    """Columns of which A has nothing more to say: what the shift has left of them is rounding
+    noise, and that may be parallel to another column for ever."""
+    peaks = triangle.abs().amax(-2, keepdim=True).clamp_min(torch.finfo(triangle.dtype).tiny)
+    share = (triangle.abs() / peaks).amax(-1)
+    return (length < 1e-3) & (length * share <= eps / 4)
+
+
 def _filled(frame: Tensor, empty: Tensor, attempt: int) -> Tensor:
     """Columns that vanish, replaced by signs."""
     rows, count = frame.shape[-2:]
@@ -211,7 +202,7 @@ def _filled(frame: Tensor, empty: Tensor, attempt: int) -> Tensor:
     return torch.where(empty[..., None, :], signs.mT, frame)
 
 
-def _solved(frame: Tensor, upper: Tensor) -> Tensor:
+def solve(frame: Tensor, upper: Tensor) -> Tensor:
     """`A R^-1`, in float64 slices."""
     result = torch.empty_like(frame)
     for part in _rows(frame):
@@ -220,7 +211,7 @@ def _solved(frame: Tensor, upper: Tensor) -> Tensor:
     return result
 
 
-def _gram(left: Tensor, right: Tensor) -> Tensor:
+def gram(left: Tensor, right: Tensor) -> Tensor:
     """`A' B` in float64, for tall matrices of any dtype whose leading dimensions broadcast."""
     total: Tensor | None = None
     for part in _rows(left if left.numel() > right.numel() else right):
@@ -230,7 +221,7 @@ def _gram(left: Tensor, right: Tensor) -> Tensor:
     return total
 
 
-def _combine(tall: Tensor, small: Tensor) -> Tensor:
+def combine(tall: Tensor, small: Tensor) -> Tensor:
     """`A B` in the dtype of the tall matrix, multiplied in float64."""
     parts = [(tall[..., part, :].double() @ small).to(tall.dtype) for part in _rows(tall)]
     return torch.cat(parts, dim=-2)
@@ -255,23 +246,25 @@ def _leading(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return values.gather(-1, order), vectors.gather(-1, chosen)
 
 
-def _inverse_root(gram: Tensor) -> Tensor:
+def _inverse_root(squares: Tensor) -> Tensor:
     """`G^(-1/2)` on the range of G."""
-    values, vectors = torch.linalg.eigh(gram)
+    values, vectors = torch.linalg.eigh(squares)
     good = values > _DEPENDENT * values.amax(-1, keepdim=True)
     scale = torch.where(good, torch.where(good, values, 1.0).rsqrt(), 0.0)
     root: Tensor = vectors * scale[..., None, :] @ vectors.mT
     return root
 
 
-def _check(tall: Tensor, rank: int) -> None:
-    if rank < 1 or tall.ndim < 2 or 0 in tall.shape:
-        raise InputError(
-            f"a tall matrix of shape {tuple(tall.shape)} with rank {rank}: expected [..., M, s] "
-            "without empty dimensions and a rank of at least 1. Check the arguments."
-        )
+def finite(tall: Tensor) -> None:
+    """Raise `NumericalError` for a number that is not finite."""
     if not bool(torch.isfinite(tall).all()):
-        raise NumericalError(
-            f"non-finite values in a tall matrix ({tall.dtype}): expected finite numbers. Check "
-            "the operator whose products they are."
-        )
+        raise NumericalError(NOT_FINITE.format(tall.dtype))
+
+
+def _in_range(small: Tensor, tall: Tensor) -> Tensor:
+    if not bool(torch.isfinite(small).all()):
+        raise NumericalError(OUT_OF_RANGE.format(tall.dtype))
+    return small
+
+
+TORCH = Primitives(gram, combine, solve)
