@@ -3,6 +3,8 @@
 #   make test PYTEST_ARGS="-k gate" JOBS=0   in one process (JOBS: auto, one per core)
 #   make bench JSON=name           also write bench/results/name.json
 #   make wheel HEAT_FAST_CUDA=1    with the CUDA kernels, into dist/cuda
+#   make kernels KERNELS="--arch 90 --op masked_kl"     some of the GPU kernels
+#   make bench-gpu BENCH_GPU="--length 1024"            one length
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
@@ -10,6 +12,8 @@ JOBS ?= auto
 JSON ?=
 # Where no GPU is to be seen the CUDA kernels could not run, and nvcc takes as long as all the rest.
 export HEAT_FAST_CUDA ?= $(if $(wildcard /dev/nvidia[0-9]*),,0)
+KERNELS ?= --write kernels/COMPILED.md
+BENCH_GPU ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -18,10 +22,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test lint types format sanitize bench wheel clean distclean
+.PHONY: help setup demo test lint types format sanitize bench wheel kernels gpu bench-gpu clean distclean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 setup: $(STAMP) ## Create .venv and install everything into it (the other targets do this too)
 
@@ -81,6 +85,22 @@ wheel: $(STAMP) ## Build the wheel and test it in an environment without the sou
 	@rm -rf build/lib* build/bdist* && mkdir -p $(DIST) && rm -f $(DIST)/*.whl
 	@HEAT_FAST_NATIVE=1 $(PIP) wheel --no-deps --no-build-isolation --wheel-dir $(DIST) .
 	@$(BIN)/python .ci/check_wheel.py $(DIST)/*.whl
+
+kernels: $(STAMP) ## Compile the GPU kernels for every architecture, without a GPU
+	@$(BIN)/python -m heat_fast.kernels.compile $(KERNELS)
+
+gpu: $(STAMP) ## Run the GPU tests and benchmarks on this machine's GPU
+	@$(BIN)/python -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' || { \
+	  echo "make: torch sees no CUDA device here; 'make test' runs the kernels in Triton's interpreter." >&2; exit 1; }
+	@$(BIN)/pytest --quiet --durations=10 tests/test_triton_*.py $(PYTEST_ARGS)
+	@$(BIN)/pytest --quiet --durations=10 -m gpu tests $(PYTEST_ARGS)
+	@if command -v compute-sanitizer >/dev/null; then \
+	  compute-sanitizer --tool racecheck --error-exitcode 1 $(BIN)/python -m pytest --quiet tests/test_triton_*.py -k "63"; \
+	else echo "compute-sanitizer is not installed: races were not looked for."; fi
+	@$(MAKE) --no-print-directory bench-gpu
+
+bench-gpu: $(STAMP) ## Time the GPU kernels against PyTorch (writes bench/results/<gpu>/)
+	@for file in bench/gpu/*.py; do $(BIN)/python $$file $(BENCH_GPU) || failed=1; done; exit $${failed:-0}
 
 clean: ## Remove caches and build output (.venv stays)
 	@rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .benchmarks .hypothesis

@@ -18,6 +18,9 @@ from heat_fast.kernels.dispatch import implementation
 from heat_fast.kernels.low_rank import cuda, native, reference
 from heat_fast.kernels.low_rank.reference import Factors
 
+# The largest rank whose factors' rows fit into the registers of Triton's kernel.
+_MAX_RANK = 128
+
 _HOMES = {"reference": reference, "native": native, "cuda": cuda}
 
 
@@ -157,13 +160,25 @@ def block_norms(
         )
     if len(samples) == 0:
         return vectors.new_empty(*vectors.shape[:-2], 0)
-    norms: Tensor = _home(impl, vectors, values).block_norms(vectors, values, seed, samples)
+    norms: Tensor = _norms_home(impl, vectors).block_norms(vectors, values, seed, samples)
     if not bool(torch.isfinite(norms).all()):
         raise NumericalError(
             f"block norms that are not finite ({vectors.dtype}): expected finite factors whose "
             "products do not overflow. Check the operator that they belong to."
         )
     return norms
+
+
+def _norms_home(impl: str | None, vectors: Tensor) -> Any:
+    """The same for block norms, which Triton makes where the CUDA module was not built."""
+    triton = vectors.dtype == torch.float32 and vectors.shape[-1] <= _MAX_RANK
+    offers = ("native", "triton", "cuda") if triton else ("native", "cuda")
+    chosen = implementation("block_norms", impl, vectors, offers=offers)
+    if chosen == "triton":
+        from heat_fast.kernels.low_rank import triton as home
+
+        return home
+    return _HOMES[chosen]
 
 
 def _expands(values: Tensor, vectors: Tensor) -> bool:
