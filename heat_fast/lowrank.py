@@ -111,17 +111,17 @@ class LowRank:
         self.rounds: list[Tensor] = []
         # Matrices are tall, [M, s] for the sequence or [N, d, s] for its tokens.
         tests = self._tests()
-        held_out = self._signs(_HELD_OUT_STREAM, HELD_OUT)
-        images = self._images(torch.cat([tests, held_out], dim=-1), products.adjoints)
-        seen, unseen = images[..., : self.columns], images[..., self.columns :]
+        images = self._images(tests, products.adjoints)
         if config.passes == 2:
-            self.factors = two_pass(seen, self._second, self.rank)
+            self.factors = two_pass(images, self._second, self.rank)
         else:
             precision = torch.finfo(products.trunk.embeddings.dtype).eps
-            self.factors = single_pass(tests, seen, self.rank, precision)
+            self.factors = single_pass(tests, images, self.rank, precision)
+        del tests, images  # the largest of all
         work = products.trunk.work.factorisation(self.columns, self.rank, config.passes)
         products.done(0, work * len(products.adjoints))
-        pair = unseen, product(self.factors, held_out)
+        held_out = self._signs(_HELD_OUT_STREAM, HELD_OUT)
+        pair = self._images(held_out, products.adjoints), product(self.factors, held_out)
         if self.by_token:  # the blocks together are one block-diagonal operator
             pair = pair[0].flatten(-3, -2), pair[1].flatten(-3, -2)
         residual, captured = (part.cpu() for part in quality(*pair))

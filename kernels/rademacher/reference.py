@@ -65,8 +65,10 @@ def rademacher(
     """
     blocks = torch.arange((width + 31) // 32, device=tokens.device)
     words = counter_words(seed, samples[..., None], tokens[..., None], blocks)
-    bits = (words[..., None] >> torch.arange(32, device=tokens.device)) & 1
-    return (1 - 2 * bits.flatten(-2)[..., :width]).to(dtype)
+    # Byte by byte, the lowest first: as int64 the bits would take eight times the room.
+    each = words.to(torch.int32).view(torch.uint8)
+    bits = (each[..., None] >> torch.arange(8, dtype=torch.uint8, device=tokens.device)) & 1
+    return bits.flatten(-2)[..., :width].to(dtype).mul_(-2).add_(1)
 
 
 def walsh(rows: Tensor, columns: Tensor) -> Tensor:
