@@ -8,10 +8,15 @@ asked for.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -42,3 +47,23 @@ def serves(*tensors: Tensor, asked: bool) -> bool:
         and not (tensor.requires_grad and torch.is_grad_enabled())
         for tensor in tensors
     )
+
+
+def on(tensor: Tensor) -> AbstractContextManager[object]:
+    """Make a tensor's device the current one; kernels are launched on its current stream."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def for_architecture(table: Mapping[int, T], device: torch.device | int) -> T:
+    """The entry for a device (or compute capability, 90 for 9.0) of a table of tile sizes.
+
+    The newest entry that is not newer than the device, else the oldest.
+    """
+    if isinstance(device, int):
+        capability = device
+    elif device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        capability = 10 * major + minor
+    else:
+        capability = 0
+    return table[max((each for each in table if each <= capability), default=min(table))]

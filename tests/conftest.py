@@ -17,7 +17,11 @@ import numpy
 import pytest
 import torch
 
-from heat_fast import native
+# Read when Triton is first imported. The interpreter serves what asks for impl="triton" by name.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+from heat_fast import gpu, native
 from heat_fast.kernels.dispatch import using
 
 if TYPE_CHECKING:
@@ -130,3 +134,11 @@ def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
         pytest.skip(f"the compiled extension is missing: {native.missing()}")
     with using(request.param, torch.device("cpu")):
         yield request.param
+
+
+@pytest.fixture(scope="session")
+def triton_device() -> torch.device:
+    """Where Triton's kernels run: the GPU, or the CPU in Triton's interpreter."""
+    if gpu.missing():
+        pytest.skip(f"Triton's kernels cannot run: {gpu.missing()}")
+    return torch.device("cpu" if gpu.interpreted() else "cuda")
