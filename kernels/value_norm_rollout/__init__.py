@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from heat_fast.kernels.value_norm_rollout.reference import attention_flow, value_output_norms
+from heat_fast.kernels.value_norm_rollout.api import attention_flow, value_output_norms
 
 __all__ = ["attention_flow", "value_output_norms"]

@@ -1,0 +1,384 @@
+"""The two halves of the attention-value gate on a GPU; `reference.py` has the mathematics.
+
+Value-output norms: a program owns a block of tokens of one query head and walks over output
+features; a tile of the product lives in registers until its absolute values are summed.
+
+Column sweep: a program owns a block of key positions of one query head, with its keys, and walks
+over the query rows at or after them. It alone writes its part of the flow: no atomics, and the same
+result in every run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from heat_fast import gpu
+from heat_fast.kernels.branch_attention.reference import Masking
+from heat_fast.kernels.compile import Variant
+from heat_fast.kernels.device import soft_cap
+
+#: Products of float32: three passes of the tensor cores, near full precision. See the README.
+PRECISION = "tf32x3"
+#: The widest head that is served.
+MAX_WIDTH = 256
+#: Targets that a program serves at once where there are several: the columns of a matrix product.
+MANY_TARGETS = 16
+
+
+@dataclass(frozen=True)
+class Tile:
+    """`rows`: what a program owns (tokens or keys); `columns`: what it takes at a time."""
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+
+
+# By architecture, then by (bytes of an input number, padded head width).
+_NORMS = {
+    80: {
+        (2, 64): Tile(128, 128, 8, 3),
+        (2, 128): Tile(128, 64, 8, 3),
+        (2, 256): Tile(128, 64, 8, 2),
+        (4, 64): Tile(64, 64, 4, 2),
+        (4, 128): Tile(64, 32, 4, 2),
+        (4, 256): Tile(64, 32, 8, 2),
+    },
+    90: {
+        (2, 64): Tile(128, 128, 8, 3),
+        (2, 128): Tile(128, 128, 8, 2),
+        (2, 256): Tile(128, 128, 8, 2),
+        (4, 64): Tile(64, 64, 4, 2),
+        (4, 128): Tile(64, 64, 4, 2),
+        (4, 256): Tile(64, 32, 8, 2),
+    },
+}
+_FLOW = {
+    80: {
+        (2, 64): Tile(128, 64, 8, 3),
+        (2, 128): Tile(128, 64, 8, 2),
+        (2, 256): Tile(64, 64, 8, 2),
+        (4, 64): Tile(64, 64, 4, 2),
+        (4, 128): Tile(64, 32, 4, 2),
+        (4, 256): Tile(64, 32, 8, 1),
+    },
+    90: {
+        (2, 64): Tile(128, 64, 8, 3),
+        (2, 128): Tile(128, 64, 8, 3),
+        (2, 256): Tile(64, 64, 4, 2),
+        (4, 64): Tile(64, 64, 4, 2),
+        (4, 128): Tile(64, 32, 4, 2),
+        (4, 256): Tile(64, 32, 8, 1),
+    },
+}
+
+
+def _padded(width: int) -> int:
+    """The widths of the tables' tiles: masked above the head's own."""
+    return max(64, int(triton.next_power_of_2(width)))
+
+
+@triton.jit
+def value_norms_kernel(
+    value,
+    weight,
+    norms,
+    value_head,
+    value_row,
+    weight_row,
+    weight_column,
+    norms_split,
+    length,
+    outputs,
+    outputs_each,
+    group,
+    WIDTH: tl.constexpr,
+    PADDED: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """`norms[split, head, i] = sum over a split's n of |sum_k value[i, k] weight[n, head, k]|`."""
+    head = tl.program_id(1)
+    split = tl.program_id(2)
+    tokens = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inner = tl.arange(0, PADDED)
+    start = split * outputs_each
+    stop = tl.minimum(start + outputs_each, outputs)
+
+    value += (head // group).to(tl.int64) * value_head
+    v = tl.load(
+        value + tokens[:, None] * value_row + inner[None, :],
+        mask=(tokens < length)[:, None] & (inner < WIDTH)[None, :],
+        other=0.0,
+    )
+    columns = tl.arange(0, COLUMNS)
+    weight += start.to(tl.int64) * weight_row + head.to(tl.int64) * WIDTH * weight_column
+    tile = weight + columns[:, None] * weight_row + inner[None, :] * weight_column
+    total = tl.zeros([ROWS], dtype=tl.float32)
+    for low in range(start, stop, COLUMNS):
+        w = tl.load(
+            tile, mask=(low + columns < stop)[:, None] & (inner < WIDTH)[None, :], other=0.0
+        )
+        moved = tl.dot(v, tl.trans(w), input_precision=PRECISION)
+        total += tl.sum(tl.abs(moved), 1)
+        tile += COLUMNS * weight_row.to(tl.int64)
+    norms += split.to(tl.int64) * norms_split + head.to(tl.int64) * length
+    tl.store(norms + tokens, total, mask=tokens < length)
+
+
+@triton.jit
+def attention_flow_kernel(
+    query,
+    key,
+    normaliser,
+    rho,
+    flow,
+    query_head,
+    query_member,
+    query_row,
+    key_head,
+    key_row,
+    normaliser_head,
+    normaliser_member,
+    rho_head,
+    rho_member,
+    rho_target,
+    length,
+    queries,
+    targets,
+    group,
+    window,
+    scale,
+    softcap,
+    WIDTH: tl.constexpr,
+    PADDED: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    TARGETS: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    CAPPED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """`flow[head, r, i] = sum_j rho[r, j] A[head, j, i]` for a block of keys i and of targets r."""
+    LOG2_E: tl.constexpr = 1.4426950408889634
+    # Early keys are seen by the most queries: their programs come first, for every head.
+    head = tl.program_id(0).to(tl.int64)
+    low_key = tl.program_id(1) * ROWS
+    first_target = tl.program_id(2) * TARGETS
+    keys = low_key + tl.arange(0, ROWS)
+    inner = tl.arange(0, PADDED)
+    columns = tl.arange(0, COLUMNS)
+    offset = length - queries
+
+    query += head // group * query_head + head % group * query_member
+    key += head // group * key_head
+    normaliser += head // group * normaliser_head + head % group * normaliser_member
+    rho += head // group * rho_head + head % group * rho_member
+    flow += head * targets * length
+
+    k = tl.load(
+        key + keys[:, None] * key_row + inner[None, :],
+        mask=(keys < length)[:, None] & (inner < WIDTH)[None, :],
+        other=0.0,
+    )
+    first = tl.maximum(low_key - offset, 0)
+    stop = queries
+    if WINDOWED:
+        stop = tl.minimum(queries, low_key + ROWS - 1 + window - offset)
+    if TARGETS == 1:
+        total = tl.zeros([ROWS], dtype=tl.float32)
+    else:
+        total = tl.zeros([ROWS, TARGETS], dtype=tl.float32)
+        own = first_target + tl.arange(0, TARGETS)
+    for low in range(first, stop, COLUMNS):
+        rows = low + columns
+        q = tl.load(
+            query + rows[:, None] * query_row + inner[None, :],
+            mask=(rows < queries)[:, None] & (inner < WIDTH)[None, :],
+            other=0.0,
+        )
+        lse = tl.load(normaliser + rows, mask=rows < queries, other=float("inf"))
+        scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+        if CAPPED:
+            scores = soft_cap(scores * scale, softcap) * LOG2_E
+        else:
+            scores = scores * (scale * LOG2_E)
+        positions = rows + offset
+        seen = positions[None, :] >= keys[:, None]
+        if WINDOWED:
+            seen = seen & (keys[:, None] > positions[None, :] - window)
+        # A row beyond the last query has an infinite normaliser, so no weight.
+        weights = tl.where(seen, tl.exp2(scores - lse[None, :] * LOG2_E), 0.0)
+        if TARGETS == 1:
+            share = tl.load(rho + first_target * rho_target + rows, mask=rows < queries, other=0.0)
+            total += tl.sum(weights * share[None, :], 1)
+        else:
+            shares = tl.load(
+                rho + own[None, :] * rho_target + rows[:, None],
+                mask=(own < targets)[None, :] & (rows < queries)[:, None],
+                other=0.0,
+            )
+            total += tl.dot(weights, shares, input_precision=PRECISION)
+    if TARGETS == 1:
+        tl.store(flow + first_target * length + keys, total, mask=keys < length)
+    else:
+        tl.store(
+            flow + own[None, :] * length + keys[:, None],
+            total,
+            mask=(own < targets)[None, :] & (keys < length)[:, None],
+        )
+
+
+def value_output_norms(value: Tensor, output_weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """See `reference.value_output_norms`; summed in float32."""
+    heads, length, width = value.shape
+    outputs = output_weight.shape[0]
+    count = output_weight.shape[1] // width
+    if value.stride(-1) != 1:
+        value = value.contiguous()
+    tile = gpu.for_architecture(_NORMS, value.device)[value.element_size(), _padded(width)]
+    blocks = triton.cdiv(length, tile.rows)
+    # Few tokens make few programs: then the output features are shared out.
+    splits = max(1, min(256 // (blocks * count), triton.cdiv(outputs, 8 * tile.columns)))
+    each = triton.cdiv(triton.cdiv(outputs, splits), tile.columns) * tile.columns
+    splits = triton.cdiv(outputs, each)
+    norms = torch.empty(splits, count, length, dtype=torch.float32, device=value.device)
+    with gpu.on(value):
+        value_norms_kernel[blocks, count, splits](
+            value,
+            output_weight,
+            norms,
+            value.stride(0),
+            value.stride(1),
+            output_weight.stride(0),
+            output_weight.stride(1),
+            norms.stride(0),
+            length,
+            outputs,
+            each,
+            count // heads,
+            WIDTH=width,
+            PADDED=_padded(width),
+            ROWS=tile.rows,
+            COLUMNS=tile.columns,
+            PRECISION=PRECISION,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
+    total = norms[0] if splits == 1 else norms.sum(0)
+    return total.view(heads, count // heads, length).to(dtype)
+
+
+def attention_flow(
+    query: Tensor, key: Tensor, normaliser: Tensor, rho: Tensor, masking: Masking
+) -> Tensor:
+    """See `reference.attention_flow`; `rho` and the flow are float32."""
+    heads, group, queries, width = query.shape
+    length = key.shape[1]
+    rho = rho.expand(heads, group, *rho.shape[-2:])
+    query, key, normaliser, rho = (
+        part if part.stride(-1) == 1 else part.contiguous()
+        for part in (query, key, normaliser, rho)
+    )
+    targets = rho.shape[2]
+    flow = torch.empty(heads, group, targets, length, dtype=torch.float32, device=query.device)
+    block = 1 if targets == 1 else MANY_TARGETS
+    tile = gpu.for_architecture(_FLOW, query.device)[query.element_size(), _padded(width)]
+    grid = heads * group, triton.cdiv(length, tile.rows), triton.cdiv(targets, block)
+    with gpu.on(query):
+        attention_flow_kernel[grid](
+            query,
+            key,
+            normaliser,
+            rho,
+            flow,
+            *query.stride()[:3],
+            *key.stride()[:2],
+            *normaliser.stride()[:2],
+            *rho.stride()[:3],
+            length,
+            queries,
+            targets,
+            group,
+            masking.window or 0,
+            masking.scale,
+            masking.softcap or 0.0,
+            WIDTH=width,
+            PADDED=_padded(width),
+            ROWS=tile.rows,
+            COLUMNS=tile.columns,
+            TARGETS=block,
+            WINDOWED=masking.window is not None,
+            CAPPED=masking.softcap is not None,
+            PRECISION=PRECISION,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
+    return flow
+
+
+_TYPES = {"fp16": 2, "bf16": 2, "fp32": 4}
+
+
+def variants(capability: int) -> Iterator[Variant]:
+    """Every configuration that is shipped for an architecture."""
+    for kind, size in _TYPES.items():
+        for padded in (64, 128, 256):
+            tile = gpu.for_architecture(_NORMS, capability)[size, padded]
+            common = {"WIDTH": padded, "PADDED": padded, "PRECISION": PRECISION}
+            strides = ("value_head", "value_row", "weight_row")
+            numbers = ("norms_split", "length", "outputs", "outputs_each", "group")
+            yield Variant(
+                value_norms_kernel,
+                f"{kind} width {padded}",
+                {
+                    "value": f"*{kind}",
+                    "weight": f"*{kind}",
+                    "norms": "*fp32",
+                    **dict.fromkeys(strides, "i32:16"),
+                    **dict.fromkeys(numbers, "i32"),
+                },
+                {**common, "weight_column": 1, "ROWS": tile.rows, "COLUMNS": tile.columns},
+                tile.warps,
+                tile.stages,
+            )
+            tile = gpu.for_architecture(_FLOW, capability)[size, padded]
+            for targets, masked in ((1, False), (MANY_TARGETS, True)):
+                strides = ("query_head", "query_member", "query_row", "key_head", "key_row")
+                numbers = (
+                    "normaliser_head normaliser_member rho_head rho_member rho_target length "
+                    "queries targets group window"
+                ).split()
+                yield Variant(
+                    attention_flow_kernel,
+                    f"{kind} width {padded} targets {targets}" + " window softcap" * masked,
+                    {
+                        "query": f"*{kind}",
+                        "key": f"*{kind}",
+                        "normaliser": "*fp32",
+                        "rho": "*fp32",
+                        "flow": "*fp32",
+                        **dict.fromkeys(strides, "i32:16"),
+                        **dict.fromkeys(numbers, "i32"),
+                        "scale": "fp32",
+                        "softcap": "fp32",
+                    },
+                    {
+                        **common,
+                        "ROWS": tile.rows,
+                        "COLUMNS": tile.columns,
+                        "TARGETS": targets,
+                        "WINDOWED": masked,
+                        "CAPPED": masked,
+                    },
+                    tile.warps,
+                    tile.stages,
+                )
