@@ -19,8 +19,6 @@ from heat_fast.kernels.value_norm_rollout import attention_flow, value_output_no
 MASKINGS = {
     "full": Masking(0.3),
     "window": Masking(0.3, window=17),
-    "window_of_one": Masking(0.3, window=1),
-    "softcap": Masking(0.3, softcap=1.2),
     "window_softcap": Masking(0.3, window=40, softcap=1.2),
 }
 # The interpreter's bfloat16 is wrong in products and sums (its own limitation).
@@ -67,7 +65,7 @@ def check(name: str, exact: Tensor, low: Tensor, found: Tensor) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("length", "queries", "targets", "per_head"),
-    [(1, 1, 1, False), (63, 63, 1, False), (130, 130, 3, True), (130, 5, 17, False)],
+    [(1, 1, 1, False), (63, 63, 1, False), (130, 70, 3, True), (130, 5, 17, False)],
 )
 @pytest.mark.parametrize("masking", MASKINGS.values(), ids=MASKINGS)
 def test_attention_flow(
@@ -94,8 +92,7 @@ def test_attention_flow(
     assert torch.equal(found, again), "the same call gave another result"
 
 
-@pytest.mark.parametrize("width", [64, 80, 96, 128, 256])
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize(("seed", "width"), [(0, 64), (1, 80), (2, 96), (3, 128), (4, 256)])
 def test_attention_flow_of_every_head_width(
     seed: int, width: int, triton_device: torch.device
 ) -> None:
@@ -128,7 +125,7 @@ def test_attention_flow_of_strided_views(triton_device: torch.device) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("length", "outputs", "width", "group", "transposed"),
-    [(1, 1, 64, 1, False), (63, 130, 80, 2, False), (130, 63, 256, 1, True), (7, 2100, 5, 3, True)],
+    [(1, 1, 64, 1, False), (63, 130, 80, 2, False), (130, 63, 256, 1, True), (7, 1030, 5, 2, True)],
 )
 def test_value_output_norms(
     length: int,

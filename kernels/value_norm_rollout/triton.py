@@ -33,10 +33,15 @@ MANY_TARGETS = 16
 
 @dataclass(frozen=True)
 class Tile:
-    """`rows`: what a program owns (tokens or keys); `columns`: what it takes at a time."""
+    """`rows`: what a program owns (tokens or keys); `columns`: what it takes at a time.
+
+    `inner`: the part of a head's width that is multiplied at once. If that is all of it, a
+    program's own rows are read once and kept.
+    """
 
     rows: int
     columns: int
+    inner: int
     warps: int
     stages: int
 
@@ -44,40 +49,44 @@ class Tile:
 # By architecture, then by (bytes of an input number, padded head width).
 _NORMS = {
     80: {
-        (2, 64): Tile(128, 128, 8, 3),
-        (2, 128): Tile(128, 64, 8, 3),
-        (2, 256): Tile(128, 64, 8, 2),
-        (4, 64): Tile(64, 64, 4, 2),
-        (4, 128): Tile(64, 32, 4, 2),
-        (4, 256): Tile(64, 32, 8, 2),
+        (2, 64): Tile(128, 128, 64, 8, 3),
+        (2, 128): Tile(128, 64, 128, 8, 3),
+        (2, 256): Tile(128, 64, 256, 8, 2),
+        (4, 64): Tile(64, 32, 32, 4, 2),
+        (4, 128): Tile(64, 32, 32, 4, 2),
+        (4, 256): Tile(64, 32, 32, 4, 2),
     },
     90: {
-        (2, 64): Tile(128, 128, 8, 3),
-        (2, 128): Tile(128, 128, 8, 2),
-        (2, 256): Tile(128, 128, 8, 2),
-        (4, 64): Tile(64, 64, 4, 2),
-        (4, 128): Tile(64, 64, 4, 2),
-        (4, 256): Tile(64, 32, 8, 2),
+        (2, 64): Tile(128, 128, 64, 8, 3),
+        (2, 128): Tile(128, 128, 128, 8, 2),
+        (2, 256): Tile(128, 128, 256, 8, 2),
+        (4, 64): Tile(64, 32, 64, 4, 2),
+        (4, 128): Tile(64, 32, 64, 4, 2),
+        (4, 256): Tile(64, 32, 64, 4, 2),
     },
 }
 _FLOW = {
     80: {
-        (2, 64): Tile(128, 64, 8, 3),
-        (2, 128): Tile(128, 64, 8, 2),
-        (2, 256): Tile(64, 64, 8, 2),
-        (4, 64): Tile(64, 64, 4, 2),
-        (4, 128): Tile(64, 32, 4, 2),
-        (4, 256): Tile(64, 32, 8, 1),
+        (2, 64): Tile(128, 64, 64, 8, 3),
+        (2, 128): Tile(128, 64, 128, 8, 2),
+        (2, 256): Tile(64, 64, 256, 8, 2),
+        (4, 64): Tile(64, 32, 32, 4, 2),
+        (4, 128): Tile(64, 32, 32, 4, 2),
+        (4, 256): Tile(64, 32, 32, 4, 2),
     },
     90: {
-        (2, 64): Tile(128, 64, 8, 3),
-        (2, 128): Tile(128, 64, 8, 3),
-        (2, 256): Tile(64, 64, 4, 2),
-        (4, 64): Tile(64, 64, 4, 2),
-        (4, 128): Tile(64, 32, 4, 2),
-        (4, 256): Tile(64, 32, 8, 1),
+        (2, 64): Tile(128, 64, 64, 8, 3),
+        (2, 128): Tile(128, 64, 128, 8, 3),
+        (2, 256): Tile(64, 64, 256, 4, 2),
+        (4, 64): Tile(64, 32, 64, 4, 2),
+        (4, 128): Tile(64, 32, 64, 4, 2),
+        (4, 256): Tile(64, 32, 64, 4, 2),
     },
 }
+
+
+def _sizes(tile: Tile) -> dict[str, int]:
+    return {"ROWS": tile.rows, "COLUMNS": tile.columns, "INNER": tile.inner}
 
 
 def _padded(width: int) -> int:
@@ -101,6 +110,7 @@ def value_norms_kernel(
     group,
     WIDTH: tl.constexpr,
     PADDED: tl.constexpr,
+    INNER: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -109,25 +119,31 @@ def value_norms_kernel(
     head = tl.program_id(1)
     split = tl.program_id(2)
     tokens = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    inner = tl.arange(0, PADDED)
+    inner = tl.arange(0, INNER)
     start = split * outputs_each
     stop = tl.minimum(start + outputs_each, outputs)
 
     value += (head // group).to(tl.int64) * value_head
-    v = tl.load(
-        value + tokens[:, None] * value_row + inner[None, :],
-        mask=(tokens < length)[:, None] & (inner < WIDTH)[None, :],
-        other=0.0,
-    )
+    v_tile = value + tokens[:, None] * value_row + inner[None, :]
+    own = (tokens < length)[:, None]
+    if INNER == PADDED:
+        v = tl.load(v_tile, mask=own & (inner < WIDTH)[None, :], other=0.0)
     columns = tl.arange(0, COLUMNS)
     weight += start.to(tl.int64) * weight_row + head.to(tl.int64) * WIDTH * weight_column
     tile = weight + columns[:, None] * weight_row + inner[None, :] * weight_column
     total = tl.zeros([ROWS], dtype=tl.float32)
     for low in range(start, stop, COLUMNS):
-        w = tl.load(
-            tile, mask=(low + columns < stop)[:, None] & (inner < WIDTH)[None, :], other=0.0
-        )
-        moved = tl.dot(v, tl.trans(w), input_precision=PRECISION)
+        some = (low + columns < stop)[:, None]
+        if INNER == PADDED:
+            w = tl.load(tile, mask=some & (inner < WIDTH)[None, :], other=0.0)
+            moved = tl.dot(v, tl.trans(w), input_precision=PRECISION)
+        else:
+            moved = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
+            for part in range(0, PADDED, INNER):
+                inside = (part + inner < WIDTH)[None, :]
+                v = tl.load(v_tile + part, mask=own & inside, other=0.0)
+                w = tl.load(tile + part * weight_column, mask=some & inside, other=0.0)
+                moved = tl.dot(v, tl.trans(w), moved, input_precision=PRECISION)
         total += tl.sum(tl.abs(moved), 1)
         tile += COLUMNS * weight_row.to(tl.int64)
     norms += split.to(tl.int64) * norms_split + head.to(tl.int64) * length
@@ -160,6 +176,7 @@ def attention_flow_kernel(
     softcap,
     WIDTH: tl.constexpr,
     PADDED: tl.constexpr,
+    INNER: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     TARGETS: tl.constexpr,
@@ -174,7 +191,7 @@ def attention_flow_kernel(
     low_key = tl.program_id(1) * ROWS
     first_target = tl.program_id(2) * TARGETS
     keys = low_key + tl.arange(0, ROWS)
-    inner = tl.arange(0, PADDED)
+    inner = tl.arange(0, INNER)
     columns = tl.arange(0, COLUMNS)
     offset = length - queries
 
@@ -184,11 +201,10 @@ def attention_flow_kernel(
     rho += head // group * rho_head + head % group * rho_member
     flow += head * targets * length
 
-    k = tl.load(
-        key + keys[:, None] * key_row + inner[None, :],
-        mask=(keys < length)[:, None] & (inner < WIDTH)[None, :],
-        other=0.0,
-    )
+    k_tile = key + keys[:, None] * key_row + inner[None, :]
+    own = (keys < length)[:, None]
+    if INNER == PADDED:
+        k = tl.load(k_tile, mask=own & (inner < WIDTH)[None, :], other=0.0)
     first = tl.maximum(low_key - offset, 0)
     stop = queries
     if WINDOWED:
@@ -197,16 +213,22 @@ def attention_flow_kernel(
         total = tl.zeros([ROWS], dtype=tl.float32)
     else:
         total = tl.zeros([ROWS, TARGETS], dtype=tl.float32)
-        own = first_target + tl.arange(0, TARGETS)
+        several = first_target + tl.arange(0, TARGETS)
     for low in range(first, stop, COLUMNS):
         rows = low + columns
-        q = tl.load(
-            query + rows[:, None] * query_row + inner[None, :],
-            mask=(rows < queries)[:, None] & (inner < WIDTH)[None, :],
-            other=0.0,
-        )
+        q_tile = query + rows[:, None] * query_row + inner[None, :]
+        some = (rows < queries)[:, None]
+        if INNER == PADDED:
+            q = tl.load(q_tile, mask=some & (inner < WIDTH)[None, :], other=0.0)
+            scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+        else:
+            scores = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
+            for part in range(0, PADDED, INNER):
+                inside = (part + inner < WIDTH)[None, :]
+                k = tl.load(k_tile + part, mask=own & inside, other=0.0)
+                q = tl.load(q_tile + part, mask=some & inside, other=0.0)
+                scores = tl.dot(k, tl.trans(q), scores, input_precision=PRECISION)
         lse = tl.load(normaliser + rows, mask=rows < queries, other=float("inf"))
-        scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
         if CAPPED:
             scores = soft_cap(scores * scale, softcap) * LOG2_E
         else:
@@ -222,8 +244,8 @@ def attention_flow_kernel(
             total += tl.sum(weights * share[None, :], 1)
         else:
             shares = tl.load(
-                rho + own[None, :] * rho_target + rows[:, None],
-                mask=(own < targets)[None, :] & (rows < queries)[:, None],
+                rho + several[None, :] * rho_target + rows[:, None],
+                mask=(several < targets)[None, :] & (rows < queries)[:, None],
                 other=0.0,
             )
             total += tl.dot(weights, shares, input_precision=PRECISION)
@@ -231,9 +253,9 @@ def attention_flow_kernel(
         tl.store(flow + first_target * length + keys, total, mask=keys < length)
     else:
         tl.store(
-            flow + own[None, :] * length + keys[:, None],
+            flow + several[None, :] * length + keys[:, None],
             total,
-            mask=(own < targets)[None, :] & (keys < length)[:, None],
+            mask=(several < targets)[None, :] & (keys < length)[:, None],
         )
 
 
@@ -267,8 +289,7 @@ def value_output_norms(value: Tensor, output_weight: Tensor, dtype: torch.dtype)
             count // heads,
             WIDTH=width,
             PADDED=_padded(width),
-            ROWS=tile.rows,
-            COLUMNS=tile.columns,
+            **_sizes(tile),
             PRECISION=PRECISION,
             num_warps=tile.warps,
             num_stages=tile.stages,
@@ -313,8 +334,7 @@ def attention_flow(
             masking.softcap or 0.0,
             WIDTH=width,
             PADDED=_padded(width),
-            ROWS=tile.rows,
-            COLUMNS=tile.columns,
+            **_sizes(tile),
             TARGETS=block,
             WINDOWED=masking.window is not None,
             CAPPED=masking.softcap is not None,
@@ -334,8 +354,8 @@ def variants(capability: int) -> Iterator[Variant]:
         for padded in (64, 128, 256):
             tile = gpu.for_architecture(_NORMS, capability)[size, padded]
             common = {"WIDTH": padded, "PADDED": padded, "PRECISION": PRECISION}
-            strides = ("value_head", "value_row", "weight_row")
-            numbers = ("norms_split", "length", "outputs", "outputs_each", "group")
+            strides = "value_head value_row weight_row".split()
+            numbers = "norms_split length outputs outputs_each group".split()
             yield Variant(
                 value_norms_kernel,
                 f"{kind} width {padded}",
@@ -346,13 +366,13 @@ def variants(capability: int) -> Iterator[Variant]:
                     **dict.fromkeys(strides, "i32:16"),
                     **dict.fromkeys(numbers, "i32"),
                 },
-                {**common, "weight_column": 1, "ROWS": tile.rows, "COLUMNS": tile.columns},
+                {**common, "weight_column": 1, **_sizes(tile)},
                 tile.warps,
                 tile.stages,
             )
             tile = gpu.for_architecture(_FLOW, capability)[size, padded]
             for targets, masked in ((1, False), (MANY_TARGETS, True)):
-                strides = ("query_head", "query_member", "query_row", "key_head", "key_row")
+                strides = "query_head query_member query_row key_head key_row".split()
                 numbers = (
                     "normaliser_head normaliser_member rho_head rho_member rho_target length "
                     "queries targets group window"
@@ -373,8 +393,7 @@ def variants(capability: int) -> Iterator[Variant]:
                     },
                     {
                         **common,
-                        "ROWS": tile.rows,
-                        "COLUMNS": tile.columns,
+                        **_sizes(tile),
                         "TARGETS": targets,
                         "WINDOWED": masked,
                         "CAPPED": masked,
