@@ -29,6 +29,9 @@ LOGIT_ELEMENTS = 1 << 21
 # Beyond this size the vocabulary is streamed in chunks, so that many rows share each chunk.
 STREAMED_VOCABULARY = 1 << 16
 VOCABULARY_CHUNK = 1 << 13
+# A GPU wants larger products, and reads the chunk's logits (128 MB in bfloat16) once.
+GPU_LOGIT_ELEMENTS = 1 << 26
+GPU_VOCABULARY_CHUNK = 1 << 15
 
 
 def replacement(embed: torch.nn.Module, masking: str, sentinel: int | None, like: Tensor) -> Tensor:
@@ -167,15 +170,20 @@ def _divergences(trunk: Trunk, last: Tensor, workers: int, step: Step) -> tuple[
     divergence = trunk.log_probs.new_empty(last.shape[0], targets)
     drop = torch.empty_like(divergence)
     head = trunk.decoder.head
-    streamed = vocabulary > STREAMED_VOCABULARY and head.projection.weight is not None
-    width = VOCABULARY_CHUNK if streamed else vocabulary
-    budget = Budget(max(1, LOGIT_ELEMENTS // (targets * width)), workers)
+    on_gpu = trunk.log_probs.is_cuda
+    streamed = head.projection.weight is not None and (on_gpu or vocabulary > STREAMED_VOCABULARY)
+    chunk = GPU_VOCABULARY_CHUNK if on_gpu else VOCABULARY_CHUNK
+    width = min(chunk, vocabulary) if streamed else vocabulary
+    elements = GPU_LOGIT_ELEMENTS if on_gpu else LOGIT_ELEMENTS
+    budget = Budget(max(1, elements // (targets * width)), workers)
 
     def run(first: int, stop: int) -> tuple[Tensor, Tensor]:
         rows = last[first:stop]
         if streamed:
-            chunks = head.logit_chunks(rows, VOCABULARY_CHUNK)
-            kl, lost = masked_kl_streamed(trunk.log_probs, trunk.normaliser, chunks, ids)
+            chunks = head.logit_chunks(rows, chunk)
+            kl, lost = masked_kl_streamed(
+                trunk.log_probs, trunk.normaliser, chunks, ids, head.softcap
+            )
             for index in (~torch.isfinite(kl).all(-1)).nonzero()[:, 0].tolist():
                 one = head.logits(rows[index : index + 1])
                 kl[index : index + 1], lost[index : index + 1] = masked_kl(

@@ -72,7 +72,8 @@ class Head:
         return self._logits(self._here(x))[0]
 
     def logit_chunks(self, x: Tensor, size: int) -> Iterator[tuple[slice, Tensor]]:
-        """The same, a slice of `size` of the vocabulary at a time; plain projections only."""
+        """The same before the soft-cap and in the model's dtype, `size` of the vocabulary at a
+        time; plain projections only."""
         x = self._here(x)
         weight = self.projection.weight
         assert weight is not None
@@ -80,11 +81,10 @@ class Head:
         normed, _ = self.norm.forward(x)
         for low in range(0, weight.shape[0], size):
             part = slice(low, min(low + size, weight.shape[0]))
-            raw = functional.linear(normed, weight[part], None if bias is None else bias[part])
-            raw = raw.to(wide(raw.dtype))
-            if self.softcap is not None:
-                raw = self.softcap * torch.tanh(raw / self.softcap)
-            yield part, raw
+            yield (
+                part,
+                functional.linear(normed, weight[part], bias if bias is None else bias[part]),
+            )
 
     def adjoint(self, x: Tensor, logits_bar: Tensor) -> Tensor:
         """`x_ [..., d]` from an adjoint of the logits `[..., V]`, for rows `x [..., d]`."""

@@ -49,14 +49,20 @@ def masked_kl_streamed(
     normaliser: Tensor,
     chunks: Iterable[tuple[slice, Tensor]],
     target: Tensor,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`(KL, drop)` as `masked_kl`, from chunks of the vocabulary: `(slice, logits [B, T, C])`.
+    """`(KL, drop)` as `masked_kl`, from chunks of the vocabulary: `(slice, raw [B, T, C])`.
 
-    `normaliser [T]` is the trunk's log-sum-exp of raw logits. A branch whose logits rise by so much
-    above the trunk's that `exp` overflows comes out infinite; `masked_kl` serves it.
+    The logits are `cap tanh(raw / cap)` where there is a soft-cap, else the raw values; chunks may
+    be of lower precision than `log_probs`. `normaliser [T]` is the trunk's log-sum-exp of logits. A
+    branch whose logits rise by so much above the trunk's that `exp` overflows comes out infinite;
+    `masked_kl` serves it.
     """
     excess = divergence = own = None
-    for part, logits in chunks:
+    for part, raw in chunks:
+        logits = raw.to(log_probs.dtype)
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
         probabilities = log_probs[:, part].exp()
         shifted = logits - normaliser[:, None]
         gap = log_probs[:, part] - shifted
