@@ -31,7 +31,7 @@ class Tile:
 
 
 # By architecture. The trunk's probabilities are made once for a program's branches.
-_TILES = {80: Tile(4, 1024, 4096, 4), 100: Tile(4, 2048, 8192, 8)}
+_TILES = {80: Tile(4, 512, 4096, 4)}
 
 
 @triton.jit
