@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from heat_fast.kernels.low_rank.api import block_norms
 from heat_fast.kernels.low_rank.reference import (
     Factors,
-    block_norms,
     orthonormalise,
     quality,
     single_pass,
