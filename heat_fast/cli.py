@@ -242,7 +242,8 @@ def attribute(
     kernels: Annotated[
         str | None,
         typer.Option(
-            metavar=_values(settings.Kernels), help="Compiled kernels, or torch alone (reference)."
+            metavar=_values(settings.Kernels),
+            help="Compiled kernels (triton: GPU, native: CPU), or torch alone (reference).",
         ),
     ] = None,
     device: Annotated[

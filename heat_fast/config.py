@@ -26,7 +26,7 @@ RankScope = Literal["sequence", "token"]
 Masking = Literal["zero", "mean", "sentinel"]
 Normalize = Literal["sum"]
 Aggregate = Literal["mean", "max", "sum"]
-Kernels = Literal["auto", "native", "reference"]
+Kernels = Literal["auto", "native", "triton", "reference"]
 
 #: What each named variant changes; whatever it does not name keeps the field's own default.
 PRESETS: Final[Mapping[str, Mapping[str, Any]]] = MappingProxyType(
@@ -230,8 +230,9 @@ class HeatConfig:
         more is computed. See :mod:`heat_fast.screening`.
     seed: seed of the probes and of the audits of screening, 0 to 2^63 - 1. Default 0.
     token_budget: token rows run in one batch; None (default) leaves the choice to the planner.
-    kernels: ``"auto"`` (default): the compiled kernels wherever they serve, torch elsewhere;
-        ``"native"``: the same, and an error where they are missing; ``"reference"``: torch alone.
+    kernels: ``"auto"`` (default): the compiled kernels wherever they serve, Triton's on a GPU and
+        the extension's on the CPU, torch elsewhere; ``"triton"``, ``"native"``: the same, and an
+        error where those are missing or the model is elsewhere; ``"reference"``: torch alone.
         Like `token_budget` it changes speed and memory; the result changes by rounding only.
 
     A choice that the others make void is refused: an `estimator` other than ``"block"`` without

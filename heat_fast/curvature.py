@@ -32,7 +32,13 @@ from torch import Tensor
 
 from heat_fast.config import HeatConfig
 from heat_fast.decoder.norm import wide
-from heat_fast.kernels.rademacher import counter_words, rademacher, walsh
+from heat_fast.kernels.rademacher import (
+    coded_moments,
+    coded_sums,
+    counter_words,
+    rademacher,
+    row_norms,
+)
 from heat_fast.lowrank import LowRank, Quality, products_each
 from heat_fast.planner import Budget, run_batches
 from heat_fast.products import Products
@@ -174,13 +180,13 @@ class _Block:
         products, probes = self.products, stop - first
         norms = torch.zeros(len(products.adjoints), products.tokens * probes, dtype=products.dtype)
 
-        def directions(tokens: Tensor, numbers: Tensor) -> Tensor:
-            return products.signs(first + numbers, tokens)
+        def directions(tokens: Tensor, numbers: Tensor, start: int) -> Tensor:
+            return products.token_probes(first + numbers, tokens, start)
 
         def keep(low: int, high: int, found: Tensor) -> None:
             norms[:, low:high] = found
 
-        products.blocks(probes, directions, lambda rows: rows.abs().sum(-1).cpu(), keep)
+        products.blocks(probes, directions, lambda rows: row_norms(rows).cpu(), keep)
         self.rounds.append(norms.view(-1, products.tokens, probes))
 
     def work(self) -> int:
@@ -205,12 +211,11 @@ class _Row:
         norms = torch.zeros(
             len(products.adjoints), products.tokens, stop - first, dtype=products.dtype
         )
-        positions = torch.arange(products.length)
 
         def run(low: int, high: int) -> list[Tensor]:
-            samples = torch.arange(first + low, first + high)[:, None]
-            found = products(products.signs(samples, positions), 0)
-            return [rows[:, : products.tokens].abs().sum(-1).t().cpu() for rows in found]
+            samples = torch.arange(first + low, first + high)
+            found = products(products.probes(samples, products.length), 0)
+            return [row_norms(rows[:, : products.tokens]).t().cpu() for rows in found]
 
         def keep(low: int, high: int, found: list[Tensor]) -> None:
             for index, rows in enumerate(found):
@@ -290,10 +295,10 @@ class _Coded:
                 if self.codes > before:
                     more = self._decode(probe, before, self.codes)
                     total, squares = total + more[0], squares + more[1]
-            mean, noise = self._moments(total, squares)
-            self.norms.append(mean.abs().sum(-1).cpu())
-            self.noise += noise.sum(-1).cpu()
-            self.energy += mean.square().sum(-1).cpu()
+            norm, noise, energy = coded_moments(total, squares, self.codes, self.order)
+            self.norms.append(norm.cpu())
+            self.noise += noise.cpu()
+            self.energy += energy.cpu()
 
     def _decode(self, probe: int, low: int, high: int) -> tuple[Tensor, Tensor]:
         """Sums of `z_k` and of its squares over codes `low..high-1`, `[T, N, d]`."""
@@ -302,21 +307,16 @@ class _Coded:
             products.seed ^ _CODE_STREAM, torch.tensor(probe), torch.arange(self.order)
         )
         chosen = torch.argsort(lottery, stable=True)[low:high].to(products.device)
-        positions = torch.arange(products.tokens, device=products.device)
-        signs = products.signs(torch.tensor(probe), positions)
         shape = (len(products.adjoints), products.tokens, products.width)
         total = torch.zeros(shape, dtype=products.dtype, device=products.device)
         squares = torch.zeros_like(total)
 
         def run(first: int, stop: int) -> tuple[Tensor, Tensor]:
-            code = walsh(chosen[first:stop, None], positions)[..., None].to(signs.dtype)
-            directions = signs.new_zeros(stop - first, products.length, products.width)
-            directions[:, : products.tokens] = code * signs
-            code = code.to(products.dtype)
-            decoded = [rows[:, : products.tokens] * code for rows in products(directions, 0)]
-            sums = torch.stack([part.sum(0) for part in decoded])
-            of_squares = torch.stack([part.square().sum(0) for part in decoded])
-            return sums, of_squares
+            codes = chosen[first:stop]
+            directions = products.probes(torch.full_like(codes, probe), products.tokens, codes)
+            found = [coded_sums(rows, codes, products.tokens) for rows in products(directions, 0)]
+            sums, of_squares = zip(*found, strict=True)
+            return torch.stack(sums), torch.stack(of_squares)
 
         def keep(first: int, stop: int, found: tuple[Tensor, Tensor]) -> None:
             sums, of_squares = found
@@ -334,18 +334,10 @@ class _Coded:
         """FLOPs of one more probe."""
         return self.codes * self.products.work(0)
 
-    def _moments(self, total: Tensor, squares: Tensor) -> tuple[Tensor, Tensor]:
-        """`z-` and its variance v, `[T, N, d]`."""
-        codes = self.codes
-        mean = total / codes
-        spread = (squares - codes * mean.square()).clamp_min_(0) / max(1, codes - 1)
-        return mean, spread * ((1 - codes / self.order) / codes)
-
     def _choose(self, total: Tensor, squares: Tensor) -> int:
         """The number of codes that keeps the noise at most twice the signal's energy."""
-        mean, noise = self._moments(total, squares)
-        noise_energy, energy = noise.sum(-1), mean.square().sum(-1)
-        share = float((noise_energy / energy.clamp_min(1e-30)).median())
+        _, noise, energy = coded_moments(total, squares, self.codes, self.order)
+        share = float((noise / energy.clamp_min(1e-30)).median())
         share = min(share, _WORST_SHARE)
         ratio = self.codes * share / (1 - share)
         codes = FIRST_CODES

@@ -159,8 +159,12 @@ class LowRank:
 
         if self.by_token:
 
-            def directions(tokens: Tensor, numbers: Tensor) -> Tensor:
-                return tall[tokens, :, numbers].to(dtype)
+            def directions(tokens: Tensor, numbers: Tensor, start: int) -> Tensor:
+                spread = tall.new_zeros(len(tokens), products.length - start, width, dtype=dtype)
+                spread[torch.arange(len(tokens)), tokens - start] = tall[tokens, :, numbers].to(
+                    dtype
+                )
+                return spread
 
             products.blocks(count, directions, lambda rows: rows, keep, adjoints)
             return images.view(len(adjoints), tokens, count, width).mT

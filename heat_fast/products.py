@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from heat_fast.decoder.norm import wide
-from heat_fast.kernels.rademacher import rademacher
+from heat_fast.kernels.rademacher import block_probes, dense_probes
 from heat_fast.planner import Budget, run_batches, sweep_workers, trim_heap
 from heat_fast.progress import Ledger, Meter
 from heat_fast.sweeps import hessian_rows, tangent_sweep
@@ -50,12 +50,17 @@ class Products:
         size = float(trunk.source.to(self.dtype).square().mean().sqrt())
         self._scale = 2.0 ** round(math.log2(size)) if size > 0 else 1.0
 
-    def signs(self, samples: Tensor, tokens: Tensor) -> Tensor:
-        """Probe entries of some (sample, token) pairs, `[..., d]`, in the model's dtype."""
+    def token_probes(self, samples: Tensor, tokens: Tensor, start: int) -> Tensor:
+        """Probes of one token each, `[B, T - start, d]`, in the model's dtype."""
+        pairs = samples.to(self.device), tokens.to(self.device)
+        span, dtype = (start, self.length), self.trunk.embeddings.dtype
+        return block_probes(self.seed, *pairs, span, self.width, dtype)
+
+    def probes(self, samples: Tensor, tokens: int, codes: Tensor | None = None) -> Tensor:
+        """Probes of the first `tokens` positions, `[B, T, d]`, times their codes' signs."""
         dtype = self.trunk.embeddings.dtype
-        return rademacher(
-            self.seed, samples.to(self.device), tokens.to(self.device), self.width, dtype
-        )
+        samples = samples.to(self.device)
+        return dense_probes(self.seed, samples, tokens, self.length, self.width, dtype, codes)
 
     def __call__(
         self, directions: Tensor, start: int, adjoints: Sequence[TargetAdjoint] | None = None
@@ -105,7 +110,7 @@ class Products:
     def blocks(
         self,
         count: int,
-        directions: Callable[[Tensor, Tensor], Tensor],
+        directions: Callable[[Tensor, Tensor, int], Tensor],
         finish: Callable[[Tensor], Tensor],
         keep: Callable[[int, int, Tensor], None],
         adjoints: Sequence[TargetAdjoint] | None = None,
@@ -113,8 +118,9 @@ class Products:
         """`H_ii r` for `count` directions r of every token i, each run from its token on.
 
         Items are (token, direction) pairs in the order of tokens, so that suffixes batch well.
-        `directions(tokens, numbers) [B, d]` makes those of a batch, `finish` turns their products
-        `[B, d]` into what `keep(low, high, found [T, B, ...])` is given.
+        `directions(tokens, numbers, start) [B, T - start, d]` makes those of a batch, each zero but
+        at its token; `finish` turns the products there, `[B, d]`, into what `keep(low, high, found
+        [T, B, ...])` is given.
         """
         chosen = self.adjoints if adjoints is None else adjoints
         each = [self.work(token, chosen) for token in range(self.tokens)]
@@ -126,11 +132,9 @@ class Products:
         def run(low: int, high: int) -> Tensor:
             items = torch.arange(low, high)
             token, start = items // count, low // count
-            own = directions(token, items % count)
-            batch = torch.arange(high - low, device=own.device)
-            place = (token - start).to(own.device)
-            spread = own.new_zeros(high - low, self.length - start, self.width)
-            spread[batch, place] = own
+            spread = directions(token, items % count, start)
+            batch = torch.arange(high - low, device=spread.device)
+            place = (token - start).to(spread.device)
             return torch.stack([finish(rows[batch, place]) for rows in self(spread, start, chosen)])
 
         def keep_and_count(low: int, high: int, found: Tensor) -> None:
