@@ -2,11 +2,15 @@
 #   make PYTHON=/path/to/python3   use another interpreter for a new .venv
 #   make test PYTEST_ARGS="-k gate" JOBS=0   in one process (JOBS: auto, one per core)
 #   make bench JSON=name           also write bench/results/name.json
+#   make kernels KERNELS="--arch 90 --op masked_kl"     some of the GPU kernels
+#   make bench-gpu BENCH_GPU=--quick                    one length, few repetitions
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
 JOBS ?= auto
 JSON ?=
+KERNELS ?= --write kernels/COMPILED.md
+BENCH_GPU ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -15,10 +19,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test lint types format bench clean distclean
+.PHONY: help setup demo test lint types format bench kernels gpu bench-gpu clean distclean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 setup: $(STAMP) ## Create .venv and install everything into it (the other targets do this too)
 
@@ -67,6 +71,22 @@ bench: $(STAMP) ## Run the benchmarks (JSON=name writes bench/results/name.json)
 	@ls bench/test_*.py >/dev/null 2>&1 || { echo "bench/ holds no benchmark yet." >&2; exit 1; }
 	@$(if $(JSON),mkdir -p bench/results)
 	@$(BIN)/pytest bench --benchmark-only $(if $(JSON),--benchmark-json=bench/results/$(JSON).json) $(PYTEST_ARGS)
+
+kernels: $(STAMP) ## Compile the GPU kernels for every architecture, without a GPU
+	@$(BIN)/python -m heat_fast.kernels.compile $(KERNELS)
+
+gpu: $(STAMP) ## Run the GPU tests and benchmarks on this machine's GPU
+	@$(BIN)/python -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' || { \
+	  echo "make: torch sees no CUDA device here; 'make test' runs the kernels in Triton's interpreter." >&2; exit 1; }
+	@$(BIN)/pytest --quiet --durations=10 tests/test_triton_*.py $(PYTEST_ARGS)
+	@$(BIN)/pytest --quiet --durations=10 -m gpu tests $(PYTEST_ARGS)
+	@if command -v compute-sanitizer >/dev/null; then \
+	  compute-sanitizer --tool racecheck --error-exitcode 1 $(BIN)/python -m pytest --quiet tests/test_triton_*.py -k "63"; \
+	else echo "compute-sanitizer is not installed: races were not looked for."; fi
+	@$(MAKE) --no-print-directory bench-gpu
+
+bench-gpu: $(STAMP) ## Time the GPU kernels against PyTorch (writes bench/results/<gpu>/)
+	@$(BIN)/python bench/gpu/kernels.py $(BENCH_GPU)
 
 clean: ## Remove caches and build output (.venv stays)
 	@rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .benchmarks .hypothesis

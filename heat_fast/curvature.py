@@ -313,7 +313,7 @@ class _Coded:
 
         def run(first: int, stop: int) -> tuple[Tensor, Tensor]:
             codes = chosen[first:stop]
-            directions = products.probes(torch.full_like(codes, probe), products.tokens, codes)
+            directions = products.probes(torch.tensor([probe]), products.tokens, codes)
             found = [coded_sums(rows, codes, products.tokens) for rows in products(directions, 0)]
             sums, of_squares = zip(*found, strict=True)
             return torch.stack(sums), torch.stack(of_squares)

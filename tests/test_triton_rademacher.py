@@ -40,7 +40,7 @@ def poisoned(triton_device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("width", [1, 63, 130, 515])
+@pytest.mark.parametrize("width", [1, 63, 515])
 @pytest.mark.parametrize("seed", SEEDS)
 def test_signs(seed: int, width: int, dtype: torch.dtype, triton_device: torch.device) -> None:
     samples, tokens = torch.tensor([[0], [7], [2**20]]), torch.tensor([0, 3, 130, 2**17])
@@ -50,7 +50,7 @@ def test_signs(seed: int, width: int, dtype: torch.dtype, triton_device: torch.d
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("length", "width"), [(1, 1), (63, 63), (130, 520)])
+@pytest.mark.parametrize(("length", "width"), [(1, 1), (63, 63), (130, 130)])
 def test_block_probes(
     length: int, width: int, dtype: torch.dtype, triton_device: torch.device
 ) -> None:
@@ -63,11 +63,12 @@ def test_block_probes(
 
 
 @pytest.mark.parametrize("coded", [False, True])
-@pytest.mark.parametrize(("tokens", "length", "width"), [(1, 1, 1), (60, 63, 63), (128, 130, 520)])
+@pytest.mark.parametrize(("tokens", "length", "width"), [(1, 1, 1), (60, 63, 63), (128, 130, 130)])
 def test_dense_probes(
     tokens: int, length: int, width: int, coded: bool, triton_device: torch.device
 ) -> None:
-    samples, codes = torch.tensor([4, 0, 9]), torch.tensor([0, 77, 127])
+    samples = torch.tensor([4]) if coded else torch.tensor([4, 0, 9])
+    codes = torch.tensor([0, 77, 127])
     arguments = tokens, length, width, torch.float16
     expected = dense_probes(3, samples, *arguments, codes if coded else None, impl="reference")
     moved = codes.to(triton_device) if coded else None
@@ -76,7 +77,7 @@ def test_dense_probes(
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("rows", "width"), [(1, 1), (63, 63), (130, 1030)])
+@pytest.mark.parametrize(("rows", "width"), [(1, 1), (63, 63), (5, 1030)])
 def test_row_norms(rows: int, width: int, dtype: torch.dtype, triton_device: torch.device) -> None:
     values = torch.randn(2, rows + 3, width).to(dtype)[:, :rows]
     expected = row_norms(values.double(), impl="reference")
@@ -89,7 +90,7 @@ def test_row_norms(rows: int, width: int, dtype: torch.dtype, triton_device: tor
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    ("codes", "tokens", "width"), [(1, 1, 1), (2, 63, 63), (5, 130, 520), (8, 7, 1030)]
+    ("codes", "tokens", "width"), [(1, 1, 1), (2, 63, 63), (5, 130, 130), (8, 7, 1030)]
 )
 def test_coded_reduction(
     codes: int, tokens: int, width: int, dtype: torch.dtype, triton_device: torch.device

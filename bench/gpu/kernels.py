@@ -193,7 +193,7 @@ def divergence(model: Model, length: int, dtype: torch.dtype) -> Case:
 
 def dense_probes(model: Model, length: int, dtype: torch.dtype) -> Case:
     """Coded probes written into the tangent buffer, 8 at a time."""
-    samples = torch.zeros(8, dtype=torch.int64, device="cuda")
+    samples = torch.zeros(1, dtype=torch.int64, device="cuda")
     codes = torch.arange(8, device="cuda")
     arguments = length, length, model.width, dtype, codes
 

@@ -107,10 +107,12 @@ def dense_probes(
 ) -> Tensor:
     """`[B, length, width]`: the signs of (samples[b], i) in rows `i < tokens`, else 0.
 
-    With `codes [B]`, a row's signs are multiplied by `walsh(codes[b], i)`.
+    With `codes [B]`, a row's signs are multiplied by `walsh(codes[b], i)`; one sample `[1]` then
+    serves all of them.
     """
+    count = len(samples) if codes is None else len(codes)
     positions = torch.arange(tokens, device=samples.device)
-    result = torch.zeros(len(samples), length, width, dtype=dtype, device=samples.device)
+    result = torch.zeros(count, length, width, dtype=dtype, device=samples.device)
     signs = rademacher(seed, samples[:, None], positions, width, dtype)
     if codes is not None:
         signs = signs * walsh(codes[:, None], positions)[..., None].to(dtype)

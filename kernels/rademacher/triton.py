@@ -303,6 +303,8 @@ def dense_probes(
     codes: Tensor | None = None,
 ) -> Tensor:
     """See `reference.dense_probes`."""
+    if codes is not None:
+        samples = samples.expand(len(codes))
     result = torch.empty(len(samples), length, width, dtype=dtype, device=samples.device)
     if result.numel() == 0:
         return result
