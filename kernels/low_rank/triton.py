@@ -35,7 +35,7 @@ class Tile:
 
 
 # By architecture.
-_TILES = {80: Tile(64, 4)}
+_TILES = {80: Tile(64, 4), 100: Tile(32, 4)}
 
 
 @triton.jit(do_not_specialize=["key"])

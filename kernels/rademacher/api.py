@@ -85,8 +85,8 @@ def dense_probes(
 ) -> Tensor:
     """Probes of the first `tokens` positions, `[B, length, width]`; 0 at the others.
 
-    Row i holds the signs of (samples[b], i), times `walsh(codes[b], i)` where there are codes `[B]`;
-    one sample `[1]` then serves all of them.
+    Row i holds the signs of (samples[b], i), times `walsh(codes[b], i)` where there are codes
+    `[B]`; one sample `[1]` then serves all of them.
 
     Example:
         >>> dense_probes(0, torch.tensor([3]), 2, 3, 4).abs().sum(-1).tolist()
