@@ -54,5 +54,5 @@ def test_attributions(
     ran = found.metadata["implementation"]["kernels"]
     for operation in ALWAYS | OF_SETTING[setting]:
         assert "triton" in ran[operation], f"{operation} ran {ran[operation]}"
-    for part in ("gate", "curvature", "information", "scores"):
+    for part in ("gate", "curvature", "information", "log_prob_drop"):
         assert_close(part, getattr(plain, part), getattr(found, part), rtol=1e-4)
