@@ -3,7 +3,7 @@
 #   make test PYTEST_ARGS="-k gate" JOBS=0   in one process (JOBS: auto, one per core)
 #   make bench JSON=name           also write bench/results/name.json
 #   make kernels KERNELS="--arch 90 --op masked_kl"     some of the GPU kernels
-#   make bench-gpu BENCH_GPU=--quick                    one length, few repetitions
+#   make bench-gpu BENCH_GPU="--length 1024"            one length
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
@@ -86,7 +86,7 @@ gpu: $(STAMP) ## Run the GPU tests and benchmarks on this machine's GPU
 	@$(MAKE) --no-print-directory bench-gpu
 
 bench-gpu: $(STAMP) ## Time the GPU kernels against PyTorch (writes bench/results/<gpu>/)
-	@$(BIN)/python bench/gpu/kernels.py $(BENCH_GPU)
+	@for file in bench/gpu/*.py; do $(BIN)/python $$file $(BENCH_GPU) || failed=1; done; exit $${failed:-0}
 
 clean: ## Remove caches and build output (.venv stays)
 	@rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .benchmarks .hypothesis

@@ -7,8 +7,7 @@ Times are medians of CUDA events with the second-level cache flushed before ever
 FLOPs are counted from the shapes (each kernel's README); their rates are shares of ceilings that
 are measured in the same run: a copy of 1 GB, and a matrix product of order 8192 in the inputs'
 dtype. Peak memory is what a call allocates beyond its inputs. `ratio` is eager's time over the
-kernel's. Eager is the plain formula, which the module spells out, or the reference with whole
-matrices in place of tiles. An operation that fails is reported, and the others still run. Writes
+kernel's. Eager is the plain formula, which the module spells out, or the reference. An operation that fails is reported, and the others still run. Writes
 `bench/results/<gpu>/kernels.json` and `kernels.md`.
 """
 
@@ -30,14 +29,8 @@ import torch
 from torch import Tensor
 
 from heat_fast.kernels import masked_kl, rademacher, value_norm_rollout
-from heat_fast.kernels.branch_attention import Masking, branch_attention
-from heat_fast.kernels.branch_attention import reference as branch_reference
+from heat_fast.kernels.branch_attention import Masking
 from heat_fast.kernels.low_rank import block_norms
-from heat_fast.kernels.second_order_attention import (
-    Primal,
-    attention_adjoint_tangent,
-    attention_tangent,
-)
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 
@@ -249,90 +242,6 @@ def low_rank_norms(model: Model, length: int, dtype: torch.dtype) -> Case:
     return Case(lambda: call("triton"), lambda: call("reference"), moved, flops, 1e-3)
 
 
-#: Branches and probes of a batch in the attention operations.
-BATCH = 2
-
-
-def unfused(call: Callable[[], Any]) -> Callable[[], Any]:
-    """The reference without its tiles: whole matrices of scores, as the math path makes them."""
-
-    def run() -> Any:
-        before = branch_reference.TILE_ELEMENTS
-        branch_reference.TILE_ELEMENTS = 1 << 60
-        try:
-            return call()
-        finally:
-            branch_reference.TILE_ELEMENTS = before
-
-    return run
-
-
-def branches(model: Model, length: int, dtype: torch.dtype) -> Case:
-    """Branches whose own rows are the second half of the context."""
-    heads, group, width = model.key_heads, model.heads // model.key_heads, model.head
-    own = length // 2
-    query = torch.randn(heads, BATCH, group, own, width, device="cuda").to(dtype)
-    pairs = torch.randn(2, heads, BATCH, own, width, device="cuda").to(dtype)
-    prefix = torch.randn(2, heads, length - own, width, device="cuda").to(dtype)
-    masking = Masking(width**-0.5)
-
-    def call(impl: str) -> tuple[Tensor, Tensor]:
-        return branch_attention(query, *pairs, *prefix, masking, impl=impl)
-
-    seen = own * (length - own) + own * (own + 1) / 2
-    moved = 2 * query.nbytes + pairs.nbytes + prefix.nbytes
-    flops = 4.0 * model.heads * BATCH * width * seen
-    return Case(lambda: call("triton"), unfused(lambda: call("reference")), moved, flops, 2e-2)
-
-
-def _primal(model: Model, length: int, dtype: torch.dtype) -> tuple[Primal, Tensor]:
-    heads, group, width = model.key_heads, model.heads // model.key_heads, model.head
-    query = torch.randn(heads, group, length, width, device="cuda").to(dtype)
-    key, value = torch.randn(2, heads, length, width, device="cuda").to(dtype)
-    masking = Masking(width**-0.5)
-    empty = key[:, :0]
-    output, normaliser = branch_attention(
-        query[:, None], key[:, None], value[:, None], empty, empty, masking, impl="reference"
-    )
-    primal = Primal(query, key, value, normaliser[:, 0], output[:, 0], 0, masking)
-    return primal, torch.randn_like(query)
-
-
-def _moved(primal: Primal) -> tuple[Tensor, Tensor, Tensor]:
-    heads, group, length, width = primal.query.shape
-    query = torch.randn(heads, BATCH, group, length, width, device="cuda").to(primal.query.dtype)
-    key, value = torch.randn(2, heads, BATCH, length, width, device="cuda").to(primal.key.dtype)
-    return query, key, value
-
-
-def tangent(model: Model, length: int, dtype: torch.dtype) -> Case:
-    """Attention's tangent: one product for P and four for every probe."""
-    primal, _ = _primal(model, length, dtype)
-    dots = _moved(primal)
-
-    def call(impl: str) -> Tensor:
-        return attention_tangent(primal, *dots, impl=impl)
-
-    moved = 2 * dots[0].nbytes + 2 * dots[1].nbytes + primal.query.nbytes + 2 * primal.key.nbytes
-    flops = (1.0 + 4 * BATCH) * model.heads * model.head * length * (length + 1)
-    return Case(lambda: call("triton"), unfused(lambda: call("reference")), moved, flops, 3e-2)
-
-
-def adjoint_tangent(model: Model, length: int, dtype: torch.dtype) -> Case:
-    """The tangent of attention's adjoint: two products for P and dP, ten for every probe."""
-    primal, bar = _primal(model, length, dtype)
-    dots = _moved(primal)
-    output = attention_tangent(primal, *dots, impl="reference")
-    bar_dot = torch.randn_like(dots[0])
-
-    def call(impl: str) -> tuple[Tensor, Tensor, Tensor]:
-        return attention_adjoint_tangent(primal, *dots, output, bar, bar_dot, impl=impl)
-
-    moved = 4 * dots[0].nbytes + 4 * dots[1].nbytes + 3 * bar.nbytes + 2 * primal.key.nbytes
-    flops = (2.0 + 10 * BATCH) * model.heads * model.head * length * (length + 1)
-    return Case(lambda: call("triton"), unfused(lambda: call("reference")), moved, flops, 3e-2)
-
-
 OPERATIONS: dict[str, Callable[[Model, int, torch.dtype], Case]] = {
     "value_output_norms": value_norms,
     "attention_flow": flow,
@@ -341,9 +250,6 @@ OPERATIONS: dict[str, Callable[[Model, int, torch.dtype], Case]] = {
     "coded_reduction": coded,
     "row_norms": norms_of_rows,
     "low_rank_block_norms": low_rank_norms,
-    "branch_attention": branches,
-    "attention_tangent": tangent,
-    "attention_adjoint_tangent": adjoint_tangent,
 }
 
 
@@ -432,6 +338,7 @@ def main() -> int:
     """Run what was asked for; 1 if something failed or disagrees."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--quick", action="store_true", help="N = 1024 alone, few repetitions")
+    parser.add_argument("--length", type=int, action="append", help="lengths, by default all")
     parser.add_argument("--op", action="append", choices=list(OPERATIONS))
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--compile", action="store_true", help="torch.compile too (slow to start)")
@@ -461,7 +368,7 @@ def main() -> int:
     folder = chosen.out or RESULTS / slug
     folder.mkdir(parents=True, exist_ok=True)
     bad = 0
-    for length in (1024,) if chosen.quick else LENGTHS:
+    for length in chosen.length or ((1024,) if chosen.quick else LENGTHS):
         for operation in chosen.op or OPERATIONS:
             for model in MODELS:
                 if time.monotonic() - began > chosen.seconds:
