@@ -7,8 +7,9 @@ Times are medians of CUDA events with the second-level cache flushed before ever
 FLOPs are counted from the shapes (each kernel's README); their rates are shares of ceilings that
 are measured in the same run: a copy of 1 GB, and a matrix product of order 8192 in the inputs'
 dtype. Peak memory is what a call allocates beyond its inputs. `ratio` is eager's time over the
-kernel's. Eager is the plain formula, which the module spells out, or the reference. An operation that fails is reported, and the others still run. Writes
-`bench/results/<gpu>/kernels.json` and `kernels.md`.
+kernel's; eager is the plain formula, which the module spells out, or the reference. An operation
+that fails is reported, and the others still run. Writes `bench/results/<gpu>/kernels.json` and
+`kernels.md`.
 """
 
 from __future__ import annotations
