@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 
+from heat_fast import gpu
 from heat_fast.config import HeatConfig
 from heat_fast.curvature import FIRST_CODES, FIRST_PROBES, product_count
 from heat_fast.decoder import Decoder, view
 from heat_fast.decoder.head import shares_curvature
 from heat_fast.errors import InputError
-from heat_fast.information import LOGIT_ELEMENTS
+from heat_fast.information import GPU_LOGIT_ELEMENTS, LOGIT_ELEMENTS
 from heat_fast.lowrank import HELD_OUT, factor_sizes
 from heat_fast.planner import Budget, slices, sweep_workers, targets_at_once, token_budget
 from heat_fast.windows import plan_windows
@@ -163,7 +164,7 @@ def estimate(
         branch_tokens=windows * sum(length - start for start in range(tokens)),
         flops=costs,
         trunk_bytes=kept,
-        peak_bytes=_peak_bytes(work, item, config, budget) + factors,
+        peak_bytes=_peak_bytes(work, item, config, budget, device) + factors,
         seconds=seconds,
     )
 
@@ -185,7 +186,9 @@ def _stream_bytes(work: Work, item: int, config: HeatConfig) -> int:
     return 2 * item * work.width * work.length * len(work.shapes) if kept else 0
 
 
-def _peak_bytes(work: Work, item: int, config: HeatConfig, budget: Budget) -> int:
+def _peak_bytes(
+    work: Work, item: int, config: HeatConfig, budget: Budget, device: torch.device
+) -> int:
     """The most that is alive at once beyond the model: the trunk and the hungriest component.
 
     Counted for torch alone; the compiled kernels need less.
@@ -204,11 +207,12 @@ def _peak_bytes(work: Work, item: int, config: HeatConfig, budget: Budget) -> in
         temporary, inner = max(temporary, block), max(inner, sizes.inner)
     workers, each = budget.workers, max(work.length, budget.rows)
     vocabulary = work.logits // (2 * work.width)
-    # Eight copies of the logits in a divergence, four of the targets' rows in the trunk.
-    logits = (
-        8
-        * wide
-        * min(workers * max(LOGIT_ELEMENTS, targets * vocabulary), tokens * targets * vocabulary)
+    # Eight copies of the logits in a divergence, four of the targets' rows in the trunk. The GPU
+    # kernel takes more of them at once, in one copy as the model makes them.
+    fused = device.type == "cuda" and config.kernels != "reference" and not gpu.missing()
+    each_logit, most = (item, GPU_LOGIT_ELEMENTS) if fused else (8 * wide, LOGIT_ELEMENTS)
+    logits = each_logit * min(
+        workers * max(most, targets * vocabulary), tokens * targets * vocabulary
     )
     information = temporary * min(workers * each, tokens * work.length) + logits
     # The second derivative of an activation is taken through autograd's graph of the first.

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from heat_fast.errors import InputError
-from heat_fast.kernels.masked_kl import masked_kl, masked_kl_streamed
+from heat_fast.kernels.masked_kl import masked_kl, masked_kl_streamed, serves_streamed
 from heat_fast.planner import Budget, run_batches, slices
 from heat_fast.progress import Ledger, Step
 from heat_fast.trunk import Trunk, require_finite
@@ -29,7 +29,7 @@ LOGIT_ELEMENTS = 1 << 21
 # Beyond this size the vocabulary is streamed in chunks, so that many rows share each chunk.
 STREAMED_VOCABULARY = 1 << 16
 VOCABULARY_CHUNK = 1 << 13
-# A GPU wants larger products, and reads the chunk's logits (128 MB in bfloat16) once.
+# The GPU kernel wants larger products, and reads a chunk's logits (128 MB in bfloat16) once.
 GPU_LOGIT_ELEMENTS = 1 << 26
 GPU_VOCABULARY_CHUNK = 1 << 15
 
@@ -170,11 +170,12 @@ def _divergences(trunk: Trunk, last: Tensor, workers: int, step: Step) -> tuple[
     divergence = trunk.log_probs.new_empty(last.shape[0], targets)
     drop = torch.empty_like(divergence)
     head = trunk.decoder.head
-    on_gpu = trunk.log_probs.is_cuda
-    streamed = head.projection.weight is not None and (on_gpu or vocabulary > STREAMED_VOCABULARY)
-    chunk = GPU_VOCABULARY_CHUNK if on_gpu else VOCABULARY_CHUNK
+    plain = head.projection.weight is not None
+    fused = plain and serves_streamed(trunk.log_probs, trunk.normaliser)
+    streamed = plain and (fused or vocabulary > STREAMED_VOCABULARY)
+    chunk = GPU_VOCABULARY_CHUNK if fused else VOCABULARY_CHUNK
     width = min(chunk, vocabulary) if streamed else vocabulary
-    elements = GPU_LOGIT_ELEMENTS if on_gpu else LOGIT_ELEMENTS
+    elements = GPU_LOGIT_ELEMENTS if fused else LOGIT_ELEMENTS
     budget = Budget(max(1, elements // (targets * width)), workers)
 
     def run(first: int, stop: int) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
 """Compile every GPU kernel ahead of time, on any machine, and tell what each takes.
 
     python -m heat_fast.kernels.compile                   every kernel, dtype, tile, architecture
-    python -m heat_fast.kernels.compile --arch 90 --op masked_kl
+    python -m heat_fast.kernels.compile --arch 90 --op masked_kl --only bf16
     python -m heat_fast.kernels.compile --write kernels/COMPILED.md
 
 Triton makes machine code without a GPU. The table holds, for each of an operation's `variants`, the
@@ -180,6 +180,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m heat_fast.kernels.compile")
     parser.add_argument("--op", action="append", choices=operations(), help="an operation")
     parser.add_argument("--arch", action="append", type=int, choices=list(ARCHITECTURES))
+    parser.add_argument("--only", default="", help="variants whose label has this text")
     parser.add_argument("--write", type=Path, help="also write the table to this file")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     chosen = parser.parse_args(arguments)
@@ -189,7 +190,8 @@ def main(arguments: list[str] | None = None) -> int:
         (operation, capability, index)
         for operation in chosen.op or operations()
         for capability in chosen.arch or ARCHITECTURES
-        for index, _ in enumerate(variants(operation, capability))
+        for index, variant in enumerate(variants(operation, capability))
+        if chosen.only in variant.label
     ]
     done: list[Usage] = []
     with ProcessPoolExecutor(chosen.jobs) as pool:

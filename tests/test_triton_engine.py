@@ -14,7 +14,8 @@ import torch
 
 import families
 from assertions import assert_close
-from heat_fast import Attributor, HeatConfig, gpu, information
+from heat_fast import Attributor, HeatConfig, gpu
+from heat_fast.errors import ConfigError
 
 LENGTH = 9
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -47,7 +48,6 @@ def test_attributions(
         # What "triton" would choose on a GPU, here in the interpreter.
         serves = gpu.serves
         monkeypatch.setattr(gpu, "serves", lambda *tensors, asked: serves(*tensors, asked=True))
-        monkeypatch.setattr(information, "STREAMED_VOCABULARY", 1)
     choice = "auto" if gpu.interpreted() else "triton"
     attributor = Attributor(model.to(triton_device), None, config.replace(kernels=choice))
     found = attributor.attribute(ids, [5, 7])
@@ -56,3 +56,9 @@ def test_attributions(
         assert "triton" in ran[operation], f"{operation} ran {ran[operation]}"
     for part in ("gate", "curvature", "information", "log_prob_drop"):
         assert_close(part, getattr(plain, part), getattr(found, part), rtol=1e-4)
+
+
+def test_triton_asks_for_a_model_on_the_gpu() -> None:
+    attributor = Attributor(families.build("llama"), None, HeatConfig(kernels="triton"))
+    with pytest.raises(ConfigError, match="kernels='triton' cannot run"):
+        attributor.attribute(families.prompt_ids("llama", LENGTH), 5)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from heat_fast.kernels.masked_kl.api import masked_kl_streamed
+from heat_fast.kernels.masked_kl.api import masked_kl_streamed, serves_streamed
 from heat_fast.kernels.masked_kl.reference import masked_kl
 
-__all__ = ["masked_kl", "masked_kl_streamed"]
+__all__ = ["masked_kl", "masked_kl_streamed", "serves_streamed"]

@@ -11,6 +11,12 @@ from heat_fast.kernels.dispatch import implementation
 from heat_fast.kernels.masked_kl import reference
 
 
+def serves_streamed(log_probs: Tensor, normaliser: Tensor, impl: str | None = None) -> bool:
+    """Whether `masked_kl_streamed` runs the GPU kernel for these, and chunks should be large."""
+    offers = ("triton",) if log_probs.dtype == normaliser.dtype == torch.float32 else ()
+    return implementation("masked_kl", impl, log_probs, normaliser, offers=offers) == "triton"
+
+
 def masked_kl_streamed(
     log_probs: Tensor,
     normaliser: Tensor,
@@ -38,8 +44,7 @@ def masked_kl_streamed(
         >>> round(kl.item(), 4), round(drop.item(), 4)
         (0.1074, -0.6426)
     """
-    offers = ("triton",) if log_probs.dtype == normaliser.dtype == torch.float32 else ()
-    if implementation("masked_kl", impl, log_probs, normaliser, offers=offers) == "triton":
+    if serves_streamed(log_probs, normaliser, impl):
         from heat_fast.kernels.masked_kl import triton
 
         return triton.masked_kl_streamed(log_probs, normaliser, chunks, target, softcap)
