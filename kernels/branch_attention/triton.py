@@ -59,6 +59,12 @@ _TILES = {
 
 
 @triton.jit
+def offsets_of(indices, stride):
+    """`indices * stride`, which may pass 2^31."""
+    return indices.to(tl.int64) * stride
+
+
+@triton.jit
 def tile_of(pointer, offsets, inside, WIDTH: tl.constexpr, PADDED: tl.constexpr):
     """Rows `[R, PADDED]` at `offsets [R]`, zero where a row is not `inside` and above `WIDTH`."""
     inner = tl.arange(0, PADDED)
@@ -153,7 +159,7 @@ def branch_attention_kernel(
     head = (tl.program_id(0) % heads).to(tl.int64)
     tile = tl.num_programs(0) // heads - 1 - tl.program_id(0) // heads
     branch_rows = queries * group
-    first_row = tile.to(tl.int64) * ROWS
+    first_row = tile * ROWS
     last_row = tl.minimum(first_row + ROWS, branch_rows * batch) - 1
     rows = first_row + tl.arange(0, ROWS)
     inside = rows <= last_row
@@ -167,7 +173,9 @@ def branch_attention_kernel(
 
     q = tile_of(
         query + head * query_head,
-        branch * query_branch + member * query_member + place * query_row,
+        offsets_of(branch, query_branch)
+        + offsets_of(member, query_member)
+        + offsets_of(place, query_row),
         inside,
         WIDTH,
         PADDED,
@@ -178,18 +186,18 @@ def branch_attention_kernel(
 
     low = 0
     if WINDOWED:
-        earliest = tl.min(tl.where(inside, position, start + own)).to(tl.int32)
+        earliest = tl.min(tl.where(inside, position, start + own))
         low = tl.maximum(0, earliest - window + 1)
     prefix_key += head * prefix_key_head
     prefix_value += head * prefix_value_head
     for at in range(low, start, COLUMNS):
-        keys = (at + columns).to(tl.int64)
+        keys = at + columns
         some = keys < start
         seen = inside[:, None] & some[None, :]
         if WINDOWED:
             seen = seen & (keys[None, :] > position[:, None] - window)
-        k = tile_of(prefix_key, keys * prefix_key_row, some, WIDTH, PADDED)
-        v = tile_of(prefix_value, keys * prefix_value_row, some, WIDTH, PADDED)
+        k = tile_of(prefix_key, offsets_of(keys, prefix_key_row), some, WIDTH, PADDED)
+        v = tile_of(prefix_value, offsets_of(keys, prefix_value_row), some, WIDTH, PADDED)
         peak, total, result = _attend(
             q, k, v, seen, peak, total, result, scale, softcap, CAPPED, PRECISION
         )
@@ -199,29 +207,32 @@ def branch_attention_kernel(
     for each in range(first_branch, last_branch + 1):
         base = each * branch_rows
         # The branch's first and last query in this tile, as places among its own rows.
-        early = ((tl.maximum(first_row, base) - base) // group).to(tl.int32) + own - queries
-        late = ((tl.minimum(last_row, base + branch_rows - 1) - base) // group).to(tl.int32)
-        late += own - queries
+        early = (tl.maximum(first_row, base) - base) // group + own - queries
+        late = (tl.minimum(last_row, base + branch_rows - 1) - base) // group + own - queries
         low = 0
         if WINDOWED:
             low = tl.maximum(0, early - window + 1)
         mine = inside & (branch == each)
-        own_key = key + each * key_branch
-        own_value = value + each * value_branch
+        own_key = key + tl.cast(each, tl.int64) * key_branch
+        own_value = value + tl.cast(each, tl.int64) * value_branch
         for at in range(low, late + 1, COLUMNS):
-            keys = (at + columns).to(tl.int64)
+            keys = at + columns
             some = keys <= late
             seen = mine[:, None] & (start + keys[None, :] <= position[:, None])
             if WINDOWED:
                 seen = seen & (start + keys[None, :] > position[:, None] - window)
-            k = tile_of(own_key, keys * key_row, some, WIDTH, PADDED)
-            v = tile_of(own_value, keys * value_row, some, WIDTH, PADDED)
+            k = tile_of(own_key, offsets_of(keys, key_row), some, WIDTH, PADDED)
+            v = tile_of(own_value, offsets_of(keys, value_row), some, WIDTH, PADDED)
             peak, total, result = _attend(
                 q, k, v, seen, peak, total, result, scale, softcap, CAPPED, PRECISION
             )
 
     inner = tl.arange(0, PADDED)
-    offsets = branch * output_branch + member * output_member + place * output_row
+    offsets = (
+        offsets_of(branch, output_branch)
+        + offsets_of(member, output_member)
+        + offsets_of(place, output_row)
+    )
     tl.store(
         output + head * output_head + offsets[:, None] + inner[None, :],
         (result / total[:, None]).to(output.dtype.element_ty),

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from heat_fast import gpu
 from heat_fast.kernels.branch_attention.native import heads_like
-from heat_fast.kernels.branch_attention.triton import padded, rowwise, tile_of
+from heat_fast.kernels.branch_attention.triton import offsets_of, padded, rowwise, tile_of
 from heat_fast.kernels.compile import Variant
 from heat_fast.kernels.device import tanh
 from heat_fast.kernels.second_order_attention.reference import Primal
@@ -211,7 +211,7 @@ def attention_tangent_kernel(
     head = (tl.program_id(0) // groups % heads).to(tl.int64)
     tile = (tl.num_programs(0) - 1 - tl.program_id(0)) // (groups * heads)
     count = queries * group
-    rows = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    rows = tile * ROWS + tl.arange(0, ROWS)
     inside = rows < count
     place = rows // group
     member = rows % group
@@ -222,7 +222,7 @@ def attention_tangent_kernel(
     if WINDOWED:
         begin = tl.maximum(0, first + tile * ROWS // group - window + 1)
 
-    offsets = member * query_member + place * query_row
+    offsets = offsets_of(member, query_member) + offsets_of(place, query_row)
     q = tile_of(query + head * query_head, offsets, inside, WIDTH, PADDED)
     lse = tl.load(
         normaliser + (head * group + member) * queries + place, mask=inside, other=float("inf")
@@ -234,7 +234,7 @@ def attention_tangent_kernel(
         batch,
         query_dot_head,
         query_dot_probe,
-        member * query_dot_member + place * query_dot_row,
+        offsets_of(member, query_dot_member) + offsets_of(place, query_dot_row),
         inside,
         WIDTH,
         PADDED,
@@ -252,11 +252,11 @@ def attention_tangent_kernel(
             low = begin
             high = start
         for at in range(low, high, COLUMNS):
-            keys = (at + tl.arange(0, COLUMNS)).to(tl.int64)
+            keys = at + tl.arange(0, COLUMNS)
             some = keys < high
             seen = _visible(position, keys, inside, some, window, WINDOWED)
-            k = tile_of(key + head * key_head, keys * key_row, some, WIDTH, PADDED)
-            v = tile_of(value + head * value_head, keys * value_row, some, WIDTH, PADDED)
+            k = tile_of(key + head * key_head, offsets_of(keys, key_row), some, WIDTH, PADDED)
+            v = tile_of(value + head * value_head, offsets_of(keys, value_row), some, WIDTH, PADDED)
             scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
             weights, slope, _ = _weights(scores, lse[:, None], seen, scale, softcap, CAPPED)
             if MOVED:
@@ -267,7 +267,7 @@ def attention_tangent_kernel(
                     batch,
                     key_dot_head,
                     key_dot_probe,
-                    (keys - start) * key_dot_row,
+                    offsets_of(keys - start, key_dot_row),
                     some,
                     WIDTH,
                     PADDED,
@@ -280,7 +280,7 @@ def attention_tangent_kernel(
                     batch,
                     value_dot_head,
                     value_dot_probe,
-                    (keys - start) * value_dot_row,
+                    offsets_of(keys - start, value_dot_row),
                     some,
                     WIDTH,
                     PADDED,
@@ -305,9 +305,9 @@ def attention_tangent_kernel(
             rest = rests
             total = totals
 
-    offsets = member * output_member + place * output_row
+    offsets = offsets_of(member, output_member) + offsets_of(place, output_row)
     o = tile_of(output + head * output_head, offsets, inside, WIDTH, PADDED).to(tl.float32)
-    offsets = member * result_member + place * result_row
+    offsets = offsets_of(member, result_member) + offsets_of(place, result_row)
     for p in tl.static_range(PROBES):
         probe = first_probe + p
         _store_rows(
@@ -399,7 +399,7 @@ def adjoint_tangent_rows_kernel(
     head = (tl.program_id(0) // groups % heads).to(tl.int64)
     tile = (tl.num_programs(0) - 1 - tl.program_id(0)) // (groups * heads)
     count = queries * group
-    rows = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    rows = tile * ROWS + tl.arange(0, ROWS)
     inside = rows < count
     place = rows // group
     member = rows % group
@@ -410,9 +410,9 @@ def adjoint_tangent_rows_kernel(
     if WINDOWED:
         begin = tl.maximum(0, first + tile * ROWS // group - window + 1)
 
-    offsets = member * query_member + place * query_row
+    offsets = offsets_of(member, query_member) + offsets_of(place, query_row)
     q = tile_of(query + head * query_head, offsets, inside, WIDTH, PADDED)
-    offsets = member * output_bar_member + place * output_bar_row
+    offsets = offsets_of(member, output_bar_member) + offsets_of(place, output_bar_row)
     o_bar = tile_of(output_bar + head * output_bar_head, offsets, inside, WIDTH, PADDED)
     slot = head * count + rows
     lse = tl.load(
@@ -425,7 +425,7 @@ def adjoint_tangent_rows_kernel(
         batch,
         query_dot_head,
         query_dot_probe,
-        member * query_dot_member + place * query_dot_row,
+        offsets_of(member, query_dot_member) + offsets_of(place, query_dot_row),
         inside,
         WIDTH,
         PADDED,
@@ -438,18 +438,18 @@ def adjoint_tangent_rows_kernel(
         batch,
         output_bar_dot_head,
         output_bar_dot_probe,
-        member * output_bar_dot_member + place * output_bar_dot_row,
+        offsets_of(member, output_bar_dot_member) + offsets_of(place, output_bar_dot_row),
         inside,
         WIDTH,
         PADDED,
         PROBES,
     )
-    offsets = member * output_member + place * output_row
+    offsets = offsets_of(member, output_member) + offsets_of(place, output_row)
     o = tile_of(output + head * output_head, offsets, inside, WIDTH, PADDED).to(tl.float32)
     d = tl.sum(o_bar.to(tl.float32) * o, 1)
     if first_probe == 0:
         tl.store(shift + slot, d, mask=inside)
-    offsets = member * output_dot_member + place * output_dot_row
+    offsets = offsets_of(member, output_dot_member) + offsets_of(place, output_dot_row)
     d_dot = ()
     for p in tl.static_range(PROBES):
         probe = first_probe + p
@@ -472,11 +472,11 @@ def adjoint_tangent_rows_kernel(
             low = begin
             high = start
         for at in range(low, high, COLUMNS):
-            keys = (at + tl.arange(0, COLUMNS)).to(tl.int64)
+            keys = at + tl.arange(0, COLUMNS)
             some = keys < high
             seen = _visible(position, keys, inside, some, window, WINDOWED)
-            k = tile_of(key + head * key_head, keys * key_row, some, WIDTH, PADDED)
-            v = tile_of(value + head * value_head, keys * value_row, some, WIDTH, PADDED)
+            k = tile_of(key + head * key_head, offsets_of(keys, key_row), some, WIDTH, PADDED)
+            v = tile_of(value + head * value_head, offsets_of(keys, value_row), some, WIDTH, PADDED)
             scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
             weights, slope, bend = _weights(scores, lse[:, None], seen, scale, softcap, CAPPED)
             centred = tl.dot(o_bar, tl.trans(v), input_precision=PRECISION) - d[:, None]
@@ -491,7 +491,7 @@ def adjoint_tangent_rows_kernel(
                     batch,
                     key_dot_head,
                     key_dot_probe,
-                    (keys - start) * key_dot_row,
+                    offsets_of(keys - start, key_dot_row),
                     some,
                     WIDTH,
                     PADDED,
@@ -504,7 +504,7 @@ def adjoint_tangent_rows_kernel(
                     batch,
                     value_dot_head,
                     value_dot_probe,
-                    (keys - start) * value_dot_row,
+                    offsets_of(keys - start, value_dot_row),
                     some,
                     WIDTH,
                     PADDED,
@@ -535,7 +535,7 @@ def adjoint_tangent_rows_kernel(
             rest = rests
             total = totals
 
-    offsets = member * result_member + place * result_row
+    offsets = offsets_of(member, result_member) + offsets_of(place, result_row)
     for p in tl.static_range(PROBES):
         probe = first_probe + p
         own = inside & (probe < batch)
@@ -626,11 +626,11 @@ def adjoint_tangent_keys_kernel(
     count = queries * group
     first = stop - queries
     lowest = start + tile * COLUMNS
-    keys = (lowest + tl.arange(0, COLUMNS)).to(tl.int64)
+    keys = lowest + tl.arange(0, COLUMNS)
     some = keys < stop
 
-    k = tile_of(key + head * key_head, keys * key_row, some, WIDTH, PADDED)
-    v = tile_of(value + head * value_head, keys * value_row, some, WIDTH, PADDED)
+    k = tile_of(key + head * key_head, offsets_of(keys, key_row), some, WIDTH, PADDED)
+    v = tile_of(value + head * value_head, offsets_of(keys, value_row), some, WIDTH, PADDED)
     k_dot = _probe_rows(
         key_dot,
         head,
@@ -638,7 +638,7 @@ def adjoint_tangent_keys_kernel(
         batch,
         key_dot_head,
         key_dot_probe,
-        (keys - start) * key_dot_row,
+        offsets_of(keys - start, key_dot_row),
         some,
         WIDTH,
         PADDED,
@@ -651,7 +651,7 @@ def adjoint_tangent_keys_kernel(
         batch,
         value_dot_head,
         value_dot_probe,
-        (keys - start) * value_dot_row,
+        offsets_of(keys - start, value_dot_row),
         some,
         WIDTH,
         PADDED,
@@ -664,7 +664,7 @@ def adjoint_tangent_keys_kernel(
     if WINDOWED:
         end = tl.minimum(count, (lowest + COLUMNS - 1 + window - first) * group)
     for at in range(begin, end, ROWS):
-        rows = (at + tl.arange(0, ROWS)).to(tl.int64)
+        rows = at + tl.arange(0, ROWS)
         inside = rows < count
         place = rows // group
         member = rows % group
@@ -672,9 +672,9 @@ def adjoint_tangent_keys_kernel(
         seen = inside[None, :] & some[:, None] & (keys[:, None] <= position[None, :])
         if WINDOWED:
             seen = seen & (keys[:, None] > position[None, :] - window)
-        offsets = member * query_member + place * query_row
+        offsets = offsets_of(member, query_member) + offsets_of(place, query_row)
         q = tile_of(query + head * query_head, offsets, inside, WIDTH, PADDED)
-        offsets = member * output_bar_member + place * output_bar_row
+        offsets = offsets_of(member, output_bar_member) + offsets_of(place, output_bar_row)
         o_bar = tile_of(output_bar + head * output_bar_head, offsets, inside, WIDTH, PADDED)
         lse = tl.load(
             normaliser + (head * group + member) * queries + place, mask=inside, other=float("inf")
@@ -687,7 +687,7 @@ def adjoint_tangent_keys_kernel(
             batch,
             query_dot_head,
             query_dot_probe,
-            member * query_dot_member + place * query_dot_row,
+            offsets_of(member, query_dot_member) + offsets_of(place, query_dot_row),
             inside,
             WIDTH,
             PADDED,
@@ -700,7 +700,7 @@ def adjoint_tangent_keys_kernel(
             batch,
             output_bar_dot_head,
             output_bar_dot_probe,
-            member * output_bar_dot_member + place * output_bar_dot_row,
+            offsets_of(member, output_bar_dot_member) + offsets_of(place, output_bar_dot_row),
             inside,
             WIDTH,
             PADDED,
@@ -742,10 +742,10 @@ def adjoint_tangent_keys_kernel(
         probe = first_probe + p
         own = some & (probe < batch)
         base = key_result + head * key_result_head + probe * key_result_probe
-        offsets = (keys - start) * key_result_row
+        offsets = offsets_of(keys - start, key_result_row)
         _store_rows(base, offsets, own, key_total[p], WIDTH, PADDED)
         base = value_result + head * value_result_head + probe * value_result_probe
-        offsets = (keys - start) * value_result_row
+        offsets = offsets_of(keys - start, value_result_row)
         _store_rows(base, offsets, own, value_total[p], WIDTH, PADDED)
 
 
