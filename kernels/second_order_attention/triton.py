@@ -58,6 +58,7 @@ _TANGENT = {
         (4, 256): Tile(16, 16, 1, 4, 1),
     },
 }
+_PRIMAL = _TANGENT
 _ROWS = {
     80: {
         (2, 64): Tile(64, 64, 2, 8, 1),
@@ -321,6 +322,89 @@ def attention_tangent_kernel(
 
 
 @triton.jit
+def adjoint_rows_kernel(
+    query,
+    key,
+    value,
+    output,
+    output_bar,
+    normaliser,
+    shift,
+    pulled,
+    query_head,
+    query_member,
+    query_row,
+    key_head,
+    key_row,
+    value_head,
+    value_row,
+    output_head,
+    output_member,
+    output_row,
+    output_bar_head,
+    output_bar_member,
+    output_bar_row,
+    heads,
+    batch,
+    group,
+    queries,
+    start,
+    stop,
+    window,
+    scale,
+    softcap,
+    WIDTH: tl.constexpr,
+    PADDED: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PROBES: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    CAPPED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """`pulled` (Q_) and `shift` (D) of a tile of rows: what all probes' `Q_.` share."""
+    head = (tl.program_id(0) % heads).to(tl.int64)
+    tile = (tl.num_programs(0) - 1 - tl.program_id(0)) // heads
+    count = queries * group
+    rows = tile * ROWS + tl.arange(0, ROWS)
+    inside = rows < count
+    place = rows // group
+    member = rows % group
+    first = stop - queries
+    position = first + place
+    end = first + tl.minimum((tile * ROWS + ROWS - 1) // group, queries - 1) + 1
+    begin = 0
+    if WINDOWED:
+        begin = tl.maximum(0, first + tile * ROWS // group - window + 1)
+
+    offsets = offsets_of(member, query_member) + offsets_of(place, query_row)
+    q = tile_of(query + head * query_head, offsets, inside, WIDTH, PADDED)
+    offsets = offsets_of(member, output_bar_member) + offsets_of(place, output_bar_row)
+    o_bar = tile_of(output_bar + head * output_bar_head, offsets, inside, WIDTH, PADDED)
+    offsets = offsets_of(member, output_member) + offsets_of(place, output_row)
+    o = tile_of(output + head * output_head, offsets, inside, WIDTH, PADDED)
+    d = tl.sum(o_bar.to(tl.float32) * o.to(tl.float32), 1)
+    lse = tl.load(
+        normaliser + (head * group + member) * queries + place, mask=inside, other=float("inf")
+    )
+    total = tl.zeros([ROWS, PADDED], dtype=tl.float32)
+    for at in range(begin, end, COLUMNS):
+        keys = at + tl.arange(0, COLUMNS)
+        some = keys < end
+        seen = _visible(position, keys, inside, some, window, WINDOWED)
+        k = tile_of(key + head * key_head, offsets_of(keys, key_row), some, WIDTH, PADDED)
+        v = tile_of(value + head * value_head, offsets_of(keys, value_row), some, WIDTH, PADDED)
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        weights, slope, _ = _weights(scores, lse[:, None], seen, scale, softcap, CAPPED)
+        centred = tl.dot(o_bar, tl.trans(v), input_precision=PRECISION) - d[:, None]
+        bent = weights * centred * slope
+        total = tl.dot(bent.to(k.dtype), k, total, input_precision=PRECISION)
+    slot = head * count + rows
+    tl.store(shift + slot, d, mask=inside)
+    _store_rows(pulled, offsets_of(slot, WIDTH), inside, scale * total, WIDTH, PADDED)
+
+
+@triton.jit
 def adjoint_tangent_rows_kernel(
     query,
     key,
@@ -335,6 +419,7 @@ def adjoint_tangent_rows_kernel(
     result,
     normaliser,
     shift,
+    pulled,
     shift_dot,
     mean,
     query_head,
@@ -392,7 +477,7 @@ def adjoint_tangent_rows_kernel(
 ):
     """`Q_.` of a tile of rows `(query, member of the group)`, for a group of probes.
 
-    Hands over, for every row, `shift` (D), `shift_dot` (D.) and `mean` (m).
+    Hands over, for every row, `shift_dot` (D.) and `mean` (m).
     """
     groups = (batch + PROBES - 1) // PROBES
     first_probe = (tl.program_id(0) % groups).to(tl.int64) * PROBES
@@ -446,9 +531,7 @@ def adjoint_tangent_rows_kernel(
     )
     offsets = offsets_of(member, output_member) + offsets_of(place, output_row)
     o = tile_of(output + head * output_head, offsets, inside, WIDTH, PADDED).to(tl.float32)
-    d = tl.sum(o_bar.to(tl.float32) * o, 1)
-    if first_probe == 0:
-        tl.store(shift + slot, d, mask=inside)
+    d = tl.load(shift + slot, mask=inside, other=0.0)
     offsets = offsets_of(member, output_dot_member) + offsets_of(place, output_dot_row)
     d_dot = ()
     for p in tl.static_range(PROBES):
@@ -463,7 +546,6 @@ def adjoint_tangent_rows_kernel(
     centre = _zeros(PROBES, ROWS, 0)
     rest = _zeros(PROBES, ROWS, 0)
     total = _zeros(PROBES, ROWS, PADDED)
-    pulled = tl.zeros([ROWS, PADDED], dtype=tl.float32)
     for MOVED in tl.static_range(2):
         if MOVED:
             low = tl.maximum(begin, start)
@@ -482,7 +564,6 @@ def adjoint_tangent_rows_kernel(
             centred = tl.dot(o_bar, tl.trans(v), input_precision=PRECISION) - d[:, None]
             plain = weights * centred
             bent = (plain * slope).to(k.dtype)
-            pulled = tl.dot(bent, k, pulled, input_precision=PRECISION)
             if MOVED:
                 k_dot = _probe_rows(
                     key_dot,
@@ -535,6 +616,7 @@ def adjoint_tangent_rows_kernel(
             rest = rests
             total = totals
 
+    adjoint = tile_of(pulled, offsets_of(slot, WIDTH), inside, WIDTH, PADDED)
     offsets = offsets_of(member, result_member) + offsets_of(place, result_row)
     for p in tl.static_range(PROBES):
         probe = first_probe + p
@@ -544,7 +626,7 @@ def adjoint_tangent_rows_kernel(
             result + head * result_head + probe * result_probe,
             offsets,
             own,
-            scale * (total[p] - rest[p][:, None] * pulled),
+            scale * total[p] - rest[p][:, None] * adjoint,
             WIDTH,
             PADDED,
         )
@@ -834,21 +916,34 @@ def attention_adjoint_tangent(
     trunk = [rowwise(x) for x in (primal.query, primal.key, primal.value)]
     normaliser = primal.normaliser.contiguous()
     statistics = query.new_empty(heads * (1 + 2 * batch), group * queries, dtype=torch.float32)
-    rows = statistics.split([heads, heads * batch, heads * batch])
+    shift, shift_dot, mean = statistics.split([heads, heads * batch, heads * batch])
+    pulled = query.new_empty(heads, group * queries, width, dtype=torch.float32)
     results = [torch.empty_like(x, dtype=sums) for x in (query, key, value)]
     sizes = _sizes(primal, batch)
-    by_rows, by_keys = (
+    by_primal, by_rows, by_keys = (
         gpu.for_architecture(table, query.device)[query.element_size(), padded(width)]
-        for table in (_ROWS, _KEYS)
+        for table in (_PRIMAL, _ROWS, _KEYS)
     )
     with gpu.on(query):
+        tensors = [*trunk, rowwise(primal.output), output_bar]
+        adjoint_rows_kernel[(triton.cdiv(queries * group, by_primal.rows) * heads,)](
+            *tensors,
+            normaliser,
+            shift,
+            pulled,
+            *_strides(*tensors),
+            *sizes,
+            **_constants(primal, by_primal),
+        )
         blocks = triton.cdiv(queries * group, by_rows.rows) * triton.cdiv(batch, by_rows.probes)
-        tensors = [*trunk, rowwise(primal.output), output_bar, query, key, value, output]
-        tensors += [output_bar_dot, results[0]]
+        tensors += [query, key, value, output, output_bar_dot, results[0]]
         adjoint_tangent_rows_kernel[(blocks * heads,)](
             *tensors,
             normaliser,
-            *rows,
+            shift,
+            pulled,
+            shift_dot,
+            mean,
             *_strides(*tensors),
             *sizes,
             **_constants(primal, by_rows),
@@ -858,7 +953,9 @@ def attention_adjoint_tangent(
         adjoint_tangent_keys_kernel[(blocks * heads,)](
             *tensors,
             normaliser,
-            *rows,
+            shift,
+            shift_dot,
+            mean,
             *_strides(*tensors),
             *sizes,
             **_constants(primal, by_keys),
@@ -877,6 +974,7 @@ def variants(capability: int) -> Iterator[Variant]:
     """Every kernel as it is launched on an architecture."""
     kernels = (
         (attention_tangent_kernel, _TANGENT),
+        (adjoint_rows_kernel, _PRIMAL),
         (adjoint_tangent_rows_kernel, _ROWS),
         (adjoint_tangent_keys_kernel, _KEYS),
     )
