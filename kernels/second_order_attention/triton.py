@@ -81,6 +81,10 @@ _KEYS = {
 }
 
 
+#: Rows of a tile of the one kernel that multiplies nothing.
+_SHIFT_ROWS = 16
+
+
 @triton.jit
 def _weights(scores, lse, seen, scale, softcap, CAPPED: tl.constexpr):
     """Softmax rows, and the soft-cap's `w = 1 - tanh^2` and `w./U. = -2 tanh w / cap`."""
@@ -405,16 +409,65 @@ def adjoint_rows_kernel(
 
 
 @triton.jit
+def shift_tangent_kernel(
+    output,
+    output_bar,
+    output_dot,
+    output_bar_dot,
+    shift_dot,
+    output_head,
+    output_member,
+    output_row,
+    output_bar_head,
+    output_bar_member,
+    output_bar_row,
+    output_dot_head,
+    output_dot_probe,
+    output_dot_member,
+    output_dot_row,
+    output_bar_dot_head,
+    output_bar_dot_probe,
+    output_bar_dot_member,
+    output_bar_dot_row,
+    heads,
+    batch,
+    group,
+    queries,
+    WIDTH: tl.constexpr,
+    PADDED: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """`shift_dot` (D.) of a tile of rows of one probe."""
+    probe = (tl.program_id(0) % batch).to(tl.int64)
+    head = (tl.program_id(0) // batch % heads).to(tl.int64)
+    rows = tl.program_id(0) // (batch * heads) * ROWS + tl.arange(0, ROWS)
+    inside = rows < queries * group
+    place = rows // group
+    member = rows % group
+    offsets = offsets_of(member, output_member) + offsets_of(place, output_row)
+    o = tile_of(output + head * output_head, offsets, inside, WIDTH, PADDED).to(tl.float32)
+    base = output_bar_dot + head * output_bar_dot_head + probe * output_bar_dot_probe
+    offsets = offsets_of(member, output_bar_dot_member) + offsets_of(place, output_bar_dot_row)
+    total = tl.sum(o * tile_of(base, offsets, inside, WIDTH, PADDED).to(tl.float32), 1)
+    offsets = offsets_of(member, output_bar_member) + offsets_of(place, output_bar_row)
+    o_bar = tile_of(output_bar + head * output_bar_head, offsets, inside, WIDTH, PADDED)
+    base = output_dot + head * output_dot_head + probe * output_dot_probe
+    offsets = offsets_of(member, output_dot_member) + offsets_of(place, output_dot_row)
+    o_dot = tile_of(base, offsets, inside, WIDTH, PADDED).to(tl.float32)
+    total += tl.sum(o_bar.to(tl.float32) * o_dot, 1)
+    slots = (head * batch + probe) * (queries * group) + rows
+    tl.store(shift_dot + slots, total, mask=inside)
+
+
+@triton.jit
 def adjoint_tangent_rows_kernel(
     query,
     key,
     value,
-    output,
     output_bar,
     query_dot,
     key_dot,
     value_dot,
-    output_dot,
     output_bar_dot,
     result,
     normaliser,
@@ -429,9 +482,6 @@ def adjoint_tangent_rows_kernel(
     key_row,
     value_head,
     value_row,
-    output_head,
-    output_member,
-    output_row,
     output_bar_head,
     output_bar_member,
     output_bar_row,
@@ -445,10 +495,6 @@ def adjoint_tangent_rows_kernel(
     value_dot_head,
     value_dot_probe,
     value_dot_row,
-    output_dot_head,
-    output_dot_probe,
-    output_dot_member,
-    output_dot_row,
     output_bar_dot_head,
     output_bar_dot_probe,
     output_bar_dot_member,
@@ -477,7 +523,7 @@ def adjoint_tangent_rows_kernel(
 ):
     """`Q_.` of a tile of rows `(query, member of the group)`, for a group of probes.
 
-    Hands over, for every row, `shift_dot` (D.) and `mean` (m).
+    Hands over `mean` (m) of every row.
     """
     groups = (batch + PROBES - 1) // PROBES
     first_probe = (tl.program_id(0) % groups).to(tl.int64) * PROBES
@@ -529,19 +575,12 @@ def adjoint_tangent_rows_kernel(
         PADDED,
         PROBES,
     )
-    offsets = offsets_of(member, output_member) + offsets_of(place, output_row)
-    o = tile_of(output + head * output_head, offsets, inside, WIDTH, PADDED).to(tl.float32)
     d = tl.load(shift + slot, mask=inside, other=0.0)
-    offsets = offsets_of(member, output_dot_member) + offsets_of(place, output_dot_row)
     d_dot = ()
     for p in tl.static_range(PROBES):
         probe = first_probe + p
-        own = inside & (probe < batch)
-        base = output_dot + head * output_dot_head + probe * output_dot_probe
-        o_dot = tile_of(base, offsets, own, WIDTH, PADDED).to(tl.float32)
-        each = tl.sum(o_bar_dot[p].to(tl.float32) * o + o_bar.to(tl.float32) * o_dot, 1)
-        tl.store(shift_dot + (head * batch + probe) * count + rows, each, mask=own)
-        d_dot = d_dot + (each,)
+        at = (head * batch + probe) * count + rows
+        d_dot = d_dot + (tl.load(shift_dot + at, mask=inside & (probe < batch), other=0.0),)
 
     centre = _zeros(PROBES, ROWS, 0)
     rest = _zeros(PROBES, ROWS, 0)
@@ -596,17 +635,19 @@ def adjoint_tangent_rows_kernel(
             totals = ()
             for p in tl.static_range(PROBES):
                 raw = tl.dot(q_dot[p], tl.trans(k), input_precision=PRECISION)
-                dotted = tl.dot(o_bar_dot[p], tl.trans(v), input_precision=PRECISION)
-                sums = total[p]
                 if MOVED:
                     raw = tl.dot(q, tl.trans(k_dot[p]), raw, input_precision=PRECISION)
-                    dotted = tl.dot(o_bar, tl.trans(v_dot[p]), dotted, input_precision=PRECISION)
-                    sums = tl.dot(bent, k_dot[p], sums, input_precision=PRECISION)
                 raw *= scale
                 moved = raw * slope
                 near = tl.where(at == begin, tl.sum(weights * moved, 1), centre[p])
                 moved = weights * (moved - near[:, None])
+                dotted = tl.dot(o_bar_dot[p], tl.trans(v), input_precision=PRECISION)
+                if MOVED:
+                    dotted = tl.dot(o_bar, tl.trans(v_dot[p]), dotted, input_precision=PRECISION)
                 dotted = moved * centred + weights * (dotted - d_dot[p][:, None])
+                sums = total[p]
+                if MOVED:
+                    sums = tl.dot(bent, k_dot[p], sums, input_precision=PRECISION)
                 if CAPPED:
                     dotted = dotted * slope + bend * raw * plain
                 centres = centres + (near,)
@@ -935,8 +976,19 @@ def attention_adjoint_tangent(
             *sizes,
             **_constants(primal, by_primal),
         )
+        tensors = [rowwise(primal.output), output_bar, output, output_bar_dot]
+        blocks = triton.cdiv(queries * group, _SHIFT_ROWS) * batch
+        shift_tangent_kernel[(blocks * heads,)](
+            *tensors,
+            shift_dot,
+            *_strides(*tensors),
+            *sizes[:4],
+            WIDTH=width,
+            PADDED=padded(width),
+            ROWS=_SHIFT_ROWS,
+        )
         blocks = triton.cdiv(queries * group, by_rows.rows) * triton.cdiv(batch, by_rows.probes)
-        tensors += [query, key, value, output, output_bar_dot, results[0]]
+        tensors = [*trunk, output_bar, query, key, value, output_bar_dot, results[0]]
         adjoint_tangent_rows_kernel[(blocks * heads,)](
             *tensors,
             normaliser,
