@@ -27,7 +27,7 @@ from torch import Tensor
 
 from heat_fast import gpu
 from heat_fast.kernels.branch_attention.native import heads_like
-from heat_fast.kernels.branch_attention.triton import offsets_of, padded, rowwise, tile_of
+from heat_fast.kernels.branch_attention.triton import padded
 from heat_fast.kernels.compile import Variant
 from heat_fast.kernels.device import tanh
 from heat_fast.kernels.second_order_attention.reference import Primal
@@ -115,45 +115,66 @@ def _zeros(COUNT: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr):
 
 
 @triton.jit
-def _visible(position, keys, inside, some, window, WINDOWED: tl.constexpr):
-    """`[R, K]`, where the query of a row sees a key."""
-    seen = inside[:, None] & some[None, :] & (keys[None, :] <= position[:, None])
-    if WINDOWED:
-        seen = seen & (keys[None, :] > position[:, None] - window)
-    return seen
+def _load(pointer, first, count, ROWS: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr):
+    """Rows `first .. first + ROWS - 1` of a matrix `[*, WIDTH]`, zero from the `count`-th on."""
+    rows = tl.arange(0, ROWS)
+    inner = tl.arange(0, PADDED)
+    return tl.load(
+        pointer + first * WIDTH + rows[:, None] * WIDTH + inner[None, :],
+        mask=(rows < count)[:, None] & (inner < WIDTH)[None, :],
+        other=0.0,
+    )
 
 
 @triton.jit
-def _probe_rows(
+def _store(pointer, first, count, values, WIDTH: tl.constexpr):
+    """Write `values [R, PADDED]` where `_load` reads them."""
+    rows = tl.arange(0, values.shape[0])
+    inner = tl.arange(0, values.shape[1])
+    tl.store(
+        pointer + first * WIDTH + rows[:, None] * WIDTH + inner[None, :],
+        values.to(pointer.dtype.element_ty),
+        mask=(rows < count)[:, None] & (inner < WIDTH)[None, :],
+    )
+
+
+@triton.jit
+def _load_each(
     pointer,
-    head,
-    first_probe,
-    batch,
-    stride_head,
-    stride_probe,
-    offsets,
-    inside,
+    first,
+    step,
+    count,
+    probes,
+    ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
     PADDED: tl.constexpr,
     PROBES: tl.constexpr,
 ):
-    """A tuple of the rows `[R, PADDED]` of each of a program's probes."""
+    """A tuple of the rows of each of a program's probes, `step` rows apart."""
     parts = ()
     for p in tl.static_range(PROBES):
-        probe = first_probe + p
-        base = pointer + head * stride_head + probe * stride_probe
-        parts = parts + (tile_of(base, offsets, inside & (probe < batch), WIDTH, PADDED),)
+        some = tl.where(p < probes, count, 0)
+        parts = parts + (_load(pointer, first + p * step, some, ROWS, WIDTH, PADDED),)
     return parts
 
 
 @triton.jit
-def _store_rows(pointer, offsets, inside, values, WIDTH: tl.constexpr, PADDED: tl.constexpr):
-    inner = tl.arange(0, PADDED)
-    tl.store(
-        pointer + offsets[:, None] + inner[None, :],
-        values.to(pointer.dtype.element_ty),
-        mask=inside[:, None] & (inner < WIDTH)[None, :],
-    )
+def _statistics(pointer, first, count, ROWS: tl.constexpr, other: tl.constexpr):
+    """Numbers `first .. first + ROWS - 1`, `other` from the `count`-th on."""
+    rows = tl.arange(0, ROWS)
+    return tl.load(pointer + first + rows, mask=rows < count, other=other)
+
+
+@triton.jit
+def _seen_keys(
+    first_row, count, group, first, window, ROWS: tl.constexpr, WINDOWED: tl.constexpr
+):
+    """The first key that a tile of rows sees, and the one behind the last."""
+    last_row = tl.minimum(first_row + ROWS, count) - 1
+    begin = 0
+    if WINDOWED:
+        begin = tl.maximum(0, first + first_row // group - window + 1)
+    return begin, first + last_row // group + 1
 
 
 @triton.jit
@@ -167,26 +188,6 @@ def attention_tangent_kernel(
     value_dot,
     result,
     normaliser,
-    query_head,
-    query_member,
-    query_row,
-    key_head,
-    key_row,
-    value_head,
-    value_row,
-    output_head,
-    output_member,
-    output_row,
-    query_dot_head,
-    query_dot_probe,
-    query_dot_member,
-    query_dot_row,
-    key_dot_head,
-    key_dot_probe,
-    key_dot_row,
-    value_dot_head,
-    value_dot_probe,
-    value_dot_row,
     result_head,
     result_probe,
     result_member,
@@ -212,39 +213,22 @@ def attention_tangent_kernel(
     """`O.` of a tile of rows `(query, member of the group)`, for a group of probes."""
     # Probes that share tiles run side by side; late queries, which see the most keys, come first.
     groups = (batch + PROBES - 1) // PROBES
-    first_probe = (tl.program_id(0) % groups).to(tl.int64) * PROBES
+    first_probe = tl.program_id(0) % groups * PROBES
     head = (tl.program_id(0) // groups % heads).to(tl.int64)
-    tile = (tl.num_programs(0) - 1 - tl.program_id(0)) // (groups * heads)
+    first_row = (tl.num_programs(0) - 1 - tl.program_id(0)) // (groups * heads) * ROWS
+    probes = tl.minimum(batch - first_probe, PROBES)
     count = queries * group
-    rows = tile * ROWS + tl.arange(0, ROWS)
-    inside = rows < count
-    place = rows // group
-    member = rows % group
+    left = count - first_row
     first = stop - queries
-    position = first + place
-    end = first + tl.minimum((tile * ROWS + ROWS - 1) // group, queries - 1) + 1
-    begin = 0
-    if WINDOWED:
-        begin = tl.maximum(0, first + tile * ROWS // group - window + 1)
+    rows = first_row + tl.arange(0, ROWS)
+    position = first + rows // group
+    begin, end = _seen_keys(first_row, count, group, first, window, ROWS, WINDOWED)
+    at_row = head * count + first_row
+    at_probe = (head * batch + first_probe) * count + first_row
 
-    offsets = offsets_of(member, query_member) + offsets_of(place, query_row)
-    q = tile_of(query + head * query_head, offsets, inside, WIDTH, PADDED)
-    lse = tl.load(
-        normaliser + (head * group + member) * queries + place, mask=inside, other=float("inf")
-    )
-    q_dot = _probe_rows(
-        query_dot,
-        head,
-        first_probe,
-        batch,
-        query_dot_head,
-        query_dot_probe,
-        offsets_of(member, query_dot_member) + offsets_of(place, query_dot_row),
-        inside,
-        WIDTH,
-        PADDED,
-        PROBES,
-    )
+    q = _load(query, at_row, left, ROWS, WIDTH, PADDED)
+    lse = _statistics(normaliser, at_row, left, ROWS, float("inf"))
+    q_dot = _load_each(query_dot, at_probe, count, left, probes, ROWS, WIDTH, PADDED, PROBES)
     centre = _zeros(PROBES, ROWS, 0)
     rest = _zeros(PROBES, ROWS, 0)
     total = _zeros(PROBES, ROWS, PADDED)
@@ -257,39 +241,22 @@ def attention_tangent_kernel(
             low = begin
             high = start
         for at in range(low, high, COLUMNS):
+            some = tl.minimum(high - at, COLUMNS)
             keys = at + tl.arange(0, COLUMNS)
-            some = keys < high
-            seen = _visible(position, keys, inside, some, window, WINDOWED)
-            k = tile_of(key + head * key_head, offsets_of(keys, key_row), some, WIDTH, PADDED)
-            v = tile_of(value + head * value_head, offsets_of(keys, value_row), some, WIDTH, PADDED)
+            seen = (keys < high)[None, :] & (keys[None, :] <= position[:, None])
+            if WINDOWED:
+                seen = seen & (keys[None, :] > position[:, None] - window)
+            k = _load(key, head * stop + at, some, COLUMNS, WIDTH, PADDED)
+            v = _load(value, head * stop + at, some, COLUMNS, WIDTH, PADDED)
             scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
             weights, slope, _ = _weights(scores, lse[:, None], seen, scale, softcap, CAPPED)
             if MOVED:
-                k_dot = _probe_rows(
-                    key_dot,
-                    head,
-                    first_probe,
-                    batch,
-                    key_dot_head,
-                    key_dot_probe,
-                    offsets_of(keys - start, key_dot_row),
-                    some,
-                    WIDTH,
-                    PADDED,
-                    PROBES,
+                own = (head * batch + first_probe) * (stop - start) + at - start
+                k_dot = _load_each(
+                    key_dot, own, stop - start, some, probes, COLUMNS, WIDTH, PADDED, PROBES
                 )
-                v_dot = _probe_rows(
-                    value_dot,
-                    head,
-                    first_probe,
-                    batch,
-                    value_dot_head,
-                    value_dot_probe,
-                    offsets_of(keys - start, value_dot_row),
-                    some,
-                    WIDTH,
-                    PADDED,
-                    PROBES,
+                v_dot = _load_each(
+                    value_dot, own, stop - start, some, probes, COLUMNS, WIDTH, PADDED, PROBES
                 )
             centres = ()
             rests = ()
@@ -310,18 +277,15 @@ def attention_tangent_kernel(
             rest = rests
             total = totals
 
-    offsets = offsets_of(member, output_member) + offsets_of(place, output_row)
-    o = tile_of(output + head * output_head, offsets, inside, WIDTH, PADDED).to(tl.float32)
-    offsets = offsets_of(member, result_member) + offsets_of(place, result_row)
+    o = _load(output, at_row, left, ROWS, WIDTH, PADDED)
+    inner = tl.arange(0, PADDED)
+    place = (rows // group).to(tl.int64) * result_row + (rows % group) * result_member
     for p in tl.static_range(PROBES):
-        probe = first_probe + p
-        _store_rows(
-            result + head * result_head + probe * result_probe,
-            offsets,
-            inside & (probe < batch),
-            total[p] - rest[p][:, None] * o,
-            WIDTH,
-            PADDED,
+        base = result + head * result_head + (first_probe + p).to(tl.int64) * result_probe
+        tl.store(
+            base + place[:, None] + inner[None, :],
+            (total[p] - rest[p][:, None] * o.to(tl.float32)).to(result.dtype.element_ty),
+            mask=(rows < count)[:, None] & (inner < WIDTH)[None, :] & (p < probes),
         )
 
 
@@ -335,19 +299,6 @@ def adjoint_rows_kernel(
     normaliser,
     shift,
     pulled,
-    query_head,
-    query_member,
-    query_row,
-    key_head,
-    key_row,
-    value_head,
-    value_row,
-    output_head,
-    output_member,
-    output_row,
-    output_bar_head,
-    output_bar_member,
-    output_bar_row,
     heads,
     batch,
     group,
@@ -368,44 +319,36 @@ def adjoint_rows_kernel(
 ):
     """`pulled` (Q_) and `shift` (D) of a tile of rows: what all probes' `Q_.` share."""
     head = (tl.program_id(0) % heads).to(tl.int64)
-    tile = (tl.num_programs(0) - 1 - tl.program_id(0)) // heads
+    first_row = (tl.num_programs(0) - 1 - tl.program_id(0)) // heads * ROWS
     count = queries * group
-    rows = tile * ROWS + tl.arange(0, ROWS)
-    inside = rows < count
-    place = rows // group
-    member = rows % group
+    left = count - first_row
     first = stop - queries
-    position = first + place
-    end = first + tl.minimum((tile * ROWS + ROWS - 1) // group, queries - 1) + 1
-    begin = 0
-    if WINDOWED:
-        begin = tl.maximum(0, first + tile * ROWS // group - window + 1)
+    rows = tl.arange(0, ROWS)
+    position = first + (first_row + rows) // group
+    begin, end = _seen_keys(first_row, count, group, first, window, ROWS, WINDOWED)
+    at_row = head * count + first_row
 
-    offsets = offsets_of(member, query_member) + offsets_of(place, query_row)
-    q = tile_of(query + head * query_head, offsets, inside, WIDTH, PADDED)
-    offsets = offsets_of(member, output_bar_member) + offsets_of(place, output_bar_row)
-    o_bar = tile_of(output_bar + head * output_bar_head, offsets, inside, WIDTH, PADDED)
-    offsets = offsets_of(member, output_member) + offsets_of(place, output_row)
-    o = tile_of(output + head * output_head, offsets, inside, WIDTH, PADDED)
+    q = _load(query, at_row, left, ROWS, WIDTH, PADDED)
+    o_bar = _load(output_bar, at_row, left, ROWS, WIDTH, PADDED)
+    o = _load(output, at_row, left, ROWS, WIDTH, PADDED)
     d = tl.sum(o_bar.to(tl.float32) * o.to(tl.float32), 1)
-    lse = tl.load(
-        normaliser + (head * group + member) * queries + place, mask=inside, other=float("inf")
-    )
+    tl.store(shift + at_row + rows, d, mask=rows < left)
+    lse = _statistics(normaliser, at_row, left, ROWS, float("inf"))
     total = tl.zeros([ROWS, PADDED], dtype=tl.float32)
     for at in range(begin, end, COLUMNS):
+        some = tl.minimum(end - at, COLUMNS)
         keys = at + tl.arange(0, COLUMNS)
-        some = keys < end
-        seen = _visible(position, keys, inside, some, window, WINDOWED)
-        k = tile_of(key + head * key_head, offsets_of(keys, key_row), some, WIDTH, PADDED)
-        v = tile_of(value + head * value_head, offsets_of(keys, value_row), some, WIDTH, PADDED)
+        seen = (keys < end)[None, :] & (keys[None, :] <= position[:, None])
+        if WINDOWED:
+            seen = seen & (keys[None, :] > position[:, None] - window)
+        k = _load(key, head * stop + at, some, COLUMNS, WIDTH, PADDED)
+        v = _load(value, head * stop + at, some, COLUMNS, WIDTH, PADDED)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         weights, slope, _ = _weights(scores, lse[:, None], seen, scale, softcap, CAPPED)
         centred = tl.dot(o_bar, tl.trans(v), input_precision=PRECISION) - d[:, None]
         bent = weights * centred * slope
         total = tl.dot(bent.to(k.dtype), k, total, input_precision=PRECISION)
-    slot = head * count + rows
-    tl.store(shift + slot, d, mask=inside)
-    _store_rows(pulled, offsets_of(slot, WIDTH), inside, scale * total, WIDTH, PADDED)
+    _store(pulled, at_row, left, scale * total, WIDTH)
 
 
 @triton.jit
@@ -415,48 +358,27 @@ def shift_tangent_kernel(
     output_dot,
     output_bar_dot,
     shift_dot,
-    output_head,
-    output_member,
-    output_row,
-    output_bar_head,
-    output_bar_member,
-    output_bar_row,
-    output_dot_head,
-    output_dot_probe,
-    output_dot_member,
-    output_dot_row,
-    output_bar_dot_head,
-    output_bar_dot_probe,
-    output_bar_dot_member,
-    output_bar_dot_row,
     heads,
     batch,
-    group,
-    queries,
+    count,
     WIDTH: tl.constexpr,
     PADDED: tl.constexpr,
     ROWS: tl.constexpr,
 ):
     """`shift_dot` (D.) of a tile of rows of one probe."""
-    probe = (tl.program_id(0) % batch).to(tl.int64)
+    probe = tl.program_id(0) % batch
     head = (tl.program_id(0) // batch % heads).to(tl.int64)
-    rows = tl.program_id(0) // (batch * heads) * ROWS + tl.arange(0, ROWS)
-    inside = rows < queries * group
-    place = rows // group
-    member = rows % group
-    offsets = offsets_of(member, output_member) + offsets_of(place, output_row)
-    o = tile_of(output + head * output_head, offsets, inside, WIDTH, PADDED).to(tl.float32)
-    base = output_bar_dot + head * output_bar_dot_head + probe * output_bar_dot_probe
-    offsets = offsets_of(member, output_bar_dot_member) + offsets_of(place, output_bar_dot_row)
-    total = tl.sum(o * tile_of(base, offsets, inside, WIDTH, PADDED).to(tl.float32), 1)
-    offsets = offsets_of(member, output_bar_member) + offsets_of(place, output_bar_row)
-    o_bar = tile_of(output_bar + head * output_bar_head, offsets, inside, WIDTH, PADDED)
-    base = output_dot + head * output_dot_head + probe * output_dot_probe
-    offsets = offsets_of(member, output_dot_member) + offsets_of(place, output_dot_row)
-    o_dot = tile_of(base, offsets, inside, WIDTH, PADDED).to(tl.float32)
-    total += tl.sum(o_bar.to(tl.float32) * o_dot, 1)
-    slots = (head * batch + probe) * (queries * group) + rows
-    tl.store(shift_dot + slots, total, mask=inside)
+    first_row = tl.program_id(0) // (batch * heads) * ROWS
+    left = count - first_row
+    at_row = head * count + first_row
+    at_probe = (head * batch + probe) * count + first_row
+    o = _load(output, at_row, left, ROWS, WIDTH, PADDED).to(tl.float32)
+    o_bar = _load(output_bar, at_row, left, ROWS, WIDTH, PADDED).to(tl.float32)
+    o_dot = _load(output_dot, at_probe, left, ROWS, WIDTH, PADDED).to(tl.float32)
+    o_bar_dot = _load(output_bar_dot, at_probe, left, ROWS, WIDTH, PADDED).to(tl.float32)
+    rows = tl.arange(0, ROWS)
+    total = tl.sum(o_bar_dot * o + o_bar * o_dot, 1)
+    tl.store(shift_dot + at_probe + rows, total, mask=rows < left)
 
 
 @triton.jit
@@ -475,34 +397,6 @@ def adjoint_tangent_rows_kernel(
     pulled,
     shift_dot,
     mean,
-    query_head,
-    query_member,
-    query_row,
-    key_head,
-    key_row,
-    value_head,
-    value_row,
-    output_bar_head,
-    output_bar_member,
-    output_bar_row,
-    query_dot_head,
-    query_dot_probe,
-    query_dot_member,
-    query_dot_row,
-    key_dot_head,
-    key_dot_probe,
-    key_dot_row,
-    value_dot_head,
-    value_dot_probe,
-    value_dot_row,
-    output_bar_dot_head,
-    output_bar_dot_probe,
-    output_bar_dot_member,
-    output_bar_dot_row,
-    result_head,
-    result_probe,
-    result_member,
-    result_row,
     heads,
     batch,
     group,
@@ -521,67 +415,33 @@ def adjoint_tangent_rows_kernel(
     CAPPED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """`Q_.` of a tile of rows `(query, member of the group)`, for a group of probes.
-
-    Hands over `mean` (m) of every row.
-    """
+    """`Q_.` of a tile of rows, for a group of probes; hands over `mean` (m) of every row."""
     groups = (batch + PROBES - 1) // PROBES
-    first_probe = (tl.program_id(0) % groups).to(tl.int64) * PROBES
+    first_probe = tl.program_id(0) % groups * PROBES
     head = (tl.program_id(0) // groups % heads).to(tl.int64)
-    tile = (tl.num_programs(0) - 1 - tl.program_id(0)) // (groups * heads)
+    first_row = (tl.num_programs(0) - 1 - tl.program_id(0)) // (groups * heads) * ROWS
+    probes = tl.minimum(batch - first_probe, PROBES)
     count = queries * group
-    rows = tile * ROWS + tl.arange(0, ROWS)
-    inside = rows < count
-    place = rows // group
-    member = rows % group
+    left = count - first_row
     first = stop - queries
-    position = first + place
-    end = first + tl.minimum((tile * ROWS + ROWS - 1) // group, queries - 1) + 1
-    begin = 0
-    if WINDOWED:
-        begin = tl.maximum(0, first + tile * ROWS // group - window + 1)
+    rows = first_row + tl.arange(0, ROWS)
+    position = first + rows // group
+    begin, end = _seen_keys(first_row, count, group, first, window, ROWS, WINDOWED)
+    at_row = head * count + first_row
+    at_probe = (head * batch + first_probe) * count + first_row
 
-    offsets = offsets_of(member, query_member) + offsets_of(place, query_row)
-    q = tile_of(query + head * query_head, offsets, inside, WIDTH, PADDED)
-    offsets = offsets_of(member, output_bar_member) + offsets_of(place, output_bar_row)
-    o_bar = tile_of(output_bar + head * output_bar_head, offsets, inside, WIDTH, PADDED)
-    slot = head * count + rows
-    lse = tl.load(
-        normaliser + (head * group + member) * queries + place, mask=inside, other=float("inf")
+    q = _load(query, at_row, left, ROWS, WIDTH, PADDED)
+    o_bar = _load(output_bar, at_row, left, ROWS, WIDTH, PADDED)
+    lse = _statistics(normaliser, at_row, left, ROWS, float("inf"))
+    d = _statistics(shift, at_row, left, ROWS, 0.0)
+    q_dot = _load_each(query_dot, at_probe, count, left, probes, ROWS, WIDTH, PADDED, PROBES)
+    o_bar_dot = _load_each(
+        output_bar_dot, at_probe, count, left, probes, ROWS, WIDTH, PADDED, PROBES
     )
-    q_dot = _probe_rows(
-        query_dot,
-        head,
-        first_probe,
-        batch,
-        query_dot_head,
-        query_dot_probe,
-        offsets_of(member, query_dot_member) + offsets_of(place, query_dot_row),
-        inside,
-        WIDTH,
-        PADDED,
-        PROBES,
-    )
-    o_bar_dot = _probe_rows(
-        output_bar_dot,
-        head,
-        first_probe,
-        batch,
-        output_bar_dot_head,
-        output_bar_dot_probe,
-        offsets_of(member, output_bar_dot_member) + offsets_of(place, output_bar_dot_row),
-        inside,
-        WIDTH,
-        PADDED,
-        PROBES,
-    )
-    d = tl.load(shift + slot, mask=inside, other=0.0)
     d_dot = ()
     for p in tl.static_range(PROBES):
-        probe = first_probe + p
-        at = (head * batch + probe) * count + rows
-        d_dot = d_dot + (tl.load(shift_dot + at, mask=inside & (probe < batch), other=0.0),)
-
+        some = tl.where(p < probes, left, 0)
+        d_dot = d_dot + (_statistics(shift_dot, at_probe + p * count, some, ROWS, 0.0),)
     centre = _zeros(PROBES, ROWS, 0)
     rest = _zeros(PROBES, ROWS, 0)
     total = _zeros(PROBES, ROWS, PADDED)
@@ -593,42 +453,25 @@ def adjoint_tangent_rows_kernel(
             low = begin
             high = start
         for at in range(low, high, COLUMNS):
+            some = tl.minimum(high - at, COLUMNS)
             keys = at + tl.arange(0, COLUMNS)
-            some = keys < high
-            seen = _visible(position, keys, inside, some, window, WINDOWED)
-            k = tile_of(key + head * key_head, offsets_of(keys, key_row), some, WIDTH, PADDED)
-            v = tile_of(value + head * value_head, offsets_of(keys, value_row), some, WIDTH, PADDED)
+            seen = (keys < high)[None, :] & (keys[None, :] <= position[:, None])
+            if WINDOWED:
+                seen = seen & (keys[None, :] > position[:, None] - window)
+            k = _load(key, head * stop + at, some, COLUMNS, WIDTH, PADDED)
+            v = _load(value, head * stop + at, some, COLUMNS, WIDTH, PADDED)
             scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
             weights, slope, bend = _weights(scores, lse[:, None], seen, scale, softcap, CAPPED)
             centred = tl.dot(o_bar, tl.trans(v), input_precision=PRECISION) - d[:, None]
             plain = weights * centred
             bent = (plain * slope).to(k.dtype)
             if MOVED:
-                k_dot = _probe_rows(
-                    key_dot,
-                    head,
-                    first_probe,
-                    batch,
-                    key_dot_head,
-                    key_dot_probe,
-                    offsets_of(keys - start, key_dot_row),
-                    some,
-                    WIDTH,
-                    PADDED,
-                    PROBES,
+                own = (head * batch + first_probe) * (stop - start) + at - start
+                k_dot = _load_each(
+                    key_dot, own, stop - start, some, probes, COLUMNS, WIDTH, PADDED, PROBES
                 )
-                v_dot = _probe_rows(
-                    value_dot,
-                    head,
-                    first_probe,
-                    batch,
-                    value_dot_head,
-                    value_dot_probe,
-                    offsets_of(keys - start, value_dot_row),
-                    some,
-                    WIDTH,
-                    PADDED,
-                    PROBES,
+                v_dot = _load_each(
+                    value_dot, own, stop - start, some, probes, COLUMNS, WIDTH, PADDED, PROBES
                 )
             centres = ()
             rests = ()
@@ -641,36 +484,29 @@ def adjoint_tangent_rows_kernel(
                 moved = raw * slope
                 near = tl.where(at == begin, tl.sum(weights * moved, 1), centre[p])
                 moved = weights * (moved - near[:, None])
+                centres = centres + (near,)
+                rests = rests + (rest[p] + tl.sum(moved, 1),)
                 dotted = tl.dot(o_bar_dot[p], tl.trans(v), input_precision=PRECISION)
                 if MOVED:
                     dotted = tl.dot(o_bar, tl.trans(v_dot[p]), dotted, input_precision=PRECISION)
                 dotted = moved * centred + weights * (dotted - d_dot[p][:, None])
+                if CAPPED:
+                    dotted = dotted * slope + bend * raw * plain
                 sums = total[p]
                 if MOVED:
                     sums = tl.dot(bent, k_dot[p], sums, input_precision=PRECISION)
-                if CAPPED:
-                    dotted = dotted * slope + bend * raw * plain
-                centres = centres + (near,)
-                rests = rests + (rest[p] + tl.sum(moved, 1),)
                 totals = totals + (tl.dot(dotted.to(k.dtype), k, sums, input_precision=PRECISION),)
             centre = centres
             rest = rests
             total = totals
 
-    adjoint = tile_of(pulled, offsets_of(slot, WIDTH), inside, WIDTH, PADDED)
-    offsets = offsets_of(member, result_member) + offsets_of(place, result_row)
+    adjoint = _load(pulled, at_row, left, ROWS, WIDTH, PADDED)
     for p in tl.static_range(PROBES):
-        probe = first_probe + p
-        own = inside & (probe < batch)
-        tl.store(mean + (head * batch + probe) * count + rows, centre[p] + rest[p], mask=own)
-        _store_rows(
-            result + head * result_head + probe * result_probe,
-            offsets,
-            own,
-            scale * total[p] - rest[p][:, None] * adjoint,
-            WIDTH,
-            PADDED,
-        )
+        some = tl.where(p < probes, left, 0)
+        rows = tl.arange(0, ROWS)
+        at = at_probe + p * count
+        tl.store(mean + at + rows, centre[p] + rest[p], mask=rows < some)
+        _store(result, at, some, scale * total[p] - rest[p][:, None] * adjoint, WIDTH)
 
 
 @triton.jit
@@ -689,36 +525,6 @@ def adjoint_tangent_keys_kernel(
     shift,
     shift_dot,
     mean,
-    query_head,
-    query_member,
-    query_row,
-    key_head,
-    key_row,
-    value_head,
-    value_row,
-    output_bar_head,
-    output_bar_member,
-    output_bar_row,
-    query_dot_head,
-    query_dot_probe,
-    query_dot_member,
-    query_dot_row,
-    key_dot_head,
-    key_dot_probe,
-    key_dot_row,
-    value_dot_head,
-    value_dot_probe,
-    value_dot_row,
-    output_bar_dot_head,
-    output_bar_dot_probe,
-    output_bar_dot_member,
-    output_bar_dot_row,
-    key_result_head,
-    key_result_probe,
-    key_result_row,
-    value_result_head,
-    value_result_probe,
-    value_result_row,
     heads,
     batch,
     group,
@@ -742,113 +548,63 @@ def adjoint_tangent_keys_kernel(
     Scores lie transposed, `[K, R]`, as the products that are summed over rows take them.
     """
     groups = (batch + PROBES - 1) // PROBES
-    first_probe = (tl.program_id(0) % groups).to(tl.int64) * PROBES
+    first_probe = tl.program_id(0) % groups * PROBES
     head = (tl.program_id(0) // groups % heads).to(tl.int64)
     # Early keys are seen by the most queries: their programs come first.
-    tile = tl.program_id(0) // (groups * heads)
+    lowest = start + tl.program_id(0) // (groups * heads) * COLUMNS
+    probes = tl.minimum(batch - first_probe, PROBES)
     count = queries * group
     first = stop - queries
-    lowest = start + tile * COLUMNS
+    some = stop - lowest
     keys = lowest + tl.arange(0, COLUMNS)
-    some = keys < stop
+    moving = stop - start
+    own = (head * batch + first_probe) * moving + lowest - start
 
-    k = tile_of(key + head * key_head, offsets_of(keys, key_row), some, WIDTH, PADDED)
-    v = tile_of(value + head * value_head, offsets_of(keys, value_row), some, WIDTH, PADDED)
-    k_dot = _probe_rows(
-        key_dot,
-        head,
-        first_probe,
-        batch,
-        key_dot_head,
-        key_dot_probe,
-        offsets_of(keys - start, key_dot_row),
-        some,
-        WIDTH,
-        PADDED,
-        PROBES,
-    )
-    v_dot = _probe_rows(
-        value_dot,
-        head,
-        first_probe,
-        batch,
-        value_dot_head,
-        value_dot_probe,
-        offsets_of(keys - start, value_dot_row),
-        some,
-        WIDTH,
-        PADDED,
-        PROBES,
-    )
+    k = _load(key, head * stop + lowest, some, COLUMNS, WIDTH, PADDED)
+    v = _load(value, head * stop + lowest, some, COLUMNS, WIDTH, PADDED)
+    k_dot = _load_each(key_dot, own, moving, some, probes, COLUMNS, WIDTH, PADDED, PROBES)
+    v_dot = _load_each(value_dot, own, moving, some, probes, COLUMNS, WIDTH, PADDED, PROBES)
     key_total = _zeros(PROBES, COLUMNS, PADDED)
     value_total = _zeros(PROBES, COLUMNS, PADDED)
     begin = tl.maximum(0, lowest - first) * group
     end = count
     if WINDOWED:
         end = tl.minimum(count, (lowest + COLUMNS - 1 + window - first) * group)
-    for at in range(begin, end, ROWS):
-        rows = at + tl.arange(0, ROWS)
-        inside = rows < count
-        place = rows // group
-        member = rows % group
-        position = first + place
-        seen = inside[None, :] & some[:, None] & (keys[:, None] <= position[None, :])
+    for low in range(begin, end, ROWS):
+        left = count - low
+        rows = low + tl.arange(0, ROWS)
+        position = first + rows // group
+        at_row = head * count + low
+        at_probe = (head * batch + first_probe) * count + low
+        seen = keys[:, None] <= position[None, :]
         if WINDOWED:
             seen = seen & (keys[:, None] > position[None, :] - window)
-        offsets = offsets_of(member, query_member) + offsets_of(place, query_row)
-        q = tile_of(query + head * query_head, offsets, inside, WIDTH, PADDED)
-        offsets = offsets_of(member, output_bar_member) + offsets_of(place, output_bar_row)
-        o_bar = tile_of(output_bar + head * output_bar_head, offsets, inside, WIDTH, PADDED)
-        lse = tl.load(
-            normaliser + (head * group + member) * queries + place, mask=inside, other=float("inf")
+        q = _load(query, at_row, left, ROWS, WIDTH, PADDED)
+        o_bar = _load(output_bar, at_row, left, ROWS, WIDTH, PADDED)
+        q_dot = _load_each(query_dot, at_probe, count, left, probes, ROWS, WIDTH, PADDED, PROBES)
+        o_bar_dot = _load_each(
+            output_bar_dot, at_probe, count, left, probes, ROWS, WIDTH, PADDED, PROBES
         )
-        d = tl.load(shift + head * count + rows, mask=inside, other=0.0)
-        q_dot = _probe_rows(
-            query_dot,
-            head,
-            first_probe,
-            batch,
-            query_dot_head,
-            query_dot_probe,
-            offsets_of(member, query_dot_member) + offsets_of(place, query_dot_row),
-            inside,
-            WIDTH,
-            PADDED,
-            PROBES,
-        )
-        o_bar_dot = _probe_rows(
-            output_bar_dot,
-            head,
-            first_probe,
-            batch,
-            output_bar_dot_head,
-            output_bar_dot_probe,
-            offsets_of(member, output_bar_dot_member) + offsets_of(place, output_bar_dot_row),
-            inside,
-            WIDTH,
-            PADDED,
-            PROBES,
-        )
+        # A row beyond the last has an infinite normaliser, so no weight.
+        lse = _statistics(normaliser, at_row, left, ROWS, float("inf"))
+        d = _statistics(shift, at_row, left, ROWS, 0.0)
         scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
         weights, slope, bend = _weights(scores, lse[None, :], seen, scale, softcap, CAPPED)
         centred = tl.dot(v, tl.trans(o_bar), input_precision=PRECISION) - d[None, :]
         plain = weights * centred
         bent = (plain * (slope * scale)).to(q.dtype)
-        cast = weights.to(q.dtype)
         key_totals = ()
         value_totals = ()
         for p in tl.static_range(PROBES):
-            probe = first_probe + p
-            own = inside & (probe < batch)
-            slots = (head * batch + probe) * count + rows
-            m = tl.load(mean + slots, mask=own, other=0.0)
-            d_dot = tl.load(shift_dot + slots, mask=own, other=0.0)
+            inside = tl.where(p < probes, left, 0)
+            m = _statistics(mean, at_probe + p * count, inside, ROWS, 0.0)
+            d_dot = _statistics(shift_dot, at_probe + p * count, inside, ROWS, 0.0)
             raw = tl.dot(k, tl.trans(q_dot[p]), input_precision=PRECISION)
             raw = tl.dot(k_dot[p], tl.trans(q), raw, input_precision=PRECISION) * scale
             moved = weights * (raw * slope - m[None, :])
             sums = tl.dot(moved.to(q.dtype), o_bar, value_total[p], input_precision=PRECISION)
             value_totals = value_totals + (
-                tl.dot(cast, o_bar_dot[p], sums, input_precision=PRECISION),
+                tl.dot(weights.to(q.dtype), o_bar_dot[p], sums, input_precision=PRECISION),
             )
             dotted = tl.dot(v, tl.trans(o_bar_dot[p]), input_precision=PRECISION)
             dotted = tl.dot(v_dot[p], tl.trans(o_bar), dotted, input_precision=PRECISION)
@@ -862,14 +618,34 @@ def adjoint_tangent_keys_kernel(
         value_total = value_totals
 
     for p in tl.static_range(PROBES):
-        probe = first_probe + p
-        own = some & (probe < batch)
-        base = key_result + head * key_result_head + probe * key_result_probe
-        offsets = offsets_of(keys - start, key_result_row)
-        _store_rows(base, offsets, own, key_total[p], WIDTH, PADDED)
-        base = value_result + head * value_result_head + probe * value_result_probe
-        offsets = offsets_of(keys - start, value_result_row)
-        _store_rows(base, offsets, own, value_total[p], WIDTH, PADDED)
+        inside = tl.where(p < probes, some, 0)
+        _store(key_result, own + p * moving, inside, key_total[p], WIDTH)
+        _store(value_result, own + p * moving, inside, value_total[p], WIDTH)
+
+
+def _rows_first(x: Tensor) -> Tensor:
+    """`[Hk, ..., G, Q, D] -> [Hk, ..., Q, G, D]`, contiguous: the rows that a program owns."""
+    return x.transpose(-2, -3).contiguous()
+
+
+def _trunk(primal: Primal) -> list[Tensor]:
+    """Query, key and value as the kernels take them."""
+    return [_rows_first(primal.query), primal.key.contiguous(), primal.value.contiguous()]
+
+
+def _normaliser(primal: Primal) -> Tensor:
+    return primal.normaliser.transpose(-1, -2).contiguous()
+
+
+def _tile(table: dict[int, dict[tuple[int, int], Tile]], x: Tensor) -> Tile:
+    return gpu.for_architecture(table, x.device)[x.element_size(), padded(x.shape[-1])]
+
+
+def _sizes(primal: Primal, batch: int) -> tuple[float, ...]:
+    heads, group, queries, _ = primal.query.shape
+    masking, stop = primal.masking, primal.key.shape[1]
+    window, softcap = masking.window or 0, masking.softcap or 0.0
+    return heads, batch, group, queries, primal.start, stop, window, masking.scale, softcap
 
 
 def _constants(primal: Primal, tile: Tile) -> dict[str, Any]:
@@ -889,43 +665,22 @@ def _constants(primal: Primal, tile: Tile) -> dict[str, Any]:
     }
 
 
-def _sizes(primal: Primal, batch: int) -> tuple[float, ...]:
-    heads, group, queries, _ = primal.query.shape
-    masking = primal.masking
-    return (
-        heads,
-        batch,
-        group,
-        queries,
-        primal.start,
-        primal.key.shape[1],
-        masking.window or 0,
-        masking.scale,
-        masking.softcap or 0.0,
-    )
-
-
-def _strides(*tensors: Tensor) -> list[int]:
-    return [stride for tensor in tensors for stride in tensor.stride()[:-1]]
-
-
 def attention_tangent(primal: Primal, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """As the reference; summed in float32."""
     heads, batch, group, queries, width = query.shape
-    tensors = [
-        rowwise(x)
-        for x in (primal.query, primal.key, primal.value, primal.output, query, key, value)
-    ]
     result = heads_like(query, width)
-    table = gpu.for_architecture(_TANGENT, query.device)
-    tile = table[query.element_size(), padded(width)]
+    tile = _tile(_TANGENT, query)
     blocks = triton.cdiv(queries * group, tile.rows) * triton.cdiv(batch, tile.probes)
     with gpu.on(query):
         attention_tangent_kernel[(blocks * heads,)](
-            *tensors,
+            *_trunk(primal),
+            _rows_first(primal.output),
+            _rows_first(query),
+            key.contiguous(),
+            value.contiguous(),
             result,
-            primal.normaliser.contiguous(),
-            *_strides(*tensors, result),
+            _normaliser(primal),
+            *result.stride()[:-1],
             *_sizes(primal, batch),
             **_constants(primal, tile),
         )
@@ -943,79 +698,82 @@ def attention_adjoint_tangent(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As the reference; summed in float32."""
     heads, batch, group, queries, width = query.shape
-    dtype, back = query.dtype, None
+    count, dtype, back = queries * group, query.dtype, None
     if dtype == torch.float16:
         # Adjoints are small, and their products with weights would drop out of float16's range.
         # All results are linear in them: they are scaled by a power of two, and scaled back.
         largest = torch.maximum(output_bar.abs().amax(), output_bar_dot.abs().amax()).float()
         back = torch.exp2(torch.log2(largest.clamp(min=2.0**-24)).floor())
         output_bar, output_bar_dot = ((x / back).to(dtype) for x in (output_bar, output_bar_dot))
+    trunk, normaliser = _trunk(primal), _normaliser(primal)
+    primal_output, query, output, output_bar, output_bar_dot = (
+        _rows_first(x) for x in (primal.output, query, output, output_bar, output_bar_dot)
+    )
+    key, value = key.contiguous(), value.contiguous()
+    shift, pulled = (
+        torch.empty(heads, count, *last, dtype=torch.float32, device=query.device)
+        for last in ((), (width,))
+    )
+    shift_dot, mean = shift.new_empty(2, heads, batch, count)
     sums = dtype if back is None else torch.float32
-    query, key, value, output, output_bar, output_bar_dot = (
-        rowwise(x) for x in (query, key, value, output, output_bar, output_bar_dot)
-    )
-    trunk = [rowwise(x) for x in (primal.query, primal.key, primal.value)]
-    normaliser = primal.normaliser.contiguous()
-    statistics = query.new_empty(heads * (1 + 2 * batch), group * queries, dtype=torch.float32)
-    shift, shift_dot, mean = statistics.split([heads, heads * batch, heads * batch])
-    pulled = query.new_empty(heads, group * queries, width, dtype=torch.float32)
     results = [torch.empty_like(x, dtype=sums) for x in (query, key, value)]
+    moved = [output_bar, query, key, value, output_bar_dot]
     sizes = _sizes(primal, batch)
-    by_primal, by_rows, by_keys = (
-        gpu.for_architecture(table, query.device)[query.element_size(), padded(width)]
-        for table in (_PRIMAL, _ROWS, _KEYS)
-    )
     with gpu.on(query):
-        tensors = [*trunk, rowwise(primal.output), output_bar]
-        adjoint_rows_kernel[(triton.cdiv(queries * group, by_primal.rows) * heads,)](
-            *tensors,
+        tile = _tile(_PRIMAL, query)
+        adjoint_rows_kernel[(triton.cdiv(count, tile.rows) * heads,)](
+            *trunk,
+            primal_output,
+            output_bar,
             normaliser,
             shift,
             pulled,
-            *_strides(*tensors),
             *sizes,
-            **_constants(primal, by_primal),
+            **_constants(primal, tile),
         )
-        tensors = [rowwise(primal.output), output_bar, output, output_bar_dot]
-        blocks = triton.cdiv(queries * group, _SHIFT_ROWS) * batch
-        shift_tangent_kernel[(blocks * heads,)](
-            *tensors,
+        shift_tangent_kernel[(triton.cdiv(count, _SHIFT_ROWS) * heads * batch,)](
+            primal_output,
+            output_bar,
+            output,
+            output_bar_dot,
             shift_dot,
-            *_strides(*tensors),
-            *sizes[:4],
+            heads,
+            batch,
+            count,
             WIDTH=width,
             PADDED=padded(width),
             ROWS=_SHIFT_ROWS,
         )
-        blocks = triton.cdiv(queries * group, by_rows.rows) * triton.cdiv(batch, by_rows.probes)
-        tensors = [*trunk, output_bar, query, key, value, output_bar_dot, results[0]]
+        tile = _tile(_ROWS, query)
+        blocks = triton.cdiv(count, tile.rows) * triton.cdiv(batch, tile.probes)
         adjoint_tangent_rows_kernel[(blocks * heads,)](
-            *tensors,
+            *trunk,
+            *moved,
+            results[0],
             normaliser,
             shift,
             pulled,
             shift_dot,
             mean,
-            *_strides(*tensors),
             *sizes,
-            **_constants(primal, by_rows),
+            **_constants(primal, tile),
         )
-        blocks = triton.cdiv(key.shape[2], by_keys.columns) * triton.cdiv(batch, by_keys.probes)
-        tensors = [*trunk, output_bar, query, key, value, output_bar_dot, *results[1:]]
+        tile = _tile(_KEYS, query)
+        blocks = triton.cdiv(key.shape[2], tile.columns) * triton.cdiv(batch, tile.probes)
         adjoint_tangent_keys_kernel[(blocks * heads,)](
-            *tensors,
+            *trunk,
+            *moved,
+            *results[1:],
             normaliser,
             shift,
             shift_dot,
             mean,
-            *_strides(*tensors),
             *sizes,
-            **_constants(primal, by_keys),
+            **_constants(primal, tile),
         )
-    query_bar, key_bar, value_bar = (
-        x if back is None else (x * back).to(dtype) for x in results
-    )
-    return query_bar, key_bar, value_bar
+    if back is not None:
+        results = [(x * back).to(dtype) for x in results]
+    return results[0].transpose(-2, -3), results[1], results[2]
 
 
 _BYTES = {"fp16": 2, "bf16": 2, "fp32": 4}
@@ -1032,7 +790,8 @@ def variants(capability: int) -> Iterator[Variant]:
     )
     for kernel, table in kernels:
         names = kernel.arg_names
-        split = [names.index(each) for each in ("normaliser", "query_head", "heads", "scale")]
+        numbers = names.index("heads")
+        floats = ("normaliser", "shift", "pulled", "shift_dot", "mean")
         for dtype, size in _BYTES.items():
             for width in _WIDTHS:
                 tile = gpu.for_architecture(table, capability)[size, padded(width)]
@@ -1041,10 +800,10 @@ def variants(capability: int) -> Iterator[Variant]:
                         kernel,
                         f"{dtype} D {width}{', masked' if masked else ''}",
                         {
-                            **dict.fromkeys(names[: split[0]], f"*{dtype}"),
-                            **dict.fromkeys(names[split[0] : split[1]], "*fp32"),
-                            **dict.fromkeys(names[split[1] : split[2]], "i32:16"),
-                            **dict.fromkeys(names[split[2] : split[3]], "i32"),
+                            **dict.fromkeys(names[:numbers], f"*{dtype}"),
+                            **{name: "*fp32" for name in floats if name in names},
+                            **{name: "i32:16" for name in names if name.startswith("result_")},
+                            **dict.fromkeys(names[numbers : names.index("scale")], "i32"),
                             "scale": "fp32",
                             "softcap": "fp32",
                         },
@@ -1061,3 +820,16 @@ def variants(capability: int) -> Iterator[Variant]:
                         tile.warps,
                         tile.stages,
                     )
+    for dtype in _BYTES:
+        for width in _WIDTHS:
+            names = shift_tangent_kernel.arg_names
+            yield Variant(
+                shift_tangent_kernel,
+                f"{dtype} D {width}",
+                {
+                    **dict.fromkeys(names[:4], f"*{dtype}"),
+                    "shift_dot": "*fp32",
+                    **dict.fromkeys(names[5:8], "i32"),
+                },
+                {"WIDTH": width, "PADDED": padded(width), "ROWS": _SHIFT_ROWS},
+            )
