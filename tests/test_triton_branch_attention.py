@@ -68,7 +68,11 @@ def check(name: str, exact: Tensor, low: Tensor, found: Tensor, dtype: torch.dty
     scale = float(exact.abs().max())
     sums = 4 * floor + 16 * 2.0**-23 * scale
     assert_close(
-        name, exact, found.cpu(), rtol=0, atol=sums + 2 * rounding(dtype) * scale * (dtype != torch.float32)
+        name,
+        exact,
+        found.cpu(),
+        rtol=0,
+        atol=sums + 2 * rounding(dtype) * scale * (dtype != torch.float32),
     )
 
 

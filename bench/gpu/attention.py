@@ -150,7 +150,15 @@ def second_order(
     timed = max(1, min(key_heads, BUDGET // each))
     while key_heads % timed:
         timed -= 1
-    part = Primal(query[:timed], key[:timed], value[:timed], normaliser[:timed, 0], output[:timed, 0], 0, masking)
+    part = Primal(
+        query[:timed],
+        key[:timed],
+        value[:timed],
+        normaliser[:timed, 0],
+        output[:timed, 0],
+        0,
+        masking,
+    )
     arguments = part, [x[:timed] for x in dots], bar[:timed], bar_dot[:timed]
     try:
         theirs = math_path(*arguments)
@@ -242,7 +250,11 @@ def table(report: dict[str, Any]) -> str:
             + (f"{1e3 * row['math_seconds']:.2f} | {row['ratio']:.1f} | " if known else "- | - | ")
             + f"{rate / 1e12:.0f} | {100 * rate / report['ceiling']:.0f} | "
             + f"{row['peak_bytes'] / 1e6:.0f} | "
-            + (f"{row['math_peak_bytes'] / 1e6:.0f} | {row['memory_ratio']:.1f} |" if known else "- | - |")
+            + (
+                f"{row['math_peak_bytes'] / 1e6:.0f} | {row['memory_ratio']:.1f} |"
+                if known
+                else "- | - |"
+            )
         )
     return "\n".join(lines) + "\n"
 

@@ -40,20 +40,12 @@ class Tile:
 # By architecture, then by (bytes of an input number, padded head width).
 _TILES = {
     80: {
-        (2, 64): Tile(128, 64, 4, 3),
+        (2, 64): Tile(128, 64, 8, 2),
         (2, 128): Tile(128, 64, 8, 2),
-        (2, 256): Tile(64, 64, 8, 1),
-        (4, 64): Tile(64, 32, 4, 2),
-        (4, 128): Tile(64, 32, 8, 1),
-        (4, 256): Tile(32, 32, 8, 1),
-    },
-    90: {
-        (2, 64): Tile(128, 64, 4, 3),
-        (2, 128): Tile(128, 64, 8, 3),
-        (2, 256): Tile(128, 64, 8, 2),
-        (4, 64): Tile(64, 32, 4, 2),
-        (4, 128): Tile(64, 32, 8, 1),
-        (4, 256): Tile(32, 32, 8, 1),
+        (2, 256): Tile(64, 32, 8, 1),
+        (4, 64): Tile(32, 32, 4, 1),
+        (4, 128): Tile(32, 32, 8, 1),
+        (4, 256): Tile(16, 16, 8, 1),
     },
 }
 
@@ -103,9 +95,7 @@ def _attend(
     weights = tl.exp2(scores - shift[:, None])
     faded = tl.exp2(peak - shift)
     total = total * faded + tl.sum(weights, 1)
-    result = tl.dot(
-        weights.to(v.dtype), v, result * faded[:, None], input_precision=PRECISION
-    )
+    result = tl.dot(weights.to(v.dtype), v, result * faded[:, None], input_precision=PRECISION)
     return higher, total, result
 
 

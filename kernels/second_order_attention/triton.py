@@ -38,48 +38,54 @@ PRECISION = "tf32x3"
 
 @dataclass(frozen=True)
 class Tile:
-    """Query `rows` and key `columns` of a tile, and the `probes` that share it."""
+    """Query `rows` and key `columns` of a tile, and the `probes` that share it.
+
+    `inner`: the part of a head's width that is multiplied at once. If that is all of it, factors
+    are read once a tile, what a program owns once; else where they are multiplied.
+    """
 
     rows: int
     columns: int
     probes: int
     warps: int
     stages: int
+    inner: int = 256
 
 
 # By architecture, then by (bytes of an input number, padded head width).
 _TANGENT = {
     80: {
-        (2, 64): Tile(64, 64, 2, 4, 2),
-        (2, 128): Tile(64, 64, 2, 8, 1),
-        (2, 256): Tile(64, 32, 1, 8, 1),
-        (4, 64): Tile(32, 32, 2, 4, 1),
-        (4, 128): Tile(32, 32, 1, 4, 1),
-        (4, 256): Tile(16, 16, 1, 4, 1),
+        (2, 64): Tile(64, 32, 1, 4, 2),
+        (2, 128): Tile(64, 32, 1, 4, 2),
+        (2, 256): Tile(32, 32, 1, 8, 1, 64),
+        (4, 64): Tile(16, 16, 1, 4, 1, 32),
+        (4, 128): Tile(16, 16, 1, 4, 1, 32),
+        (4, 256): Tile(16, 16, 1, 8, 1, 32),
     },
 }
 _PRIMAL = _TANGENT
 _ROWS = {
     80: {
-        (2, 64): Tile(64, 64, 2, 8, 1),
-        (2, 128): Tile(64, 32, 1, 8, 1),
-        (2, 256): Tile(32, 32, 1, 8, 1),
-        (4, 64): Tile(32, 32, 1, 4, 1),
-        (4, 128): Tile(32, 32, 1, 8, 1),
-        (4, 256): Tile(16, 16, 1, 4, 1),
+        (2, 64): Tile(64, 32, 1, 4, 2),
+        (2, 128): Tile(32, 32, 1, 8, 1),
+        (2, 256): Tile(16, 32, 1, 8, 1, 64),
+        (4, 64): Tile(16, 16, 1, 4, 1, 32),
+        (4, 128): Tile(16, 16, 1, 4, 1, 32),
+        (4, 256): Tile(16, 16, 1, 8, 1, 32),
     },
 }
+_ROWS[90] = _ROWS[80] | {(2, 128): Tile(128, 32, 1, 8, 2)}
 _KEYS = {
     80: {
-        (2, 64): Tile(64, 64, 2, 8, 1),
-        (2, 128): Tile(32, 64, 1, 8, 1),
-        (2, 256): Tile(32, 32, 1, 8, 1),
-        (4, 64): Tile(32, 32, 1, 4, 1),
-        (4, 128): Tile(32, 32, 1, 8, 1),
-        (4, 256): Tile(16, 16, 1, 4, 1),
+        (2, 64): Tile(16, 64, 1, 4, 2),
+        (2, 128): Tile(32, 32, 1, 8, 1),
+        (2, 256): Tile(16, 32, 1, 8, 1, 64),
+        (4, 64): Tile(16, 16, 1, 4, 1, 32),
+        (4, 128): Tile(16, 16, 1, 4, 1, 32),
+        (4, 256): Tile(16, 16, 1, 8, 1, 32),
     },
 }
-
+_KEYS[90] = _KEYS[80] | {(2, 128): Tile(16, 128, 1, 8, 2)}
 
 #: Rows of a tile of the one kernel that multiplies nothing.
 _SHIFT_ROWS = 16
@@ -102,23 +108,42 @@ def _weights(scores, lse, seen, scale, softcap, CAPPED: tl.constexpr):
 
 
 @triton.jit
-def _zeros(COUNT: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr):
-    """A tuple of `COUNT` sums, `[FIRST, SECOND]`, or `[FIRST]` where `SECOND` is 0."""
+def _zeros(PROBES: tl.constexpr, ROWS: tl.constexpr):
+    """A number for every row, for each of the probes."""
     sums = ()
-    for _ in tl.static_range(COUNT):
-        if SECOND == 0:
-            each = tl.zeros([FIRST], dtype=tl.float32)
-        else:
-            each = tl.zeros([FIRST, SECOND], dtype=tl.float32)
-        sums = sums + (each,)
+    for _ in tl.static_range(PROBES):
+        sums = sums + (tl.zeros([ROWS], dtype=tl.float32),)
     return sums
 
 
 @triton.jit
-def _load(pointer, first, count, ROWS: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr):
-    """Rows `first .. first + ROWS - 1` of a matrix `[*, WIDTH]`, zero from the `count`-th on."""
+def _zero_parts(ROWS: tl.constexpr, PADDED: tl.constexpr, INNER: tl.constexpr):
+    """Rows of sums, their columns in a tuple of parts."""
+    sums = ()
+    for _ in tl.static_range(PADDED // INNER):
+        sums = sums + (tl.zeros([ROWS, INNER], dtype=tl.float32),)
+    return sums
+
+
+@triton.jit
+def _zero_rows(PROBES: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.constexpr, INNER: tl.constexpr):
+    """`_zero_parts` for each of the probes."""
+    sums = ()
+    for _ in tl.static_range(PROBES):
+        sums = sums + (_zero_parts(ROWS, PADDED, INNER),)
+    return sums
+
+
+@triton.jit
+def _load(
+    pointer, first, count, part, ROWS: tl.constexpr, WIDTH: tl.constexpr, INNER: tl.constexpr
+):
+    """Columns `part .. part + INNER - 1` of rows `first .. first + ROWS - 1` of `[*, WIDTH]`.
+
+    Zero from the `count`-th of these rows on, and from column `WIDTH` on.
+    """
     rows = tl.arange(0, ROWS)
-    inner = tl.arange(0, PADDED)
+    inner = part + tl.arange(0, INNER)
     return tl.load(
         pointer + first * WIDTH + rows[:, None] * WIDTH + inner[None, :],
         mask=(rows < count)[:, None] & (inner < WIDTH)[None, :],
@@ -127,10 +152,75 @@ def _load(pointer, first, count, ROWS: tl.constexpr, WIDTH: tl.constexpr, PADDED
 
 
 @triton.jit
-def _store(pointer, first, count, values, WIDTH: tl.constexpr):
-    """Write `values [R, PADDED]` where `_load` reads them."""
+def _factor(
+    pointer,
+    first,
+    count,
+    width,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PADDED: tl.constexpr,
+    INNER: tl.constexpr,
+):
+    """Rows to be multiplied: read here if that is to happen in one piece, else where they are."""
+    if INNER == PADDED:
+        values = _load(pointer, first, count, 0, ROWS, WIDTH, PADDED)
+    else:
+        values = 0
+    return values, pointer, first, count, width
+
+
+@triton.jit
+def _products(
+    left,
+    right,
+    sums,
+    WIDTH: tl.constexpr,
+    PADDED: tl.constexpr,
+    INNER: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """`sums + left right'` of two `_factor`s."""
+    if INNER == PADDED:
+        sums = tl.dot(left[0], tl.trans(right[0]), sums, input_precision=PRECISION)
+    else:
+        # As many steps as are known at run time alone are not unrolled: that would spill.
+        for part in range(0, left[4], INNER):
+            x = _load(left[1], left[2], left[3], part, sums.shape[0], WIDTH, INNER)
+            y = _load(right[1], right[2], right[3], part, sums.shape[1], WIDTH, INNER)
+            sums = tl.dot(x, tl.trans(y), sums, input_precision=PRECISION)
+    return sums
+
+
+@triton.jit
+def _mix(
+    weights,
+    factor,
+    sums,
+    WIDTH: tl.constexpr,
+    PADDED: tl.constexpr,
+    INNER: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """`sums + weights factor`, the columns of the sums in a tuple of parts."""
+    weights = weights.to(factor[1].dtype.element_ty)
+    parts = ()
+    for c in tl.static_range(PADDED // INNER):
+        if INNER == PADDED:
+            values = factor[0]
+        else:
+            values = _load(
+                factor[1], factor[2], factor[3], c * INNER, weights.shape[1], WIDTH, INNER
+            )
+        parts = parts + (tl.dot(weights, values, sums[c], input_precision=PRECISION),)
+    return parts
+
+
+@triton.jit
+def _store(pointer, first, count, part, values, WIDTH: tl.constexpr):
+    """Write `values [R, C]` to columns `part ..` of the rows from `first` on."""
     rows = tl.arange(0, values.shape[0])
-    inner = tl.arange(0, values.shape[1])
+    inner = part + tl.arange(0, values.shape[1])
     tl.store(
         pointer + first * WIDTH + rows[:, None] * WIDTH + inner[None, :],
         values.to(pointer.dtype.element_ty),
@@ -139,22 +229,26 @@ def _store(pointer, first, count, values, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _load_each(
+def _factors(
     pointer,
     first,
     step,
     count,
     probes,
+    width,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
     PADDED: tl.constexpr,
+    INNER: tl.constexpr,
     PROBES: tl.constexpr,
 ):
-    """A tuple of the rows of each of a program's probes, `step` rows apart."""
+    """A tuple of the factors of each of a program's probes, `step` rows apart."""
     parts = ()
     for p in tl.static_range(PROBES):
         some = tl.where(p < probes, count, 0)
-        parts = parts + (_load(pointer, first + p * step, some, ROWS, WIDTH, PADDED),)
+        parts = parts + (
+            _factor(pointer, first + p * step, some, width, ROWS, WIDTH, PADDED, INNER),
+        )
     return parts
 
 
@@ -166,9 +260,7 @@ def _statistics(pointer, first, count, ROWS: tl.constexpr, other: tl.constexpr):
 
 
 @triton.jit
-def _seen_keys(
-    first_row, count, group, first, window, ROWS: tl.constexpr, WINDOWED: tl.constexpr
-):
+def _seen_keys(first_row, count, group, first, window, ROWS: tl.constexpr, WINDOWED: tl.constexpr):
     """The first key that a tile of rows sees, and the one behind the last."""
     last_row = tl.minimum(first_row + ROWS, count) - 1
     begin = 0
@@ -199,10 +291,12 @@ def attention_tangent_kernel(
     start,
     stop,
     window,
+    width,
     scale,
     softcap,
     WIDTH: tl.constexpr,
     PADDED: tl.constexpr,
+    INNER: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     PROBES: tl.constexpr,
@@ -226,12 +320,14 @@ def attention_tangent_kernel(
     at_row = head * count + first_row
     at_probe = (head * batch + first_probe) * count + first_row
 
-    q = _load(query, at_row, left, ROWS, WIDTH, PADDED)
+    q = _factor(query, at_row, left, width, ROWS, WIDTH, PADDED, INNER)
     lse = _statistics(normaliser, at_row, left, ROWS, float("inf"))
-    q_dot = _load_each(query_dot, at_probe, count, left, probes, ROWS, WIDTH, PADDED, PROBES)
-    centre = _zeros(PROBES, ROWS, 0)
-    rest = _zeros(PROBES, ROWS, 0)
-    total = _zeros(PROBES, ROWS, PADDED)
+    q_dot = _factors(
+        query_dot, at_probe, count, left, probes, width, ROWS, WIDTH, PADDED, INNER, PROBES
+    )
+    centre = _zeros(PROBES, ROWS)
+    rest = _zeros(PROBES, ROWS)
+    total = _zero_rows(PROBES, ROWS, PADDED, INNER)
     # Keys and values below `start` do not move: half the products of those above.
     for MOVED in tl.static_range(2):
         if MOVED:
@@ -246,47 +342,70 @@ def attention_tangent_kernel(
             seen = (keys < high)[None, :] & (keys[None, :] <= position[:, None])
             if WINDOWED:
                 seen = seen & (keys[None, :] > position[:, None] - window)
-            k = _load(key, head * stop + at, some, COLUMNS, WIDTH, PADDED)
-            v = _load(value, head * stop + at, some, COLUMNS, WIDTH, PADDED)
-            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+            k = _factor(key, head * stop + at, some, width, COLUMNS, WIDTH, PADDED, INNER)
+            v = _factor(value, head * stop + at, some, width, COLUMNS, WIDTH, PADDED, INNER)
+            none = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
+            scores = _products(q, k, none, WIDTH, PADDED, INNER, PRECISION)
             weights, slope, _ = _weights(scores, lse[:, None], seen, scale, softcap, CAPPED)
             if MOVED:
                 own = (head * batch + first_probe) * (stop - start) + at - start
-                k_dot = _load_each(
-                    key_dot, own, stop - start, some, probes, COLUMNS, WIDTH, PADDED, PROBES
+                k_dot = _factors(
+                    key_dot,
+                    own,
+                    stop - start,
+                    some,
+                    probes,
+                    width,
+                    COLUMNS,
+                    WIDTH,
+                    PADDED,
+                    INNER,
+                    PROBES,
                 )
-                v_dot = _load_each(
-                    value_dot, own, stop - start, some, probes, COLUMNS, WIDTH, PADDED, PROBES
+                v_dot = _factors(
+                    value_dot,
+                    own,
+                    stop - start,
+                    some,
+                    probes,
+                    width,
+                    COLUMNS,
+                    WIDTH,
+                    PADDED,
+                    INNER,
+                    PROBES,
                 )
             centres = ()
             rests = ()
             totals = ()
             for p in tl.static_range(PROBES):
-                raw = tl.dot(q_dot[p], tl.trans(k), input_precision=PRECISION)
+                raw = _products(q_dot[p], k, none, WIDTH, PADDED, INNER, PRECISION)
                 sums = total[p]
                 if MOVED:
-                    raw = tl.dot(q, tl.trans(k_dot[p]), raw, input_precision=PRECISION)
-                    sums = tl.dot(weights.to(v.dtype), v_dot[p], sums, input_precision=PRECISION)
+                    raw = _products(q, k_dot[p], raw, WIDTH, PADDED, INNER, PRECISION)
+                    sums = _mix(weights, v_dot[p], sums, WIDTH, PADDED, INNER, PRECISION)
                 moved = raw * (slope * scale)
                 near = tl.where(at == begin, tl.sum(weights * moved, 1), centre[p])
                 moved = weights * (moved - near[:, None])
                 centres = centres + (near,)
                 rests = rests + (rest[p] + tl.sum(moved, 1),)
-                totals = totals + (tl.dot(moved.to(v.dtype), v, sums, input_precision=PRECISION),)
+                totals = totals + (_mix(moved, v, sums, WIDTH, PADDED, INNER, PRECISION),)
             centre = centres
             rest = rests
             total = totals
 
-    o = _load(output, at_row, left, ROWS, WIDTH, PADDED)
-    inner = tl.arange(0, PADDED)
     place = (rows // group).to(tl.int64) * result_row + (rows % group) * result_member
-    for p in tl.static_range(PROBES):
-        base = result + head * result_head + (first_probe + p).to(tl.int64) * result_probe
-        tl.store(
-            base + place[:, None] + inner[None, :],
-            (total[p] - rest[p][:, None] * o.to(tl.float32)).to(result.dtype.element_ty),
-            mask=(rows < count)[:, None] & (inner < WIDTH)[None, :] & (p < probes),
-        )
+    for c in tl.static_range(PADDED // INNER):
+        o = _load(output, at_row, left, c * INNER, ROWS, WIDTH, INNER).to(tl.float32)
+        inner = c * INNER + tl.arange(0, INNER)
+        inside = (rows < count)[:, None] & (inner < WIDTH)[None, :]
+        for p in tl.static_range(PROBES):
+            base = result + head * result_head + (first_probe + p).to(tl.int64) * result_probe
+            tl.store(
+                base + place[:, None] + inner[None, :],
+                (total[p][c] - rest[p][:, None] * o).to(result.dtype.element_ty),
+                mask=inside & (p < probes),
+            )
 
 
 @triton.jit
@@ -306,10 +425,12 @@ def adjoint_rows_kernel(
     start,
     stop,
     window,
+    width,
     scale,
     softcap,
     WIDTH: tl.constexpr,
     PADDED: tl.constexpr,
+    INNER: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     PROBES: tl.constexpr,
@@ -328,27 +449,32 @@ def adjoint_rows_kernel(
     begin, end = _seen_keys(first_row, count, group, first, window, ROWS, WINDOWED)
     at_row = head * count + first_row
 
-    q = _load(query, at_row, left, ROWS, WIDTH, PADDED)
-    o_bar = _load(output_bar, at_row, left, ROWS, WIDTH, PADDED)
-    o = _load(output, at_row, left, ROWS, WIDTH, PADDED)
-    d = tl.sum(o_bar.to(tl.float32) * o.to(tl.float32), 1)
+    q = _factor(query, at_row, left, width, ROWS, WIDTH, PADDED, INNER)
+    o_bar = _factor(output_bar, at_row, left, width, ROWS, WIDTH, PADDED, INNER)
+    d = tl.zeros([ROWS], dtype=tl.float32)
+    for c in tl.static_range(PADDED // INNER):
+        o = _load(output, at_row, left, c * INNER, ROWS, WIDTH, INNER).to(tl.float32)
+        pulling = _load(output_bar, at_row, left, c * INNER, ROWS, WIDTH, INNER).to(tl.float32)
+        d += tl.sum(pulling * o, 1)
     tl.store(shift + at_row + rows, d, mask=rows < left)
     lse = _statistics(normaliser, at_row, left, ROWS, float("inf"))
-    total = tl.zeros([ROWS, PADDED], dtype=tl.float32)
+    total = _zero_parts(ROWS, PADDED, INNER)
     for at in range(begin, end, COLUMNS):
         some = tl.minimum(end - at, COLUMNS)
         keys = at + tl.arange(0, COLUMNS)
         seen = (keys < end)[None, :] & (keys[None, :] <= position[:, None])
         if WINDOWED:
             seen = seen & (keys[None, :] > position[:, None] - window)
-        k = _load(key, head * stop + at, some, COLUMNS, WIDTH, PADDED)
-        v = _load(value, head * stop + at, some, COLUMNS, WIDTH, PADDED)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        k = _factor(key, head * stop + at, some, width, COLUMNS, WIDTH, PADDED, INNER)
+        v = _factor(value, head * stop + at, some, width, COLUMNS, WIDTH, PADDED, INNER)
+        none = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
+        scores = _products(q, k, none, WIDTH, PADDED, INNER, PRECISION)
         weights, slope, _ = _weights(scores, lse[:, None], seen, scale, softcap, CAPPED)
-        centred = tl.dot(o_bar, tl.trans(v), input_precision=PRECISION) - d[:, None]
+        centred = _products(o_bar, v, none, WIDTH, PADDED, INNER, PRECISION) - d[:, None]
         bent = weights * centred * slope
-        total = tl.dot(bent.to(k.dtype), k, total, input_precision=PRECISION)
-    _store(pulled, at_row, left, scale * total, WIDTH)
+        total = _mix(bent, k, total, WIDTH, PADDED, INNER, PRECISION)
+    for c in tl.static_range(PADDED // INNER):
+        _store(pulled, at_row, left, c * INNER, scale * total[c], WIDTH)
 
 
 @triton.jit
@@ -372,10 +498,10 @@ def shift_tangent_kernel(
     left = count - first_row
     at_row = head * count + first_row
     at_probe = (head * batch + probe) * count + first_row
-    o = _load(output, at_row, left, ROWS, WIDTH, PADDED).to(tl.float32)
-    o_bar = _load(output_bar, at_row, left, ROWS, WIDTH, PADDED).to(tl.float32)
-    o_dot = _load(output_dot, at_probe, left, ROWS, WIDTH, PADDED).to(tl.float32)
-    o_bar_dot = _load(output_bar_dot, at_probe, left, ROWS, WIDTH, PADDED).to(tl.float32)
+    o = _load(output, at_row, left, 0, ROWS, WIDTH, PADDED).to(tl.float32)
+    o_bar = _load(output_bar, at_row, left, 0, ROWS, WIDTH, PADDED).to(tl.float32)
+    o_dot = _load(output_dot, at_probe, left, 0, ROWS, WIDTH, PADDED).to(tl.float32)
+    o_bar_dot = _load(output_bar_dot, at_probe, left, 0, ROWS, WIDTH, PADDED).to(tl.float32)
     rows = tl.arange(0, ROWS)
     total = tl.sum(o_bar_dot * o + o_bar * o_dot, 1)
     tl.store(shift_dot + at_probe + rows, total, mask=rows < left)
@@ -404,10 +530,12 @@ def adjoint_tangent_rows_kernel(
     start,
     stop,
     window,
+    width,
     scale,
     softcap,
     WIDTH: tl.constexpr,
     PADDED: tl.constexpr,
+    INNER: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     PROBES: tl.constexpr,
@@ -430,21 +558,23 @@ def adjoint_tangent_rows_kernel(
     at_row = head * count + first_row
     at_probe = (head * batch + first_probe) * count + first_row
 
-    q = _load(query, at_row, left, ROWS, WIDTH, PADDED)
-    o_bar = _load(output_bar, at_row, left, ROWS, WIDTH, PADDED)
+    q = _factor(query, at_row, left, width, ROWS, WIDTH, PADDED, INNER)
+    o_bar = _factor(output_bar, at_row, left, width, ROWS, WIDTH, PADDED, INNER)
     lse = _statistics(normaliser, at_row, left, ROWS, float("inf"))
     d = _statistics(shift, at_row, left, ROWS, 0.0)
-    q_dot = _load_each(query_dot, at_probe, count, left, probes, ROWS, WIDTH, PADDED, PROBES)
-    o_bar_dot = _load_each(
-        output_bar_dot, at_probe, count, left, probes, ROWS, WIDTH, PADDED, PROBES
+    q_dot = _factors(
+        query_dot, at_probe, count, left, probes, width, ROWS, WIDTH, PADDED, INNER, PROBES
+    )
+    o_bar_dot = _factors(
+        output_bar_dot, at_probe, count, left, probes, width, ROWS, WIDTH, PADDED, INNER, PROBES
     )
     d_dot = ()
     for p in tl.static_range(PROBES):
         some = tl.where(p < probes, left, 0)
         d_dot = d_dot + (_statistics(shift_dot, at_probe + p * count, some, ROWS, 0.0),)
-    centre = _zeros(PROBES, ROWS, 0)
-    rest = _zeros(PROBES, ROWS, 0)
-    total = _zeros(PROBES, ROWS, PADDED)
+    centre = _zeros(PROBES, ROWS)
+    rest = _zeros(PROBES, ROWS)
+    total = _zero_rows(PROBES, ROWS, PADDED, INNER)
     for MOVED in tl.static_range(2):
         if MOVED:
             low = tl.maximum(begin, start)
@@ -458,55 +588,79 @@ def adjoint_tangent_rows_kernel(
             seen = (keys < high)[None, :] & (keys[None, :] <= position[:, None])
             if WINDOWED:
                 seen = seen & (keys[None, :] > position[:, None] - window)
-            k = _load(key, head * stop + at, some, COLUMNS, WIDTH, PADDED)
-            v = _load(value, head * stop + at, some, COLUMNS, WIDTH, PADDED)
-            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+            k = _factor(key, head * stop + at, some, width, COLUMNS, WIDTH, PADDED, INNER)
+            v = _factor(value, head * stop + at, some, width, COLUMNS, WIDTH, PADDED, INNER)
+            none = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
+            scores = _products(q, k, none, WIDTH, PADDED, INNER, PRECISION)
             weights, slope, bend = _weights(scores, lse[:, None], seen, scale, softcap, CAPPED)
-            centred = tl.dot(o_bar, tl.trans(v), input_precision=PRECISION) - d[:, None]
+            centred = _products(o_bar, v, none, WIDTH, PADDED, INNER, PRECISION) - d[:, None]
             plain = weights * centred
-            bent = (plain * slope).to(k.dtype)
+            bent = (plain * slope).to(key.dtype.element_ty)
             if MOVED:
                 own = (head * batch + first_probe) * (stop - start) + at - start
-                k_dot = _load_each(
-                    key_dot, own, stop - start, some, probes, COLUMNS, WIDTH, PADDED, PROBES
+                k_dot = _factors(
+                    key_dot,
+                    own,
+                    stop - start,
+                    some,
+                    probes,
+                    width,
+                    COLUMNS,
+                    WIDTH,
+                    PADDED,
+                    INNER,
+                    PROBES,
                 )
-                v_dot = _load_each(
-                    value_dot, own, stop - start, some, probes, COLUMNS, WIDTH, PADDED, PROBES
+                v_dot = _factors(
+                    value_dot,
+                    own,
+                    stop - start,
+                    some,
+                    probes,
+                    width,
+                    COLUMNS,
+                    WIDTH,
+                    PADDED,
+                    INNER,
+                    PROBES,
                 )
             centres = ()
             rests = ()
             totals = ()
             for p in tl.static_range(PROBES):
-                raw = tl.dot(q_dot[p], tl.trans(k), input_precision=PRECISION)
+                raw = _products(q_dot[p], k, none, WIDTH, PADDED, INNER, PRECISION)
                 if MOVED:
-                    raw = tl.dot(q, tl.trans(k_dot[p]), raw, input_precision=PRECISION)
+                    raw = _products(q, k_dot[p], raw, WIDTH, PADDED, INNER, PRECISION)
                 raw *= scale
                 moved = raw * slope
                 near = tl.where(at == begin, tl.sum(weights * moved, 1), centre[p])
                 moved = weights * (moved - near[:, None])
                 centres = centres + (near,)
                 rests = rests + (rest[p] + tl.sum(moved, 1),)
-                dotted = tl.dot(o_bar_dot[p], tl.trans(v), input_precision=PRECISION)
+                dotted = _products(o_bar_dot[p], v, none, WIDTH, PADDED, INNER, PRECISION)
                 if MOVED:
-                    dotted = tl.dot(o_bar, tl.trans(v_dot[p]), dotted, input_precision=PRECISION)
+                    dotted = _products(o_bar, v_dot[p], dotted, WIDTH, PADDED, INNER, PRECISION)
                 dotted = moved * centred + weights * (dotted - d_dot[p][:, None])
                 if CAPPED:
                     dotted = dotted * slope + bend * raw * plain
                 sums = total[p]
                 if MOVED:
-                    sums = tl.dot(bent, k_dot[p], sums, input_precision=PRECISION)
-                totals = totals + (tl.dot(dotted.to(k.dtype), k, sums, input_precision=PRECISION),)
+                    sums = _mix(bent, k_dot[p], sums, WIDTH, PADDED, INNER, PRECISION)
+                totals = totals + (_mix(dotted, k, sums, WIDTH, PADDED, INNER, PRECISION),)
             centre = centres
             rest = rests
             total = totals
 
-    adjoint = _load(pulled, at_row, left, ROWS, WIDTH, PADDED)
+    rows = tl.arange(0, ROWS)
     for p in tl.static_range(PROBES):
         some = tl.where(p < probes, left, 0)
-        rows = tl.arange(0, ROWS)
-        at = at_probe + p * count
-        tl.store(mean + at + rows, centre[p] + rest[p], mask=rows < some)
-        _store(result, at, some, scale * total[p] - rest[p][:, None] * adjoint, WIDTH)
+        tl.store(mean + at_probe + p * count + rows, centre[p] + rest[p], mask=rows < some)
+    for c in tl.static_range(PADDED // INNER):
+        adjoint = _load(pulled, at_row, left, c * INNER, ROWS, WIDTH, INNER)
+        for p in tl.static_range(PROBES):
+            some = tl.where(p < probes, left, 0)
+            values = scale * total[p][c] - rest[p][:, None] * adjoint
+            _store(result, at_probe + p * count, some, c * INNER, values, WIDTH)
 
 
 @triton.jit
@@ -532,10 +686,12 @@ def adjoint_tangent_keys_kernel(
     start,
     stop,
     window,
+    width,
     scale,
     softcap,
     WIDTH: tl.constexpr,
     PADDED: tl.constexpr,
+    INNER: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     PROBES: tl.constexpr,
@@ -560,12 +716,16 @@ def adjoint_tangent_keys_kernel(
     moving = stop - start
     own = (head * batch + first_probe) * moving + lowest - start
 
-    k = _load(key, head * stop + lowest, some, COLUMNS, WIDTH, PADDED)
-    v = _load(value, head * stop + lowest, some, COLUMNS, WIDTH, PADDED)
-    k_dot = _load_each(key_dot, own, moving, some, probes, COLUMNS, WIDTH, PADDED, PROBES)
-    v_dot = _load_each(value_dot, own, moving, some, probes, COLUMNS, WIDTH, PADDED, PROBES)
-    key_total = _zeros(PROBES, COLUMNS, PADDED)
-    value_total = _zeros(PROBES, COLUMNS, PADDED)
+    k = _factor(key, head * stop + lowest, some, width, COLUMNS, WIDTH, PADDED, INNER)
+    v = _factor(value, head * stop + lowest, some, width, COLUMNS, WIDTH, PADDED, INNER)
+    k_dot = _factors(
+        key_dot, own, moving, some, probes, width, COLUMNS, WIDTH, PADDED, INNER, PROBES
+    )
+    v_dot = _factors(
+        value_dot, own, moving, some, probes, width, COLUMNS, WIDTH, PADDED, INNER, PROBES
+    )
+    key_total = _zero_rows(PROBES, COLUMNS, PADDED, INNER)
+    value_total = _zero_rows(PROBES, COLUMNS, PADDED, INNER)
     begin = tl.maximum(0, lowest - first) * group
     end = count
     if WINDOWED:
@@ -579,48 +739,51 @@ def adjoint_tangent_keys_kernel(
         seen = keys[:, None] <= position[None, :]
         if WINDOWED:
             seen = seen & (keys[:, None] > position[None, :] - window)
-        q = _load(query, at_row, left, ROWS, WIDTH, PADDED)
-        o_bar = _load(output_bar, at_row, left, ROWS, WIDTH, PADDED)
-        q_dot = _load_each(query_dot, at_probe, count, left, probes, ROWS, WIDTH, PADDED, PROBES)
-        o_bar_dot = _load_each(
-            output_bar_dot, at_probe, count, left, probes, ROWS, WIDTH, PADDED, PROBES
+        q = _factor(query, at_row, left, width, ROWS, WIDTH, PADDED, INNER)
+        o_bar = _factor(output_bar, at_row, left, width, ROWS, WIDTH, PADDED, INNER)
+        q_dot = _factors(
+            query_dot, at_probe, count, left, probes, width, ROWS, WIDTH, PADDED, INNER, PROBES
+        )
+        o_bar_dot = _factors(
+            output_bar_dot, at_probe, count, left, probes, width, ROWS, WIDTH, PADDED, INNER, PROBES
         )
         # A row beyond the last has an infinite normaliser, so no weight.
         lse = _statistics(normaliser, at_row, left, ROWS, float("inf"))
         d = _statistics(shift, at_row, left, ROWS, 0.0)
-        scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+        none = tl.zeros([COLUMNS, ROWS], dtype=tl.float32)
+        scores = _products(k, q, none, WIDTH, PADDED, INNER, PRECISION)
         weights, slope, bend = _weights(scores, lse[None, :], seen, scale, softcap, CAPPED)
-        centred = tl.dot(v, tl.trans(o_bar), input_precision=PRECISION) - d[None, :]
+        centred = _products(v, o_bar, none, WIDTH, PADDED, INNER, PRECISION) - d[None, :]
         plain = weights * centred
-        bent = (plain * (slope * scale)).to(q.dtype)
+        bent = (plain * (slope * scale)).to(query.dtype.element_ty)
         key_totals = ()
         value_totals = ()
         for p in tl.static_range(PROBES):
             inside = tl.where(p < probes, left, 0)
             m = _statistics(mean, at_probe + p * count, inside, ROWS, 0.0)
             d_dot = _statistics(shift_dot, at_probe + p * count, inside, ROWS, 0.0)
-            raw = tl.dot(k, tl.trans(q_dot[p]), input_precision=PRECISION)
-            raw = tl.dot(k_dot[p], tl.trans(q), raw, input_precision=PRECISION) * scale
+            raw = _products(k, q_dot[p], none, WIDTH, PADDED, INNER, PRECISION)
+            raw = _products(k_dot[p], q, raw, WIDTH, PADDED, INNER, PRECISION) * scale
             moved = weights * (raw * slope - m[None, :])
-            sums = tl.dot(moved.to(q.dtype), o_bar, value_total[p], input_precision=PRECISION)
+            sums = _mix(moved, o_bar, value_total[p], WIDTH, PADDED, INNER, PRECISION)
             value_totals = value_totals + (
-                tl.dot(weights.to(q.dtype), o_bar_dot[p], sums, input_precision=PRECISION),
+                _mix(weights, o_bar_dot[p], sums, WIDTH, PADDED, INNER, PRECISION),
             )
-            dotted = tl.dot(v, tl.trans(o_bar_dot[p]), input_precision=PRECISION)
-            dotted = tl.dot(v_dot[p], tl.trans(o_bar), dotted, input_precision=PRECISION)
+            dotted = _products(v, o_bar_dot[p], none, WIDTH, PADDED, INNER, PRECISION)
+            dotted = _products(v_dot[p], o_bar, dotted, WIDTH, PADDED, INNER, PRECISION)
             dotted = moved * centred + weights * (dotted - d_dot[None, :])
             if CAPPED:
                 dotted = dotted * slope + bend * raw * plain
-            dotted = (dotted * scale).to(q.dtype)
-            sums = tl.dot(dotted, q, key_total[p], input_precision=PRECISION)
-            key_totals = key_totals + (tl.dot(bent, q_dot[p], sums, input_precision=PRECISION),)
+            sums = _mix(dotted * scale, q, key_total[p], WIDTH, PADDED, INNER, PRECISION)
+            key_totals = key_totals + (_mix(bent, q_dot[p], sums, WIDTH, PADDED, INNER, PRECISION),)
         key_total = key_totals
         value_total = value_totals
 
     for p in tl.static_range(PROBES):
         inside = tl.where(p < probes, some, 0)
-        _store(key_result, own + p * moving, inside, key_total[p], WIDTH)
-        _store(value_result, own + p * moving, inside, value_total[p], WIDTH)
+        for c in tl.static_range(PADDED // INNER):
+            _store(key_result, own + p * moving, inside, c * INNER, key_total[p][c], WIDTH)
+            _store(value_result, own + p * moving, inside, c * INNER, value_total[p][c], WIDTH)
 
 
 def _rows_first(x: Tensor) -> Tensor:
@@ -642,10 +805,11 @@ def _tile(table: dict[int, dict[tuple[int, int], Tile]], x: Tensor) -> Tile:
 
 
 def _sizes(primal: Primal, batch: int) -> tuple[float, ...]:
-    heads, group, queries, _ = primal.query.shape
+    heads, group, queries, width = primal.query.shape
     masking, stop = primal.masking, primal.key.shape[1]
     window, softcap = masking.window or 0, masking.softcap or 0.0
-    return heads, batch, group, queries, primal.start, stop, window, masking.scale, softcap
+    places = (primal.start, stop, window)
+    return heads, batch, group, queries, *places, width, masking.scale, softcap
 
 
 def _constants(primal: Primal, tile: Tile) -> dict[str, Any]:
@@ -654,6 +818,7 @@ def _constants(primal: Primal, tile: Tile) -> dict[str, Any]:
     return {
         "WIDTH": width,
         "PADDED": padded(width),
+        "INNER": min(tile.inner, padded(width)),
         "ROWS": tile.rows,
         "COLUMNS": tile.columns,
         "PROBES": tile.probes,
@@ -810,6 +975,7 @@ def variants(capability: int) -> Iterator[Variant]:
                         {
                             "WIDTH": width,
                             "PADDED": padded(width),
+                            "INNER": min(tile.inner, padded(width)),
                             "ROWS": tile.rows,
                             "COLUMNS": tile.columns,
                             "PROBES": tile.probes,
