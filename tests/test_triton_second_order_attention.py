@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from assertions import assert_close
-from heat_fast.errors import ConfigError
 from heat_fast.kernels.branch_attention import Masking, branch_attention
 from heat_fast.kernels.second_order_attention import (
     Primal,
@@ -151,3 +150,25 @@ def test_second_order_attention(
     masking: Masking, shape: tuple[int, ...], dtype: torch.dtype, triton_device: torch.device
 ) -> None:
     compare(sum(shape), shape, masking, dtype, triton_device)
+
+
+@pytest.mark.parametrize(("seed", "width"), [(0, 64), (1, 80), (2, 96), (3, 128), (4, 256)])
+def test_every_head_width(seed: int, width: int, triton_device: torch.device) -> None:
+    for dtype in DTYPES:
+        compare(seed, (1, 2, 2, 9, 17, 5, width), Masking(width**-0.5), dtype, triton_device)
+
+
+def test_small_adjoints_keep_their_digits_in_float16(triton_device: torch.device) -> None:
+    """Products of weights and adjoints of 1e-4 would be subnormal numbers of float16."""
+    shape = (1, 2, 1, 40, 40, 0, 64)
+    compare(7, shape, MASKINGS["full"], torch.float16, triton_device, adjoint=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["tf32x3", "ieee"])
+def test_float32_products_keep_full_precision(
+    precision: str, monkeypatch: pytest.MonkeyPatch, triton_device: torch.device
+) -> None:
+    """Either way the error stays within that of float32 sums; plain tf32 would be far outside."""
+    monkeypatch.setattr("heat_fast.kernels.second_order_attention.triton.PRECISION", precision)
+    compare(11, (1, 2, 2, 200, 300, 50, 64), Masking(0.125), torch.float32, triton_device)

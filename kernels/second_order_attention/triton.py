@@ -1,3 +1,5 @@
+# ruff: noqa: RUF005 - a kernel joins tuples by addition alone
+# mypy: disable-error-code="assignment"
 """Attention's tangent and tangent of adjoint on a GPU; `reference.py` has the mathematics.
 
 Three kernels. Two own a tile of the rows of `[Q, G]` of one key-value head, for a group of probes,
