@@ -23,6 +23,8 @@ from heat_fast.kernels.device import soft_cap
 
 #: Products of float32: three passes of the tensor cores, near full precision. See the README.
 PRECISION = "tf32x3"
+#: Registers of a thread. Left to itself, the assembler takes half as many and spills.
+REGISTERS = 255
 #: Rows of a tile where the branches have few: most of a larger one would wait for other branches.
 FEW_ROWS = 16
 
@@ -286,6 +288,7 @@ def branch_attention(
             PRECISION=PRECISION,
             num_warps=tile.warps,
             num_stages=tile.stages,
+            maxnreg=REGISTERS,
         )
     return output, normaliser
 
@@ -326,4 +329,5 @@ def variants(capability: int) -> Iterator[Variant]:
                         },
                         tile.warps,
                         tile.stages,
+                        {"maxnreg": REGISTERS},
                     )

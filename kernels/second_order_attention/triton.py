@@ -29,7 +29,7 @@ from torch import Tensor
 
 from heat_fast import gpu
 from heat_fast.kernels.branch_attention.native import heads_like
-from heat_fast.kernels.branch_attention.triton import padded
+from heat_fast.kernels.branch_attention.triton import REGISTERS, padded
 from heat_fast.kernels.compile import Variant
 from heat_fast.kernels.device import tanh
 from heat_fast.kernels.second_order_attention.reference import Primal
@@ -829,6 +829,7 @@ def _constants(primal: Primal, tile: Tile) -> dict[str, Any]:
         "PRECISION": PRECISION,
         "num_warps": tile.warps,
         "num_stages": tile.stages,
+        "maxnreg": REGISTERS,
     }
 
 
@@ -987,6 +988,7 @@ def variants(capability: int) -> Iterator[Variant]:
                         },
                         tile.warps,
                         tile.stages,
+                        {"maxnreg": REGISTERS},
                     )
     for dtype in _BYTES:
         for width in _WIDTHS:
