@@ -79,7 +79,7 @@ _ROWS = {
 _ROWS[90] = _ROWS[80] | {(2, 128): Tile(128, 32, 1, 8, 2)}
 _KEYS = {
     80: {
-        (2, 64): Tile(16, 64, 1, 4, 2),
+        (2, 64): Tile(32, 64, 1, 4, 2),
         (2, 128): Tile(32, 32, 1, 8, 1),
         (2, 256): Tile(16, 32, 1, 8, 1, 64),
         (4, 64): Tile(16, 16, 1, 4, 1, 32),
@@ -757,7 +757,7 @@ def adjoint_tangent_keys_kernel(
         weights, slope, bend = _weights(scores, lse[None, :], seen, scale, softcap, CAPPED)
         centred = _products(v, o_bar, none, WIDTH, PADDED, INNER, PRECISION) - d[None, :]
         plain = weights * centred
-        bent = (plain * (slope * scale)).to(query.dtype.element_ty)
+        bent = (plain * slope).to(query.dtype.element_ty)
         key_totals = ()
         value_totals = ()
         for p in tl.static_range(PROBES):
@@ -767,16 +767,16 @@ def adjoint_tangent_keys_kernel(
             raw = _products(k, q_dot[p], none, WIDTH, PADDED, INNER, PRECISION)
             raw = _products(k_dot[p], q, raw, WIDTH, PADDED, INNER, PRECISION) * scale
             moved = weights * (raw * slope - m[None, :])
-            sums = _mix(moved, o_bar, value_total[p], WIDTH, PADDED, INNER, PRECISION)
-            value_totals = value_totals + (
-                _mix(weights, o_bar_dot[p], sums, WIDTH, PADDED, INNER, PRECISION),
-            )
             dotted = _products(v, o_bar_dot[p], none, WIDTH, PADDED, INNER, PRECISION)
             dotted = _products(v_dot[p], o_bar, dotted, WIDTH, PADDED, INNER, PRECISION)
             dotted = moved * centred + weights * (dotted - d_dot[None, :])
             if CAPPED:
                 dotted = dotted * slope + bend * raw * plain
-            sums = _mix(dotted * scale, q, key_total[p], WIDTH, PADDED, INNER, PRECISION)
+            sums = _mix(moved, o_bar, value_total[p], WIDTH, PADDED, INNER, PRECISION)
+            value_totals = value_totals + (
+                _mix(weights, o_bar_dot[p], sums, WIDTH, PADDED, INNER, PRECISION),
+            )
+            sums = _mix(dotted, q, key_total[p], WIDTH, PADDED, INNER, PRECISION)
             key_totals = key_totals + (_mix(bent, q_dot[p], sums, WIDTH, PADDED, INNER, PRECISION),)
         key_total = key_totals
         value_total = value_totals
@@ -784,7 +784,7 @@ def adjoint_tangent_keys_kernel(
     for p in tl.static_range(PROBES):
         inside = tl.where(p < probes, some, 0)
         for c in tl.static_range(PADDED // INNER):
-            _store(key_result, own + p * moving, inside, c * INNER, key_total[p][c], WIDTH)
+            _store(key_result, own + p * moving, inside, c * INNER, scale * key_total[p][c], WIDTH)
             _store(value_result, own + p * moving, inside, c * INNER, value_total[p][c], WIDTH)
 
 
