@@ -8,6 +8,9 @@ from heat_fast.kernels.branch_attention import native, reference
 from heat_fast.kernels.branch_attention.reference import Masking
 from heat_fast.kernels.dispatch import HALF, implementation
 
+#: The widest head that the GPU kernels serve.
+WIDEST = 256
+
 
 def branch_attention(
     query: Tensor,
@@ -37,6 +40,12 @@ def branch_attention(
         (torch.Size([1, 3, 1, 2, 8]), True, [5.0, 6.0])
     """
     tensors = (query, key, value, prefix_key, prefix_value)
-    if implementation("branch_attention", impl, *tensors, also=HALF) == "native":
+    offers = ("native", "triton") if query.shape[-1] <= WIDEST else ("native",)
+    chosen = implementation("branch_attention", impl, *tensors, offers=offers, also=HALF)
+    if chosen == "triton":
+        from heat_fast.kernels.branch_attention import triton
+
+        return triton.branch_attention(*tensors, masking)
+    if chosen == "native":
         return native.branch_attention(*tensors, masking)
     return reference.branch_attention(*tensors, masking)

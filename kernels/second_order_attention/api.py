@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from heat_fast.kernels.branch_attention.api import WIDEST
 from heat_fast.kernels.dispatch import HALF, implementation
 from heat_fast.kernels.second_order_attention import native, reference
 from heat_fast.kernels.second_order_attention.reference import Primal
+
+
+def _offers(query: Tensor) -> tuple[str, ...]:
+    return ("native", "triton") if query.shape[-1] <= WIDEST else ("native",)
 
 
 def attention_tangent(
@@ -18,7 +23,12 @@ def attention_tangent(
     from `primal.start` on. Formulas: `reference.py`. `impl`: see `heat_fast.kernels.dispatch`.
     """
     tensors = (primal.query, query, key, value)
-    if implementation("attention_tangent", impl, *tensors, also=HALF) == "native":
+    chosen = implementation("attention_tangent", impl, *tensors, offers=_offers(query), also=HALF)
+    if chosen == "triton":
+        from heat_fast.kernels.second_order_attention import triton
+
+        return triton.attention_tangent(primal, query, key, value)
+    if chosen == "native":
         return native.attention_tangent(primal, query, key, value)
     return reference.attention_tangent(primal, query, key, value)
 
@@ -49,9 +59,13 @@ def attention_adjoint_tangent(
     see `heat_fast.kernels.dispatch`.
     """
     moved = (query, key, value, output, output_bar, output_bar_dot)
-    if (
-        implementation("attention_adjoint_tangent", impl, primal.query, *moved, also=HALF)
-        == "native"
-    ):
+    chosen = implementation(
+        "attention_adjoint_tangent", impl, primal.query, *moved, offers=_offers(query), also=HALF
+    )
+    if chosen == "triton":
+        from heat_fast.kernels.second_order_attention import triton
+
+        return triton.attention_adjoint_tangent(primal, *moved)
+    if chosen == "native":
         return native.attention_adjoint_tangent(primal, *moved)
     return reference.attention_adjoint_tangent(primal, *moved)
