@@ -31,10 +31,10 @@ from heat_fast.kernels.rademacher import rademacher  # noqa: E402
 SAMPLE = 4
 PROBES = 2
 RUNS: dict[str, dict[str, Any]] = {
-    "block, 2 probes": {"probes": PROBES},
+    "curvature none": {"curvature": "none"},
     "coded, 32 products": {"estimator": "coded", "probes": 2, "codes": 16},
     "lr, rank 64": {"variant": "lr", "rank": 64, "probes": 2},
-    "curvature none": {"curvature": "none"},
+    "block, 2 probes": {"probes": PROBES},
 }
 
 
