@@ -9,9 +9,16 @@ from heat_fast.kernels.dispatch import HALF, implementation
 from heat_fast.kernels.second_order_attention import native, reference
 from heat_fast.kernels.second_order_attention.reference import Primal
 
+# What the GPU kernels are faster at: on an H200 3.5 to 5 times up to this width, in half precision;
+# at width 256 torch is, and float32 has not been timed (bench/results/nvidia-h200/attention.md).
+_FASTER_TO = 128
 
-def _offers(query: Tensor) -> tuple[str, ...]:
-    return ("native", "triton") if query.shape[-1] <= WIDEST else ("native",)
+
+def _offers(query: Tensor, impl: str | None) -> tuple[str, ...]:
+    """Triton where it is the faster one, and wherever it can where it is asked for."""
+    faster = query.shape[-1] <= _FASTER_TO and query.dtype in HALF
+    asked = impl == "triton" and query.shape[-1] <= WIDEST
+    return ("native", "triton") if faster or asked else ("native",)
 
 
 def attention_tangent(
@@ -23,7 +30,9 @@ def attention_tangent(
     from `primal.start` on. Formulas: `reference.py`. `impl`: see `heat_fast.kernels.dispatch`.
     """
     tensors = (primal.query, query, key, value)
-    chosen = implementation("attention_tangent", impl, *tensors, offers=_offers(query), also=HALF)
+    chosen = implementation(
+        "attention_tangent", impl, *tensors, offers=_offers(query, impl), also=HALF
+    )
     if chosen == "triton":
         from heat_fast.kernels.second_order_attention import triton
 
@@ -60,7 +69,12 @@ def attention_adjoint_tangent(
     """
     moved = (query, key, value, output, output_bar, output_bar_dot)
     chosen = implementation(
-        "attention_adjoint_tangent", impl, primal.query, *moved, offers=_offers(query), also=HALF
+        "attention_adjoint_tangent",
+        impl,
+        primal.query,
+        *moved,
+        offers=_offers(query, impl),
+        also=HALF,
     )
     if chosen == "triton":
         from heat_fast.kernels.second_order_attention import triton
