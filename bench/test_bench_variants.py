@@ -1,9 +1,9 @@
 """Every preset's time, memory and counts at growing lengths, and its fidelity to `full`.
 
 Costs are those of a random-weight Llama small enough for `full` with the block estimator at 2,048
-tokens (2 blocks, width 32, one head), each run in a process of its own; `ls` keeps one of its two blocks. All
-presets use 2 probes, so that what differs is the preset. Fidelity is measured on the 3M-parameter
-story model, where that is on disk, against `full` with 32 block probes.
+tokens (2 blocks, width 32, one head), each run in a process of its own; `ls` keeps one of its two
+blocks. All presets use 2 probes, so that what differs is the preset. Fidelity is measured on the
+3M-parameter story model, where that is on disk, against `full` with 32 block probes.
 
     make bench JSON=variants-cpu PYTEST_ARGS="-k variants"
     .venv/bin/python bench/variants_table.py variants-cpu      # writes the Markdown beside it

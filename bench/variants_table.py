@@ -53,7 +53,8 @@ def main() -> None:
         f"{machine['cpu'].get('brand_raw', machine['processor'])}, {versions['threads']} threads; "
         f"torch {versions['torch']}, Python {versions['python']}; by `test_bench_variants.py`.",
         "",
-        "Cost on a random-weight Llama of 2 blocks, width 32 and one head, 2 probes; ratios to `full`:",
+        "Cost on a random-weight Llama of 2 blocks, width 32 and one head, 2 probes; ratios to "
+        "`full`:",
         "",
         *table(cost_head, [cost_row(info) for info in infos if "tokens" in info]),
     ]
