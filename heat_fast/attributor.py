@@ -271,7 +271,7 @@ class Attributor:
             gates = gate(trunk, config.rollout, step).cpu()
         trim_heap()
         parts, screening = self._information(trunk, vector, gates, budget, ledger)
-        trim_heap()
+        trim_heap(budget.workers)
         together = budget.workers
         budget.workers = sweep_workers(trunk.length, together)
         ledger.workers = {"information": together, "curvature": budget.workers}

@@ -73,34 +73,35 @@ def keep_heap() -> None:
     torch.empty(_LARGEST_HEAP_BLOCK, dtype=torch.uint8)
 
 
-def trim_heap() -> None:
+def trim_heap(workers: int = 1) -> None:
     """Give back to the system what is free: the next component uses blocks of other sizes.
 
-    Only glibc can be asked to; elsewhere this does nothing.
+    `workers`: how many threads ran batches side by side; each had an arena of its own. Only glibc
+    can be asked to; elsewhere this does nothing.
     """
-    trim = getattr(_LIBC, "malloc_trim", None)
-    if trim is not None:
-        trim(0)
-
-
-def _trim_arenas(pool: ThreadPoolExecutor, workers: int) -> None:
-    """Give back what the arenas of a pool's threads hold, each up to 64 MB at its end.
-
-    `malloc_trim` passes over it; glibc cuts the end off when a block is freed while the threshold
-    is below it. Batches that are still running are waited for.
-    """
-    adjust = getattr(_LIBC, "mallopt", None)
-    if adjust is None:
+    if _LIBC is None or not hasattr(_LIBC, "malloc_trim"):
         return
-    everyone = threading.Barrier(workers)  # no thread takes two turns
+    if workers > 1:
+        _trim_arenas(_LIBC, workers)
+    _LIBC.malloc_trim(0)
 
-    def turn() -> None:
+
+def _trim_arenas(libc: ctypes.CDLL, workers: int) -> None:
+    """Give back the free ends, up to 64 MB each, of the arenas that a pool's threads have left.
+
+    `malloc_trim` passes over them. glibc cuts an end off when a block beside it is freed while the
+    threshold is below it: by new threads, which take over what earlier ones left.
+    """
+    everyone = threading.Barrier(workers)  # so that no thread takes two turns
+
+    def turn(_: int) -> None:
         everyone.wait()
         torch.empty(_ARENA_BLOCK, dtype=torch.uint8)
 
-    adjust(_TRIM_THRESHOLD, _ARENA_BLOCK)
-    wait([pool.submit(turn) for _ in range(workers)])
-    adjust(_TRIM_THRESHOLD, 2 * _LARGEST_HEAP_BLOCK)
+    libc.mallopt(_TRIM_THRESHOLD, _ARENA_BLOCK)
+    with ThreadPoolExecutor(workers) as pool:
+        list(pool.map(turn, range(workers)))
+    libc.mallopt(_TRIM_THRESHOLD, 2 * _LARGEST_HEAP_BLOCK)
 
 
 def sweep_workers(length: int, workers: int) -> int:
@@ -231,7 +232,6 @@ def _submitting(workers: int) -> Iterator[Callable[..., Future[Any]]]:
         yield lambda run, first, stop: pool.submit(
             copy_context().run, _undisturbed, run, first, stop
         )
-        _trim_arenas(pool, workers)
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
         torch.set_num_threads(threads)  # the matrix library's own setting is the process'
