@@ -26,7 +26,7 @@ from heat_fast.combine import Components, combine
 from heat_fast.cost import flops
 from heat_fast.decoder import view
 from heat_fast.kernels.rademacher import rademacher
-from heat_fast.planner import CPU_ROWS, slices
+from heat_fast.planner import cpu_rows, slices
 from heat_fast.sweeps import hessian_rows, tangent_sweep
 from heat_fast.trunk import run_adjoint, run_trunk
 
@@ -171,7 +171,7 @@ def converged_curvature(model: Any, ids: list[int], target: int) -> Callable[[in
         blocks = []
         for token in range(length):
             columns = []
-            for part in slices(width, max(1, CPU_ROWS // (length - token))):
+            for part in slices(width, max(1, cpu_rows(width) // (length - token))):
                 directions = torch.zeros(part.stop - part.start, length - token, width)
                 directions[:, 0] = unit[part]
                 products = hessian_rows(trunk, tangent_sweep(trunk, directions, token), adjoint)

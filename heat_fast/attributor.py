@@ -35,8 +35,8 @@ from heat_fast.planner import (
     is_out_of_memory,
     keep_heap,
     run_batches,
+    runs_alone,
     slices,
-    sweep_workers,
     targets_at_once,
     token_budget,
     trim_heap,
@@ -263,6 +263,7 @@ class Attributor:
         budget = budget or token_budget(
             trunk.bytes,
             trunk.length,
+            work.width,
             embeddings.device,
             config.token_budget,
             decoder.concurrent,
@@ -273,7 +274,7 @@ class Attributor:
         parts, screening = self._information(trunk, vector, gates, budget, ledger)
         trim_heap(budget.workers)
         together = budget.workers
-        budget.workers = sweep_workers(trunk.length, together)
+        budget.workers = 1 if runs_alone(trunk.length, work.width) else together
         ledger.workers = {"information": together, "curvature": budget.workers}
         parts, stderr, quality = self._curvature(trunk, parts, budget, ledger)
         budget.workers = together

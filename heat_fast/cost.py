@@ -21,7 +21,7 @@ from heat_fast.decoder.head import shares_curvature
 from heat_fast.errors import InputError
 from heat_fast.information import GPU_LOGIT_ELEMENTS, LOGIT_ELEMENTS
 from heat_fast.lowrank import HELD_OUT, factor_sizes
-from heat_fast.planner import Budget, slices, sweep_workers, targets_at_once, token_budget
+from heat_fast.planner import Budget, runs_alone, slices, targets_at_once, token_budget
 from heat_fast.windows import plan_windows
 from heat_fast.work import Shape, Work
 
@@ -153,7 +153,7 @@ def estimate(
         factors = 3 * max(4, item) * tokens * work.width * columns
     kept = _trunk_bytes(work, work.shapes, item) + _stream_bytes(work, item, config)
     device = decoder.embeddings_weight.device
-    budget = token_budget(kept, length, device, config.token_budget, decoder.concurrent)
+    budget = token_budget(kept, length, work.width, device, config.token_budget, decoder.concurrent)
     seconds = None
     if calibrate:
         # A window is what surely fits into the model's context.
@@ -221,7 +221,8 @@ def _peak_bytes(
     if config.curvature == "gauss_newton":
         curvature += wide * (products * tokens * work.width + 8 * vocabulary)
     elif products:
-        rows = min(sweep_workers(work.length, workers) * each, products * work.length)
+        sweeps = 1 if runs_alone(work.length, work.width) else workers
+        rows = min(sweeps * each, products * work.length)
         few = min(targets, targets_at_once(swept))
         head = min(64, work.width) if shares_curvature(products, work.width) else 1
         held = adjoint * few * work.length + sweep * rows

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from heat_fast.decoder.norm import wide
 from heat_fast.kernels.rademacher import block_probes, dense_probes
-from heat_fast.planner import Budget, run_batches, sweep_workers, trim_heap
+from heat_fast.planner import Budget, run_batches, runs_alone, trim_heap
 from heat_fast.progress import Ledger, Meter
 from heat_fast.sweeps import hessian_rows, tangent_sweep
 from heat_fast.trunk import TargetAdjoint, Trunk, require_finite
@@ -71,7 +71,7 @@ class Products:
         """
         adjoints = self.adjoints if adjoints is None else adjoints
         directions = directions * self._scale
-        if sweep_workers(self.length, 2) == 1:  # what the last one left lies between its results
+        if runs_alone(self.length, self.width):  # what the last one left lies between its results
             trim_heap()
         sweep = tangent_sweep(self.trunk, directions, start)
         results = [

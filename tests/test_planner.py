@@ -16,7 +16,7 @@ from assertions import assert_close
 from heat_fast import Attributor, HeatConfig
 from heat_fast.decoder import view
 from heat_fast.kernels.dispatch import implementation, using
-from heat_fast.planner import Budget, run_batches
+from heat_fast.planner import Budget, cpu_rows, run_batches
 
 each_workers = pytest.mark.parametrize("workers", [1, 3])
 
@@ -186,11 +186,16 @@ def test_batches_side_by_side_change_nothing(
 def test_sweeps_of_a_long_context_run_one_at_a_time(
     two_threads: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("heat_fast.planner.CPU_ROWS", 8)
+    monkeypatch.setattr("heat_fast.planner.cpu_rows", lambda width: 8)
     model = families.build("llama", torch.float32)
     config = HeatConfig(estimator="coded", codes=2, probes=1)
     result = Attributor(model, None, config).attribute(list(range(1, 11)), 4)
     assert dict(result.metadata["workers"]) == {"information": 2, "curvature": 1}
+
+
+def test_rows_of_a_batch_keep_its_bytes() -> None:
+    """A narrow model takes more rows; a wide one no fewer than what keeps matrices efficient."""
+    assert [cpu_rows(width) for width in (32, 144, 288, 4096)] == [4608, 1024, 512, 512]
 
 
 def test_layers_that_may_keep_state_run_one_batch_at_a_time(two_threads: None) -> None:
