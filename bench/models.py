@@ -7,7 +7,11 @@ from typing import Any
 import torch
 
 # Blocks, width, inner width, heads, vocabulary.
-SHAPES = {"llama": (6, 288, 768, 6, 32000), "small": (2, 32, 64, 1, 512)}
+SHAPES = {
+    "llama": (6, 288, 768, 6, 32000),
+    "small": (2, 64, 128, 2, 512),
+    "deep": (16, 256, 512, 4, 512),
+}
 
 
 def random_llama(shape: str = "llama") -> Any:

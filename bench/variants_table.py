@@ -53,10 +53,17 @@ def main() -> None:
         f"{machine['cpu'].get('brand_raw', machine['processor'])}, {versions['threads']} threads; "
         f"torch {versions['torch']}, Python {versions['python']}; by `test_bench_variants.py`.",
         "",
-        "Cost on a random-weight Llama of 2 blocks, width 32 and one head, 2 probes; ratios to "
+        "Cost on a random-weight Llama of 2 blocks, width 64 and two heads, 2 probes; ratios to "
         "`full`:",
         "",
         *table(cost_head, [cost_row(info) for info in infos if "tokens" in info]),
+    ]
+    lines += [
+        f"\nWith 16 blocks of width 256 `lr+win` takes {info['memory']:.2f} times the memory of "
+        f"`full` at 2,048 tokens ({info['deep']['lr+win']['beyond_model'] / 1e6:.0f} and "
+        f"{info['deep']['full']['beyond_model'] / 1e6:.0f} MB beyond the model)."
+        for info in infos
+        if "deep" in info
     ]
     close = [fidelity_row(info) for info in infos if "fidelity" in info]
     if close:
