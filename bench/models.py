@@ -9,7 +9,7 @@ import torch
 # Blocks, width, inner width, heads, vocabulary.
 SHAPES = {
     "llama": (6, 288, 768, 6, 32000),
-    "small": (2, 64, 128, 2, 512),
+    "small": (2, 96, 192, 3, 512),
     "deep": (16, 256, 512, 4, 512),
 }
 

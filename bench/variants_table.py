@@ -53,7 +53,7 @@ def main() -> None:
         f"{machine['cpu'].get('brand_raw', machine['processor'])}, {versions['threads']} threads; "
         f"torch {versions['torch']}, Python {versions['python']}; by `test_bench_variants.py`.",
         "",
-        "Cost on a random-weight Llama of 2 blocks, width 64 and two heads, 2 probes; ratios to "
+        "Cost on a random-weight Llama of 2 blocks, width 96 and three heads, 2 probes; ratios to "
         "`full`:",
         "",
         *table(cost_head, [cost_row(info) for info in infos if "tokens" in info]),
