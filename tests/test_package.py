@@ -167,10 +167,12 @@ def test_wheel_holds_the_package_and_nothing_else(
     for folder, _, names in os.walk(package, followlinks=True):
         expected |= {Path(folder, name).relative_to(repository).as_posix() for name in names}
     modules = {name for name in expected if name.endswith(".py")}
-    data = {name for name in expected if name.startswith("heat_fast/demo/")}
+    folders = ("heat_fast/demo/", "heat_fast/schema/")
+    data = {name for name in expected if name.startswith(folders)}
     data = {name for name in data if Path(name).suffix in shipped}
     assert "heat_fast/kernels/__init__.py" in modules
     assert any(name.endswith(".safetensors") for name in data)
+    assert "heat_fast/schema/attribution-2.json" in data
     assert modules | data | {"heat_fast/py.typed"} <= wheels["tree"]
 
 
