@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import importlib
 import json
 import os
@@ -64,6 +65,17 @@ def test_submodules_are_reachable_without_an_import(tmp_path: Path) -> None:
     assert python("import heat_fast; print(heat_fast.demo.__name__)", tmp_path).split() == [
         "heat_fast.demo"
     ]
+
+
+@pytest.mark.parametrize("name", ["comparison", "generation", "spans", "storage", "tables"])
+def test_the_examples_of_docstrings_run(name: str) -> None:
+    if name == "tables":
+        pytest.importorskip("pandas")
+    if name == "spans":
+        pytest.importorskip("sentencex")
+    outcome = doctest.testmod(importlib.import_module(f"heat_fast.{name}"))
+    assert outcome.attempted > 0
+    assert outcome.failed == 0
 
 
 def test_version_is_the_installed_version() -> None:
