@@ -23,7 +23,7 @@ from rich.text import Text
 
 from heat_fast.result import Attribution
 
-__all__ = ["print_result", "prompt_text", "render", "top_table"]
+__all__ = ["is_ascii", "number", "print_result", "prompt_text", "render", "top_table", "visible"]
 
 # Eight steps of OKLCH lightness from 0.96 to 0.40; the text colour is the one of higher contrast
 # (at least 4.9 : 1 throughout).
@@ -47,6 +47,7 @@ _GAP: Final = 2  # between two columns
 _TOKEN_WIDTH: Final = 12
 _SHORTEST_TOKEN: Final = 6
 _TARGETS_SHOWN: Final = 12
+_DRIVERS_SHOWN: Final = 3
 # Characters that reorder the text around them; harmless in a page, misleading in a terminal.
 _BIDIRECTIONAL_CONTROLS: Final = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
@@ -65,23 +66,38 @@ class _Segment:
             self.rank = rank if self.rank is None else min(self.rank, rank)
 
 
-def print_result(result: Attribution, console: Console | None = None, *, top: int = 10) -> None:
+def print_result(
+    result: Attribution, console: Console | None = None, *, top: int = 10, special: bool = True
+) -> None:
     """Print a result to `console`, by default standard output."""
     console = Console() if console is None else console
-    console.print(render(result, console, top=top))
+    console.print(render(result, console, top=top, special=special))
 
 
-def render(result: Attribution, console: Console, *, top: int = 10) -> RenderableType:
-    """The whole view of a result as one rich renderable, for the abilities of `console`."""
+def render(
+    result: Attribution, console: Console, *, top: int = 10, special: bool = True
+) -> RenderableType:
+    """The whole view of a result as one rich renderable, for the abilities of `console`.
+
+    `special=False` leaves special and template tokens out of the ranking, not out of the prompt.
+    """
     colour = _has_colour(console)
-    ascii_only = _is_ascii(console)
+    ascii_only = is_ascii(console)
     return Group(
-        prompt_text(result, colour=colour, ascii_only=ascii_only, top=top),
+        prompt_text(result, colour=colour, ascii_only=ascii_only, top=top, special=special),
         Text(),
         _legend(colour, ascii_only),
         Text(),
-        top_table(result, top, colour=colour, ascii_only=ascii_only, width=console.width),
+        top_table(
+            result,
+            top,
+            colour=colour,
+            ascii_only=ascii_only,
+            width=console.width,
+            special=special,
+        ),
         _targets(result, ascii_only),
+        *_target_rows(result, ascii_only, console.width, special),
         *_approximations(result),
         *_screening(result),
         _facts(result),
@@ -89,12 +105,17 @@ def render(result: Attribution, console: Console, *, top: int = 10) -> Renderabl
 
 
 def prompt_text(
-    result: Attribution, *, colour: bool = True, ascii_only: bool = False, top: int = 10
+    result: Attribution,
+    *,
+    colour: bool = True,
+    ascii_only: bool = False,
+    top: int = 10,
+    special: bool = True,
 ) -> Text:
     """The prompt as flowing text, each token coloured by its score (or marked by its rank)."""
     highest = max(result.scores.tolist(), default=0.0)
     text = Text(overflow="fold")
-    for segment in _segments(result, top):
+    for segment in _segments(result, top, special):
         ranked = segment.rank is not None and not colour
         level = _level(segment.score or 0.0, highest) if colour else 0
         shown = _flowing(segment.text, ascii_only, mark_spaces=ranked or level > 0)
@@ -117,6 +138,7 @@ def top_table(
     colour: bool = True,
     ascii_only: bool = False,
     width: int = 80,
+    special: bool = True,
 ) -> Table:
     """The k highest-scoring tokens with their score, its share of the total and components.
 
@@ -124,9 +146,9 @@ def top_table(
     out whole, the bar first, then the share, then components from the last; long tokens are
     shortened. A number is never cut.
     """
-    rows = result.top(k)
+    rows = result.top(k, special=special)
     total = math.fsum(result.scores.tolist())
-    highest = rows[0].score
+    highest = rows[0].score if rows else 0.0
     skipped = result.information_skipped or (False,) * len(result)
 
     def bar(score: float) -> str:
@@ -138,12 +160,12 @@ def top_table(
         "#": [str(rank) for rank in range(1, len(rows) + 1)],
         "pos": [str(row.index) for row in rows],
         "token": tokens,
-        "score": [_number(row.score) for row in rows],
+        "score": [number(row.score) for row in rows],
         "share": [f"{row.score / total:.1%}" if total > 0 else "-" for row in rows],
         "": [bar(row.score) for row in rows],
-        "gate": [_number(row.gate) for row in rows],
-        "curvature": [_number(row.curvature) for row in rows],
-        "information": ["-" if skipped[row.index] else _number(row.information) for row in rows],
+        "gate": [number(row.gate) for row in rows],
+        "curvature": [number(row.curvature) for row in rows],
+        "information": ["-" if skipped[row.index] else number(row.information) for row in rows],
     }
     token_width = _fit(columns, width)
     table = Table(box=None, padding=(0, _GAP, 0, 0), pad_edge=False, header_style="bold")
@@ -209,9 +231,9 @@ def visible(token: str, ascii_only: bool = False) -> str:
 # --- parts ----------------------------------------------------------------------------------------
 
 
-def _segments(result: Attribution, top: int) -> list[_Segment]:
+def _segments(result: Attribution, top: int, special: bool) -> list[_Segment]:
     scores = result.scores.tolist()
-    ranks = {row.index: rank for rank, row in enumerate(result.top(top), start=1)}
+    ranks = {row.index: rank for rank, row in enumerate(result.top(top, special=special), start=1)}
     if result.offsets is None or result.prompt_text is None:
         return [
             _Segment(token, score, ranks.get(index))
@@ -254,15 +276,38 @@ def _targets(result: Attribution, ascii_only: bool) -> Text:
     for position, (token, log_prob) in enumerate(shown):
         text.append(", " if position else "")
         text.append(visible(token, ascii_only), style="bold")
-        text.append(f" (log-probability {_number(log_prob)}" if len(log_probs) == 1 else " (")
+        text.append(f" (log-probability {number(log_prob)}" if len(log_probs) == 1 else " (")
         text.append(f", p = {math.exp(min(log_prob, 0.0)):.3g})" if len(log_probs) == 1 else "")
-        text.append(f"{_number(log_prob)})" if len(log_probs) > 1 else "")
+        text.append(f"{number(log_prob)})" if len(log_probs) > 1 else "")
     if len(log_probs) > len(shown):
         text.append(f", and {len(log_probs) - len(shown)} more")
     if len(log_probs) > 1:
-        text.append(f"; log-probability of all {_number(math.fsum(log_probs))}")
+        text.append(f"; log-probability of all {number(math.fsum(log_probs))}")
         text.append(f", scores aggregated by {result.aggregate}")
     return text
+
+
+def _target_rows(
+    result: Attribution, ascii_only: bool, width: int, special: bool
+) -> list[RenderableType]:
+    """Of a target of several tokens: what drives each of them, with its share of that score."""
+    if len(result.target_ids) == 1:
+        return []
+    table = Table(box=None, padding=(0, _GAP, 0, 0), pad_edge=False, header_style="bold")
+    table.add_column("target", no_wrap=True)
+    table.add_column("driven by", no_wrap=True, overflow="ellipsis")
+    rows = zip(result.target_tokens, result.target_scores, strict=True)
+    for token, scores in list(rows)[:_TARGETS_SHOWN]:
+        total = math.fsum(scores.tolist())
+        drivers = []
+        for index in result.ranking(scores, special=special)[:_DRIVERS_SHOWN]:
+            share = scores[index].item() / total if total > 0 else 0.0
+            name = _shorten(visible(result.tokens[index], ascii_only), width // 5, ascii_only)
+            drivers.append(f"{name} {share:.0%}")
+        target = _shorten(visible(token, ascii_only), width // 5, ascii_only)
+        table.add_row(Text(target, style="bold"), Text(", ".join(drivers)))
+    more = len(result.target_ids) - _TARGETS_SHOWN
+    return [Text(), table, *([Text(f"and {more} more")] if more > 0 else [])]
 
 
 def _approximations(result: Attribution) -> list[Text]:
@@ -298,7 +343,7 @@ def _screening(result: Attribution) -> list[Text]:
         if audit["tokens"]:
             lines[-1] += (
                 f"; audit of {audit['tokens']}: at most "
-                f"{_number(audit['largest_information'])} nats, an estimated "
+                f"{number(audit['largest_information'])} nats, an estimated "
                 f"{audit['score_share_lost']:.2%} of the score lost"
             )
     if "branch_tolerance" in screening:
@@ -337,7 +382,8 @@ def _has_colour(console: Console) -> bool:
     return console.color_system in ("256", "truecolor") and not console.no_color
 
 
-def _is_ascii(console: Console) -> bool:
+def is_ascii(console: Console) -> bool:
+    """Whether a console can show nothing but ASCII."""
     return not console.encoding.lower().startswith("utf")
 
 
@@ -348,7 +394,7 @@ def _level(score: float, highest: float) -> int:
     return round(len(_STYLES) * math.sqrt(score / highest))
 
 
-def _number(value: float) -> str:
+def number(value: float) -> str:
     """Three significant digits, in plain notation where that stays short."""
     value += 0.0  # no negative zero
     if value == 0 or 1e-4 <= abs(value) < 1e5:
