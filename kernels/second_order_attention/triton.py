@@ -29,7 +29,7 @@ from torch import Tensor
 
 from heat_fast import gpu
 from heat_fast.kernels.branch_attention.native import heads_like
-from heat_fast.kernels.branch_attention.triton import REGISTERS, padded
+from heat_fast.kernels.branch_attention.triton import REGISTERS, compiled_options, padded
 from heat_fast.kernels.compile import Variant
 from heat_fast.kernels.device import tanh
 from heat_fast.kernels.second_order_attention.reference import Primal
@@ -58,36 +58,40 @@ class Tile:
 _TANGENT = {
     80: {
         (2, 64): Tile(64, 32, 1, 4, 2),
-        (2, 128): Tile(64, 32, 1, 4, 2),
+        (2, 128): Tile(32, 32, 1, 4, 2),
         (2, 256): Tile(32, 32, 1, 8, 1, 64),
         (4, 64): Tile(16, 16, 1, 4, 1, 32),
         (4, 128): Tile(16, 16, 1, 4, 1, 32),
         (4, 256): Tile(16, 16, 1, 4, 1, 32),
     },
 }
+_TANGENT[90] = _TANGENT[80] | {(2, 128): Tile(64, 32, 1, 4, 2)}
 _PRIMAL = _TANGENT
 _ROWS = {
     80: {
         (2, 64): Tile(64, 32, 1, 4, 2),
-        (2, 128): Tile(32, 32, 1, 8, 1),
+        (2, 128): Tile(16, 32, 1, 8, 2),
         (2, 256): Tile(16, 32, 1, 8, 1, 64),
         (4, 64): Tile(16, 16, 1, 4, 1, 32),
         (4, 128): Tile(16, 16, 1, 4, 1, 32),
-        (4, 256): Tile(16, 16, 1, 8, 1, 32),
+        (4, 256): Tile(16, 32, 1, 8, 1, 64),
     },
 }
 _ROWS[90] = _ROWS[80] | {(2, 128): Tile(128, 32, 1, 8, 2)}
+_ROWS[100] = _ROWS[80] | {(2, 128): Tile(64, 32, 1, 8, 2)}
 _KEYS = {
     80: {
-        (2, 64): Tile(32, 64, 1, 4, 2),
+        (2, 64): Tile(32, 32, 1, 4, 2),
         (2, 128): Tile(32, 32, 1, 8, 1),
         (2, 256): Tile(16, 32, 1, 8, 1, 64),
         (4, 64): Tile(16, 16, 1, 4, 1, 32),
-        (4, 128): Tile(16, 16, 1, 4, 1, 32),
+        (4, 128): Tile(16, 16, 1, 8, 1, 32),
         (4, 256): Tile(16, 16, 1, 8, 1, 32),
     },
 }
 _KEYS[90] = _KEYS[80] | {(2, 128): Tile(16, 128, 1, 8, 2)}
+# Triton 3.7 makes a trap of the kernel of the keys where these have 128 columns.
+_KEYS[100] = _KEYS[80] | {(2, 128): Tile(32, 64, 1, 8, 2)}
 
 #: Rows of a tile of the one kernel that multiplies nothing.
 _SHIFT_ROWS = 16
@@ -945,7 +949,6 @@ def attention_adjoint_tangent(
 
 
 _BYTES = {"fp16": 2, "bf16": 2, "fp32": 4}
-_WIDTHS = (64, 80, 96, 128, 256)
 
 
 def variants(capability: int) -> Iterator[Variant]:
@@ -960,39 +963,37 @@ def variants(capability: int) -> Iterator[Variant]:
         names = kernel.arg_names
         numbers = names.index("heads")
         floats = ("normaliser", "shift", "pulled", "shift_dot", "mean")
-        for dtype, size in _BYTES.items():
-            for width in _WIDTHS:
-                tile = gpu.for_architecture(table, capability)[size, padded(width)]
-                for masked in (False, True):
-                    yield Variant(
-                        kernel,
-                        f"{dtype} D {width}{', masked' if masked else ''}",
-                        {
-                            **dict.fromkeys(names[:numbers], f"*{dtype}"),
-                            **{name: "*fp32" for name in floats if name in names},
-                            **{name: "i32:16" for name in names if name.startswith("result_")},
-                            **dict.fromkeys(names[numbers : names.index("scale")], "i32"),
-                            "scale": "fp32",
-                            "softcap": "fp32",
-                        },
-                        {
-                            "WIDTH": width,
-                            "PADDED": padded(width),
-                            "INNER": min(tile.inner, padded(width)),
-                            "ROWS": tile.rows,
-                            "COLUMNS": tile.columns,
-                            "PROBES": tile.probes,
-                            "WINDOWED": masked,
-                            "CAPPED": masked,
-                            "PRECISION": PRECISION,
-                        },
-                        tile.warps,
-                        tile.stages,
-                        {"maxnreg": REGISTERS},
-                    )
-    for dtype in _BYTES:
-        for width in _WIDTHS:
-            names = shift_tangent_kernel.arg_names
+        for dtype, width, masked in compiled_options():
+            tile = gpu.for_architecture(table, capability)[_BYTES[dtype], padded(width)]
+            yield Variant(
+                kernel,
+                f"{dtype} D {width}{', masked' if masked else ''}",
+                {
+                    **dict.fromkeys(names[:numbers], f"*{dtype}"),
+                    **{name: "*fp32" for name in floats if name in names},
+                    **{name: "i32:16" for name in names if name.startswith("result_")},
+                    **dict.fromkeys(names[numbers : names.index("scale")], "i32"),
+                    "scale": "fp32",
+                    "softcap": "fp32",
+                },
+                {
+                    "WIDTH": width,
+                    "PADDED": padded(width),
+                    "INNER": min(tile.inner, padded(width)),
+                    "ROWS": tile.rows,
+                    "COLUMNS": tile.columns,
+                    "PROBES": tile.probes,
+                    "WINDOWED": masked,
+                    "CAPPED": masked,
+                    "PRECISION": PRECISION,
+                },
+                tile.warps,
+                tile.stages,
+                {"maxnreg": REGISTERS},
+            )
+    names = shift_tangent_kernel.arg_names
+    for dtype, width, masked in compiled_options():
+        if masked:
             yield Variant(
                 shift_tangent_kernel,
                 f"{dtype} D {width}",
