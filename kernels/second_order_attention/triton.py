@@ -44,8 +44,8 @@ class Tile:
 
     `inner`: the part of a head's width over which rows are multiplied at once. If that is all of
     it, factors are read once a tile, what a program owns once; else where they are multiplied.
-    `part`: the columns that are summed at once then. Few of them leave nothing to do for some of the
-    warps, which hold the same sums, and need more addresses.
+    `part`: the columns that are summed at once then. Few leave nothing to do for some of the warps,
+    which hold the same sums, and need more addresses.
     """
 
     rows: int
@@ -92,8 +92,8 @@ _KEYS = {
         (4, 256): Tile(16, 16, 1, 8, 1, 32, 128),
     },
 }
-# With 16 rows and 128 columns there are spills on sm_90 without a soft-cap, and on sm_100 Triton 3.7
-# makes a trap of the whole kernel.
+# With 16 rows and 128 columns some are spilled on sm_90 without a soft-cap, and on sm_100 Triton
+# 3.7 makes a trap of the whole kernel.
 _KEYS[90] = _KEYS[80] | {(2, 128): Tile(32, 32, 1, 8, 2)}
 
 #: Rows of a tile of the one kernel that multiplies nothing.
