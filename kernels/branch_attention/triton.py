@@ -57,6 +57,7 @@ _TILES = {
     },
 }
 _TILES[90] = _TILES[80] | {(2, 128): Tile(128, 64, 8, 2)}
+_TILES[100] = _TILES[80]
 
 
 @triton.jit
