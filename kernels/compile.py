@@ -7,7 +7,8 @@
 Triton makes machine code without a GPU. The table holds, for each of an operation's `variants`, the
 registers of a thread, its stack frame (spilled registers live there), the shared memory of a block
 and the instructions that run on the matrix units. A stack frame, or more shared memory than the
-architecture has, is a failure.
+architecture has, is a failure; so is machine code that writes nothing: what Triton cannot place in
+an architecture's memory it may turn into a trap.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from typing import Any
 #: that a block may ask for.
 ARCHITECTURES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 
+_WRITE = re.compile(r"\b(?:STG|UTMASTG|RED|ATOMG)\b")
 _MATRIX = re.compile(r"\b(?:[HIDQ]MMA|[HIQ]GMMA|UTC\w*MMA)\b")
 
 
@@ -160,6 +162,8 @@ def compiled(operation: str, variant: Variant, capability: int) -> Usage:
         failures.append(f"{stack} bytes of stack")
     if shared > ARCHITECTURES[capability]:
         failures.append(f"{shared} bytes of shared memory of {ARCHITECTURES[capability]}")
+    if not _WRITE.search(instructions):
+        failures.append("it writes nothing to memory")
     return Usage(
         operation,
         variant.kernel.__name__,

@@ -169,3 +169,18 @@ def triton_device() -> torch.device:
     if gpu.missing():
         pytest.skip(f"Triton's kernels cannot run: {gpu.missing()}")
     return torch.device("cpu" if gpu.interpreted() else "cuda")
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """New memory holds NaN: a number that nothing has written fails every comparison."""
+
+    def fill(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def poison(*args: Any, **options: Any) -> torch.Tensor:
+            made = make(*args, **options)
+            return made.fill_(float("nan")) if made.is_floating_point() else made
+
+        return poison
+
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, fill(getattr(owner, name)))

@@ -31,25 +31,33 @@ FEW_ROWS = 16
 
 @dataclass(frozen=True)
 class Tile:
-    """Query `rows` that a program owns, key `columns` that it takes at a time."""
+    """Query `rows` that a program owns, key `columns` that it takes at a time.
+
+    `inner`: the part of a head's width over which scores are multiplied at once. If that is all of
+    it, a program reads its queries once; else with every tile of keys, as they would fill all
+    registers.
+    """
 
     rows: int
     columns: int
     warps: int
     stages: int
+    inner: int = 256
 
 
 # By architecture, then by (bytes of an input number, padded head width).
 _TILES = {
     80: {
         (2, 64): Tile(128, 64, 8, 2),
-        (2, 128): Tile(128, 64, 8, 2),
+        (2, 128): Tile(64, 32, 8, 2),
         (2, 256): Tile(32, 32, 8, 1),
         (4, 64): Tile(32, 32, 4, 1),
         (4, 128): Tile(32, 32, 8, 1),
-        (4, 256): Tile(16, 16, 8, 1),
+        (4, 256): Tile(16, 16, 8, 1, 64),
     },
 }
+_TILES[90] = _TILES[80] | {(2, 128): Tile(128, 64, 8, 2)}
+_TILES[100] = _TILES[80]
 
 
 @triton.jit
@@ -59,9 +67,12 @@ def offsets_of(indices, stride):
 
 
 @triton.jit
-def tile_of(pointer, offsets, inside, WIDTH: tl.constexpr, PADDED: tl.constexpr):
-    """Rows `[R, PADDED]` at `offsets [R]`, zero where a row is not `inside` and above `WIDTH`."""
-    inner = tl.arange(0, PADDED)
+def tile_of(pointer, offsets, inside, part, WIDTH: tl.constexpr, INNER: tl.constexpr):
+    """Columns `part .. part + INNER - 1` of the rows at `offsets [R]`.
+
+    Zero where a row is not `inside`, and from column `WIDTH` on.
+    """
+    inner = part + tl.arange(0, INNER)
     return tl.load(
         pointer + offsets[:, None] + inner[None, :],
         mask=inside[:, None] & (inner < WIDTH)[None, :],
@@ -70,9 +81,39 @@ def tile_of(pointer, offsets, inside, WIDTH: tl.constexpr, PADDED: tl.constexpr)
 
 
 @triton.jit
-def _attend(
+def _scores(
     q,
-    k,
+    query,
+    query_rows,
+    inside,
+    key,
+    key_rows,
+    some,
+    width,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PADDED: tl.constexpr,
+    INNER: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """`q k'`, from `q` where it holds whole rows, else from the queries at `query_rows`."""
+    if INNER == PADDED:
+        k = tile_of(key, key_rows, some, 0, WIDTH, PADDED)
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    else:
+        scores = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
+        # As many steps as are known at run time alone are not unrolled: that would spill.
+        for part in range(0, width, INNER):
+            x = tile_of(query, query_rows, inside, part, WIDTH, INNER)
+            y = tile_of(key, key_rows, some, part, WIDTH, INNER)
+            scores = tl.dot(x, tl.trans(y), scores, input_precision=PRECISION)
+    return scores
+
+
+@triton.jit
+def _attend(
+    scores,
     v,
     seen,
     peak,
@@ -85,7 +126,6 @@ def _attend(
 ):
     """One step of the online softmax in base 2: peak, sum of weights, weighted values."""
     LOG2_E: tl.constexpr = 1.4426950408889634
-    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     if CAPPED:
         scores = soft_cap(scores * scale, softcap) * LOG2_E
     else:
@@ -135,10 +175,12 @@ def branch_attention_kernel(
     start,
     own,
     window,
+    width,
     scale,
     softcap,
     WIDTH: tl.constexpr,
     PADDED: tl.constexpr,
+    INNER: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     WINDOWED: tl.constexpr,
@@ -163,15 +205,15 @@ def branch_attention_kernel(
     first_branch = first_row // branch_rows
     last_branch = last_row // branch_rows
 
-    q = tile_of(
-        query + head * query_head,
+    query += head * query_head
+    query_rows = (
         offsets_of(branch, query_branch)
         + offsets_of(member, query_member)
-        + offsets_of(place, query_row),
-        inside,
-        WIDTH,
-        PADDED,
+        + offsets_of(place, query_row)
     )
+    q = 0
+    if INNER == PADDED:
+        q = tile_of(query, query_rows, inside, 0, WIDTH, PADDED)
     peak = tl.full([ROWS], float("-inf"), dtype=tl.float32)
     total = tl.zeros([ROWS], dtype=tl.float32)
     result = tl.zeros([ROWS, PADDED], dtype=tl.float32)
@@ -188,10 +230,25 @@ def branch_attention_kernel(
         seen = inside[:, None] & some[None, :]
         if WINDOWED:
             seen = seen & (keys[None, :] > position[:, None] - window)
-        k = tile_of(prefix_key, offsets_of(keys, prefix_key_row), some, WIDTH, PADDED)
-        v = tile_of(prefix_value, offsets_of(keys, prefix_value_row), some, WIDTH, PADDED)
+        scores = _scores(
+            q,
+            query,
+            query_rows,
+            inside,
+            prefix_key,
+            offsets_of(keys, prefix_key_row),
+            some,
+            width,
+            ROWS,
+            COLUMNS,
+            WIDTH,
+            PADDED,
+            INNER,
+            PRECISION,
+        )
+        v = tile_of(prefix_value, offsets_of(keys, prefix_value_row), some, 0, WIDTH, PADDED)
         peak, total, result = _attend(
-            q, k, v, seen, peak, total, result, scale, softcap, CAPPED, PRECISION
+            scores, v, seen, peak, total, result, scale, softcap, CAPPED, PRECISION
         )
 
     key += head * key_head
@@ -213,10 +270,25 @@ def branch_attention_kernel(
             seen = mine[:, None] & (start + keys[None, :] <= position[:, None])
             if WINDOWED:
                 seen = seen & (start + keys[None, :] > position[:, None] - window)
-            k = tile_of(own_key, offsets_of(keys, key_row), some, WIDTH, PADDED)
-            v = tile_of(own_value, offsets_of(keys, value_row), some, WIDTH, PADDED)
+            scores = _scores(
+                q,
+                query,
+                query_rows,
+                inside,
+                own_key,
+                offsets_of(keys, key_row),
+                some,
+                width,
+                ROWS,
+                COLUMNS,
+                WIDTH,
+                PADDED,
+                INNER,
+                PRECISION,
+            )
+            v = tile_of(own_value, offsets_of(keys, value_row), some, 0, WIDTH, PADDED)
             peak, total, result = _attend(
-                q, k, v, seen, peak, total, result, scale, softcap, CAPPED, PRECISION
+                scores, v, seen, peak, total, result, scale, softcap, CAPPED, PRECISION
             )
 
     inner = tl.arange(0, PADDED)
@@ -277,10 +349,12 @@ def branch_attention(
             start,
             own,
             masking.window or 0,
+            width,
             masking.scale,
             masking.softcap or 0.0,
             WIDTH=width,
             PADDED=padded(width),
+            INNER=min(tile.inner, padded(width)),
             ROWS=rows,
             COLUMNS=tile.columns,
             WINDOWED=masking.window is not None,
@@ -294,7 +368,19 @@ def branch_attention(
 
 
 _BYTES = {"fp16": 2, "bf16": 2, "fp32": 4}
-_WIDTHS = (64, 80, 96, 128, 256)
+
+
+def compiled_options() -> Iterator[tuple[str, int, bool]]:
+    """The dtypes, head widths and masks (window and soft-cap, or neither) that `variants` has.
+
+    Every tile in every dtype with all masks, whose code contains that without. Both are compiled in
+    bfloat16; float16's code is the same but for the type. Widths of 80 and 96 run in the tiles of
+    128 with more of a row masked: one of them in bfloat16.
+    """
+    for dtype in _BYTES:
+        yield from ((dtype, width, True) for width in (64, 128, 256))
+    yield from (("bf16", width, False) for width in (64, 128, 256))
+    yield from (("bf16", width, True) for width in (80, 96))
 
 
 def variants(capability: int) -> Iterator[Variant]:
@@ -302,32 +388,31 @@ def variants(capability: int) -> Iterator[Variant]:
     table = gpu.for_architecture(_TILES, capability)
     names = branch_attention_kernel.arg_names
     integers = names[names.index("heads") : names.index("scale")]
-    for dtype, size in _BYTES.items():
-        for width in _WIDTHS:
-            tile = table[size, padded(width)]
-            for rows in (FEW_ROWS, tile.rows):
-                for masked in (False, True):
-                    yield Variant(
-                        branch_attention_kernel,
-                        f"{dtype} D {width}, {rows} rows{', masked' if masked else ''}",
-                        {
-                            **dict.fromkeys(names[:6], f"*{dtype}"),
-                            "normaliser": "*fp32",
-                            **dict.fromkeys(names[7 : names.index("heads")], "i32:16"),
-                            **dict.fromkeys(integers, "i32"),
-                            "scale": "fp32",
-                            "softcap": "fp32",
-                        },
-                        {
-                            "WIDTH": width,
-                            "PADDED": padded(width),
-                            "ROWS": rows,
-                            "COLUMNS": tile.columns,
-                            "WINDOWED": masked,
-                            "CAPPED": masked,
-                            "PRECISION": PRECISION,
-                        },
-                        tile.warps,
-                        tile.stages,
-                        {"maxnreg": REGISTERS},
-                    )
+    for dtype, width, masked in compiled_options():
+        tile = table[_BYTES[dtype], padded(width)]
+        for rows in sorted({FEW_ROWS, tile.rows}):
+            yield Variant(
+                branch_attention_kernel,
+                f"{dtype} D {width}, {rows} rows{', masked' if masked else ''}",
+                {
+                    **dict.fromkeys(names[:6], f"*{dtype}"),
+                    "normaliser": "*fp32",
+                    **dict.fromkeys(names[7 : names.index("heads")], "i32:16"),
+                    **dict.fromkeys(integers, "i32"),
+                    "scale": "fp32",
+                    "softcap": "fp32",
+                },
+                {
+                    "WIDTH": width,
+                    "PADDED": padded(width),
+                    "INNER": min(tile.inner, padded(width)),
+                    "ROWS": rows,
+                    "COLUMNS": tile.columns,
+                    "WINDOWED": masked,
+                    "CAPPED": masked,
+                    "PRECISION": PRECISION,
+                },
+                tile.warps,
+                tile.stages,
+                {"maxnreg": REGISTERS},
+            )

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from heat_fast import gpu
 from heat_fast.kernels.branch_attention.native import heads_like
-from heat_fast.kernels.branch_attention.triton import REGISTERS, padded
+from heat_fast.kernels.branch_attention.triton import REGISTERS, compiled_options, padded
 from heat_fast.kernels.compile import Variant
 from heat_fast.kernels.device import tanh
 from heat_fast.kernels.second_order_attention.reference import Primal
@@ -42,8 +42,10 @@ PRECISION = "tf32x3"
 class Tile:
     """Query `rows` and key `columns` of a tile, and the `probes` that share it.
 
-    `inner`: the part of a head's width that is multiplied at once. If that is all of it, factors
-    are read once a tile, what a program owns once; else where they are multiplied.
+    `inner`: the part of a head's width over which rows are multiplied at once. If that is all of
+    it, factors are read once a tile, what a program owns once; else where they are multiplied.
+    `part`: the columns that are summed at once then. Few leave nothing to do for some of the warps,
+    which hold the same sums, and need more addresses.
     """
 
     rows: int
@@ -52,42 +54,47 @@ class Tile:
     warps: int
     stages: int
     inner: int = 256
+    part: int = 256
 
 
 # By architecture, then by (bytes of an input number, padded head width).
 _TANGENT = {
     80: {
         (2, 64): Tile(64, 32, 1, 4, 2),
-        (2, 128): Tile(64, 32, 1, 4, 2),
-        (2, 256): Tile(32, 32, 1, 8, 1, 64),
-        (4, 64): Tile(16, 16, 1, 4, 1, 32),
-        (4, 128): Tile(16, 16, 1, 4, 1, 32),
-        (4, 256): Tile(16, 16, 1, 4, 1, 32),
+        (2, 128): Tile(32, 32, 1, 4, 2),
+        (2, 256): Tile(32, 32, 1, 8, 1, 64, 64),
+        (4, 64): Tile(16, 16, 1, 4, 1, 32, 128),
+        (4, 128): Tile(16, 16, 1, 4, 1, 32, 128),
+        (4, 256): Tile(16, 16, 1, 4, 1, 32, 128),
     },
 }
+_TANGENT[90] = _TANGENT[80] | {(2, 128): Tile(64, 32, 1, 4, 2)}
 _PRIMAL = _TANGENT
 _ROWS = {
     80: {
         (2, 64): Tile(64, 32, 1, 4, 2),
-        (2, 128): Tile(32, 32, 1, 8, 1),
-        (2, 256): Tile(16, 32, 1, 8, 1, 64),
-        (4, 64): Tile(16, 16, 1, 4, 1, 32),
-        (4, 128): Tile(16, 16, 1, 4, 1, 32),
-        (4, 256): Tile(16, 16, 1, 8, 1, 32),
+        (2, 128): Tile(16, 32, 1, 8, 2),
+        (2, 256): Tile(16, 32, 1, 8, 1, 64, 64),
+        (4, 64): Tile(16, 16, 1, 4, 1, 32, 128),
+        (4, 128): Tile(16, 16, 1, 4, 1, 32, 128),
+        (4, 256): Tile(16, 16, 1, 8, 1, 32, 128),
     },
 }
 _ROWS[90] = _ROWS[80] | {(2, 128): Tile(128, 32, 1, 8, 2)}
+_ROWS[100] = _ROWS[80] | {(2, 128): Tile(64, 32, 1, 8, 2)}
 _KEYS = {
     80: {
-        (2, 64): Tile(32, 64, 1, 4, 2),
+        (2, 64): Tile(32, 32, 1, 4, 2),
         (2, 128): Tile(32, 32, 1, 8, 1),
-        (2, 256): Tile(16, 32, 1, 8, 1, 64),
-        (4, 64): Tile(16, 16, 1, 4, 1, 32),
-        (4, 128): Tile(16, 16, 1, 4, 1, 32),
-        (4, 256): Tile(16, 16, 1, 8, 1, 32),
+        (2, 256): Tile(16, 32, 1, 8, 1, 64, 64),
+        (4, 64): Tile(16, 16, 1, 4, 1, 32, 128),
+        (4, 128): Tile(16, 16, 1, 8, 1, 32, 128),
+        (4, 256): Tile(16, 16, 1, 8, 1, 32, 128),
     },
 }
-_KEYS[90] = _KEYS[80] | {(2, 128): Tile(16, 128, 1, 8, 2)}
+# With 16 rows and 128 columns some are spilled on sm_90 without a soft-cap, and on sm_100 Triton
+# 3.7 makes a trap of the whole kernel.
+_KEYS[90] = _KEYS[80] | {(2, 128): Tile(32, 32, 1, 8, 2)}
 
 #: Rows of a tile of the one kernel that multiplies nothing.
 _SHIFT_ROWS = 16
@@ -119,20 +126,20 @@ def _zeros(PROBES: tl.constexpr, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _zero_parts(ROWS: tl.constexpr, PADDED: tl.constexpr, INNER: tl.constexpr):
+def _zero_parts(ROWS: tl.constexpr, PADDED: tl.constexpr, PART: tl.constexpr):
     """Rows of sums, their columns in a tuple of parts."""
     sums = ()
-    for _ in tl.static_range(PADDED // INNER):
-        sums = sums + (tl.zeros([ROWS, INNER], dtype=tl.float32),)
+    for _ in tl.static_range(PADDED // PART):
+        sums = sums + (tl.zeros([ROWS, PART], dtype=tl.float32),)
     return sums
 
 
 @triton.jit
-def _zero_rows(PROBES: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.constexpr, INNER: tl.constexpr):
+def _zero_rows(PROBES: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.constexpr, PART: tl.constexpr):
     """`_zero_parts` for each of the probes."""
     sums = ()
     for _ in tl.static_range(PROBES):
-        sums = sums + (_zero_parts(ROWS, PADDED, INNER),)
+        sums = sums + (_zero_parts(ROWS, PADDED, PART),)
     return sums
 
 
@@ -206,14 +213,13 @@ def _mix(
 ):
     """`sums + weights factor`, the columns of the sums in a tuple of parts."""
     weights = weights.to(factor[1].dtype.element_ty)
+    PART: tl.constexpr = sums[0].shape[1]
     parts = ()
-    for c in tl.static_range(PADDED // INNER):
+    for c in tl.static_range(PADDED // PART):
         if INNER == PADDED:
             values = factor[0]
         else:
-            values = _load(
-                factor[1], factor[2], factor[3], c * INNER, weights.shape[1], WIDTH, INNER
-            )
+            values = _load(factor[1], factor[2], factor[3], c * PART, weights.shape[1], WIDTH, PART)
         parts = parts + (tl.dot(weights, values, sums[c], input_precision=PRECISION),)
     return parts
 
@@ -299,6 +305,7 @@ def attention_tangent_kernel(
     WIDTH: tl.constexpr,
     PADDED: tl.constexpr,
     INNER: tl.constexpr,
+    PART: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     PROBES: tl.constexpr,
@@ -329,7 +336,7 @@ def attention_tangent_kernel(
     )
     centre = _zeros(PROBES, ROWS)
     rest = _zeros(PROBES, ROWS)
-    total = _zero_rows(PROBES, ROWS, PADDED, INNER)
+    total = _zero_rows(PROBES, ROWS, PADDED, PART)
     # Keys and values below `start` do not move: half the products of those above.
     for MOVED in tl.static_range(2):
         if MOVED:
@@ -397,9 +404,9 @@ def attention_tangent_kernel(
             total = totals
 
     place = (rows // group).to(tl.int64) * result_row + (rows % group) * result_member
-    for c in tl.static_range(PADDED // INNER):
-        o = _load(output, at_row, left, c * INNER, ROWS, WIDTH, INNER).to(tl.float32)
-        inner = c * INNER + tl.arange(0, INNER)
+    for c in tl.static_range(PADDED // PART):
+        o = _load(output, at_row, left, c * PART, ROWS, WIDTH, PART).to(tl.float32)
+        inner = c * PART + tl.arange(0, PART)
         inside = (rows < count)[:, None] & (inner < WIDTH)[None, :]
         for p in tl.static_range(PROBES):
             base = result + head * result_head + (first_probe + p).to(tl.int64) * result_probe
@@ -433,6 +440,7 @@ def adjoint_rows_kernel(
     WIDTH: tl.constexpr,
     PADDED: tl.constexpr,
     INNER: tl.constexpr,
+    PART: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     PROBES: tl.constexpr,
@@ -460,7 +468,7 @@ def adjoint_rows_kernel(
         d += tl.sum(pulling * o, 1)
     tl.store(shift + at_row + rows, d, mask=rows < left)
     lse = _statistics(normaliser, at_row, left, ROWS, float("inf"))
-    total = _zero_parts(ROWS, PADDED, INNER)
+    total = _zero_parts(ROWS, PADDED, PART)
     for at in range(begin, end, COLUMNS):
         some = tl.minimum(end - at, COLUMNS)
         keys = at + tl.arange(0, COLUMNS)
@@ -475,8 +483,8 @@ def adjoint_rows_kernel(
         centred = _products(o_bar, v, none, WIDTH, PADDED, INNER, PRECISION) - d[:, None]
         bent = weights * centred * slope
         total = _mix(bent, k, total, WIDTH, PADDED, INNER, PRECISION)
-    for c in tl.static_range(PADDED // INNER):
-        _store(pulled, at_row, left, c * INNER, scale * total[c], WIDTH)
+    for c in tl.static_range(PADDED // PART):
+        _store(pulled, at_row, left, c * PART, scale * total[c], WIDTH)
 
 
 @triton.jit
@@ -538,6 +546,7 @@ def adjoint_tangent_rows_kernel(
     WIDTH: tl.constexpr,
     PADDED: tl.constexpr,
     INNER: tl.constexpr,
+    PART: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     PROBES: tl.constexpr,
@@ -576,7 +585,7 @@ def adjoint_tangent_rows_kernel(
         d_dot = d_dot + (_statistics(shift_dot, at_probe + p * count, some, ROWS, 0.0),)
     centre = _zeros(PROBES, ROWS)
     rest = _zeros(PROBES, ROWS)
-    total = _zero_rows(PROBES, ROWS, PADDED, INNER)
+    total = _zero_rows(PROBES, ROWS, PADDED, PART)
     for MOVED in tl.static_range(2):
         if MOVED:
             low = tl.maximum(begin, start)
@@ -657,12 +666,12 @@ def adjoint_tangent_rows_kernel(
     for p in tl.static_range(PROBES):
         some = tl.where(p < probes, left, 0)
         tl.store(mean + at_probe + p * count + rows, centre[p] + rest[p], mask=rows < some)
-    for c in tl.static_range(PADDED // INNER):
-        adjoint = _load(pulled, at_row, left, c * INNER, ROWS, WIDTH, INNER)
+    for c in tl.static_range(PADDED // PART):
+        adjoint = _load(pulled, at_row, left, c * PART, ROWS, WIDTH, PART)
         for p in tl.static_range(PROBES):
             some = tl.where(p < probes, left, 0)
             values = scale * total[p][c] - rest[p][:, None] * adjoint
-            _store(result, at_probe + p * count, some, c * INNER, values, WIDTH)
+            _store(result, at_probe + p * count, some, c * PART, values, WIDTH)
 
 
 @triton.jit
@@ -694,6 +703,7 @@ def adjoint_tangent_keys_kernel(
     WIDTH: tl.constexpr,
     PADDED: tl.constexpr,
     INNER: tl.constexpr,
+    PART: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     PROBES: tl.constexpr,
@@ -726,8 +736,8 @@ def adjoint_tangent_keys_kernel(
     v_dot = _factors(
         value_dot, own, moving, some, probes, width, COLUMNS, WIDTH, PADDED, INNER, PROBES
     )
-    key_total = _zero_rows(PROBES, COLUMNS, PADDED, INNER)
-    value_total = _zero_rows(PROBES, COLUMNS, PADDED, INNER)
+    key_total = _zero_rows(PROBES, COLUMNS, PADDED, PART)
+    value_total = _zero_rows(PROBES, COLUMNS, PADDED, PART)
     begin = tl.maximum(0, lowest - first) * group
     end = count
     if WINDOWED:
@@ -783,9 +793,9 @@ def adjoint_tangent_keys_kernel(
 
     for p in tl.static_range(PROBES):
         inside = tl.where(p < probes, some, 0)
-        for c in tl.static_range(PADDED // INNER):
-            _store(key_result, own + p * moving, inside, c * INNER, scale * key_total[p][c], WIDTH)
-            _store(value_result, own + p * moving, inside, c * INNER, value_total[p][c], WIDTH)
+        for c in tl.static_range(PADDED // PART):
+            _store(key_result, own + p * moving, inside, c * PART, scale * key_total[p][c], WIDTH)
+            _store(value_result, own + p * moving, inside, c * PART, value_total[p][c], WIDTH)
 
 
 def _rows_first(x: Tensor) -> Tensor:
@@ -814,19 +824,27 @@ def _sizes(primal: Primal, batch: int) -> tuple[float, ...]:
     return heads, batch, group, queries, *places, width, masking.scale, softcap
 
 
-def _constants(primal: Primal, tile: Tile) -> dict[str, Any]:
+def _constants(width: int, tile: Tile, windowed: bool, capped: bool) -> dict[str, Any]:
     """What every kernel is compiled for."""
-    masking, width = primal.masking, primal.query.shape[-1]
     return {
         "WIDTH": width,
         "PADDED": padded(width),
         "INNER": min(tile.inner, padded(width)),
+        "PART": min(tile.part, padded(width)),
         "ROWS": tile.rows,
         "COLUMNS": tile.columns,
         "PROBES": tile.probes,
-        "WINDOWED": masking.window is not None,
-        "CAPPED": masking.softcap is not None,
+        "WINDOWED": windowed,
+        "CAPPED": capped,
         "PRECISION": PRECISION,
+    }
+
+
+def _launch(primal: Primal, tile: Tile) -> dict[str, Any]:
+    """Those constants, and how many threads run a program."""
+    masking, width = primal.masking, primal.query.shape[-1]
+    windowed, capped = masking.window is not None, masking.softcap is not None
+    return _constants(width, tile, windowed, capped) | {
         "num_warps": tile.warps,
         "num_stages": tile.stages,
         "maxnreg": REGISTERS,
@@ -850,7 +868,7 @@ def attention_tangent(primal: Primal, query: Tensor, key: Tensor, value: Tensor)
             _normaliser(primal),
             *result.stride()[:-1],
             *_sizes(primal, batch),
-            **_constants(primal, tile),
+            **_launch(primal, tile),
         )
     return result
 
@@ -897,7 +915,7 @@ def attention_adjoint_tangent(
             shift,
             pulled,
             *sizes,
-            **_constants(primal, tile),
+            **_launch(primal, tile),
         )
         shift_tangent_kernel[(triton.cdiv(count, _SHIFT_ROWS) * heads * batch,)](
             primal_output,
@@ -924,7 +942,7 @@ def attention_adjoint_tangent(
             shift_dot,
             mean,
             *sizes,
-            **_constants(primal, tile),
+            **_launch(primal, tile),
         )
         tile = _tile(_KEYS, query)
         blocks = triton.cdiv(key.shape[2], tile.columns) * triton.cdiv(batch, tile.probes)
@@ -937,7 +955,7 @@ def attention_adjoint_tangent(
             shift_dot,
             mean,
             *sizes,
-            **_constants(primal, tile),
+            **_launch(primal, tile),
         )
     if back is not None:
         results = [(x * back).to(dtype) for x in results]
@@ -945,7 +963,6 @@ def attention_adjoint_tangent(
 
 
 _BYTES = {"fp16": 2, "bf16": 2, "fp32": 4}
-_WIDTHS = (64, 80, 96, 128, 256)
 
 
 def variants(capability: int) -> Iterator[Variant]:
@@ -960,39 +977,27 @@ def variants(capability: int) -> Iterator[Variant]:
         names = kernel.arg_names
         numbers = names.index("heads")
         floats = ("normaliser", "shift", "pulled", "shift_dot", "mean")
-        for dtype, size in _BYTES.items():
-            for width in _WIDTHS:
-                tile = gpu.for_architecture(table, capability)[size, padded(width)]
-                for masked in (False, True):
-                    yield Variant(
-                        kernel,
-                        f"{dtype} D {width}{', masked' if masked else ''}",
-                        {
-                            **dict.fromkeys(names[:numbers], f"*{dtype}"),
-                            **{name: "*fp32" for name in floats if name in names},
-                            **{name: "i32:16" for name in names if name.startswith("result_")},
-                            **dict.fromkeys(names[numbers : names.index("scale")], "i32"),
-                            "scale": "fp32",
-                            "softcap": "fp32",
-                        },
-                        {
-                            "WIDTH": width,
-                            "PADDED": padded(width),
-                            "INNER": min(tile.inner, padded(width)),
-                            "ROWS": tile.rows,
-                            "COLUMNS": tile.columns,
-                            "PROBES": tile.probes,
-                            "WINDOWED": masked,
-                            "CAPPED": masked,
-                            "PRECISION": PRECISION,
-                        },
-                        tile.warps,
-                        tile.stages,
-                        {"maxnreg": REGISTERS},
-                    )
-    for dtype in _BYTES:
-        for width in _WIDTHS:
-            names = shift_tangent_kernel.arg_names
+        for dtype, width, masked in compiled_options():
+            tile = gpu.for_architecture(table, capability)[_BYTES[dtype], padded(width)]
+            yield Variant(
+                kernel,
+                f"{dtype} D {width}{', masked' if masked else ''}",
+                {
+                    **dict.fromkeys(names[:numbers], f"*{dtype}"),
+                    **{name: "*fp32" for name in floats if name in names},
+                    **{name: "i32:16" for name in names if name.startswith("result_")},
+                    **dict.fromkeys(names[numbers : names.index("scale")], "i32"),
+                    "scale": "fp32",
+                    "softcap": "fp32",
+                },
+                _constants(width, tile, masked, masked),
+                tile.warps,
+                tile.stages,
+                {"maxnreg": REGISTERS},
+            )
+    names = shift_tangent_kernel.arg_names
+    for dtype, width, masked in compiled_options():
+        if masked:
             yield Variant(
                 shift_tangent_kernel,
                 f"{dtype} D {width}",
