@@ -141,6 +141,7 @@ def test_commands_exist_with_these_options(page: Path) -> None:
 def check_command(line: str) -> None:
     """Assert that the command line knows a command and all its options."""
     import typer
+
     from heat_fast.cli import app
 
     root: Any = typer.main.get_command(app)
@@ -163,8 +164,10 @@ def check_command(line: str) -> None:
         option = known[word]
         if not option.is_flag:
             assert left, f"{line}: {word} without a value"
-            option.type.convert(left.pop(0), option, None)
-    arguments = [each for each in command.params if each.param_type_name == "argument"]
+            value, kind = left.pop(0), option.type_descriptor.annotation
+            if kind in (int, float):
+                kind(value)
+    arguments = [each for each in command.params if not _names(each)]
     assert places <= len(arguments), f"{line}: {places} arguments"
     # In running text a command may be named without what it needs.
     needed = sum(each.required for each in arguments)
@@ -198,6 +201,7 @@ def test_a_wrong_command_is_noticed(line: str) -> None:
 
 def test_every_command_is_described() -> None:
     import typer
+
     from heat_fast.cli import app
 
     text = (DOCS / "cli.md").read_text("utf-8")
@@ -263,7 +267,8 @@ def test_docstrings_become_markdown() -> None:
     assert doctest.testmod(module).failed == 0
     text = "Meaning.\n\nname: one\n    thing.\nother, more: two.\n\nRaises\n------\nE: never.\n"
     assert module.as_markdown(text) == (
-        "Meaning.\n\n- **name**: one\n  thing.\n- **other, more**: two.\n\n**Raises**\n\n- **E**: never."
+        "Meaning.\n\n- **name**: one\n  thing.\n- **other, more**: two.\n\n**Raises**\n\n"
+        "- **E**: never."
     )
 
 

@@ -25,6 +25,7 @@ def on_page_markdown(markdown: str, **kwargs: Any) -> str:
 def options(command: str | None) -> str:
     """A Markdown table: what a command takes beside the shared settings, or these (None)."""
     import typer
+
     from heat_fast.cli import app
 
     commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
@@ -39,12 +40,17 @@ def options(command: str | None) -> str:
 
 def _row(parameter: Any) -> str:
     name = "/".join([*parameter.opts, *parameter.secondary_opts])
-    if parameter.param_type_name == "argument":
-        name = parameter.metavar or parameter.name.upper()
+    if not name.startswith("-"):
+        name = parameter.metavar or name.upper()
     elif not parameter.is_flag:
-        name += f" {parameter.metavar or parameter.type.name.upper()}"
+        name += f" {parameter.metavar or _kind(parameter)}"
     text = (parameter.help or "").replace("|", "\\|").replace("<", "&lt;")
     default = parameter.default
     if isinstance(default, str | int | float) and not isinstance(default, bool):
         text += f" Default: `{default}`."
     return f"| `{name.replace('|', chr(92) + '|')}` | {text} |"
+
+
+def _kind(parameter: Any) -> str:
+    """How a value is shown that has no name of its own."""
+    return "TEXT" if parameter.type_descriptor.annotation is str else "N"
