@@ -77,7 +77,7 @@ def number(value: float) -> str:
     """
     value += 0.0  # no negative zero
     if value == 0 or 1e-4 <= abs(value) < 1e5:
-        return f"{value:#.3g}".rstrip(".") if abs(value) < 1000 else f"{value:,.0f}"
+        return f"{value:#.3g}".rstrip(".") if abs(value) < 999.5 else f"{value:,.0f}"
     return f"{value:.2e}"
 
 
