@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from heat_fast.errors import InputError, MissingPackageError
+from heat_fast.errors import MissingPackageError
 from heat_fast.reading import visible
 from heat_fast.report import palette
 from heat_fast.report.page import shorten
