@@ -170,15 +170,25 @@ def _pieces(result: Attribution, highest: float) -> list[dict[str, Any]]:
     """The prompt for the notebook: stretches of one colour each, those without colour joined."""
     scores = result.scores.tolist()
     pieces: list[dict[str, Any]] = []
+
+    def plain(text: str) -> None:
+        if pieces and pieces[-1]["step"] == 0:
+            pieces[-1]["text"] += text
+        else:
+            pieces.append({"text": text, "step": 0, "title": ""})
+
     for segment in segments(result):
         score = max((scores[index] for index in segment.tokens), default=0.0)
         step = colour_step(score, highest, palette.STEPS)
         text = escape(segment.text).replace("\t", "⇥").replace("\n", "↵\n")
-        if step == 0 and pieces and pieces[-1]["step"] == 0:
-            pieces[-1]["text"] += text
-            continue
-        title = f"position {segment.tokens[0]}, score {number(score)}" if step else ""
-        pieces.append({"text": text, "step": step, "title": title})
+        if step and text[0] == " " and text.strip(" "):  # a space before a word is not coloured
+            plain(" ")
+            text = text[1:]
+        if step:
+            title = f"position {segment.tokens[0]}, score {number(score)}"
+            pieces.append({"text": text, "step": step, "title": title})
+        else:
+            plain(text)
     return pieces
 
 

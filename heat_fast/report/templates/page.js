@@ -88,19 +88,21 @@
 
   // --- text ---
 
+  const INVISIBLE = /([\n\t\u00a0\u00ad\u200b\u2060\ufeff]| {2,}|^ +$)/;
+  const SIGNS = { "\n": "↵", "\t": "⇥", "\u00a0": "⍽" };
+  const sign = (character) =>
+    SIGNS[character] ?? `U+${character.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}`;
+
+  // A token on one line.
   const visible = (text) =>
     text
-      .replace(/\n/g, "↵")
-      .replace(/\t/g, "⇥")
+      .replace(/[\n\t\u00a0\u00ad\u200b\u2060\ufeff]/g, sign)
       .replace(/^ +| +$/g, (spaces) => "·".repeat(spaces.length)) || "∅";
 
-  const INVISIBLE = /([\n\t\u00a0\u00ad\u200b\u2060\ufeff]| {2,}|^ +$)/;
-  const SIGNS = { "\n": "↵", "\t": "⇥", "\u00a0": "⍽", "": "∅" };
-
-  const mark = (sign) => {
+  const mark = (text) => {
     const element = document.createElement("i");
     element.className = "mark";
-    element.dataset.mark = sign;
+    element.dataset.mark = text;
     element.setAttribute("aria-hidden", "true");
     return element;
   };
@@ -113,8 +115,7 @@
       if (!INVISIBLE.test(piece)) { element.append(piece); continue; }
       for (const character of piece) {
         if (character === " ") { element.append(mark("·")); continue; }
-        const code = character.codePointAt(0).toString(16).toUpperCase().padStart(4, "0");
-        element.append(mark(SIGNS[character] ?? `U+${code}`));
+        element.append(mark(sign(character)));
         if (character === "\n" || character === "\t") element.append(character);
       }
     }
