@@ -22,10 +22,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test lint types format sanitize bench wheel kernels gpu bench-gpu clean distclean
+.PHONY: help setup demo test lint types format sanitize bench wheel kernels gpu bench-gpu screenshots clean distclean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 setup: $(STAMP) ## Create .venv and install everything into it (the other targets do this too)
 
@@ -101,6 +101,9 @@ gpu: $(STAMP) ## Run the GPU tests and benchmarks on this machine's GPU
 
 bench-gpu: $(STAMP) ## Time the GPU kernels against PyTorch (writes bench/results/<gpu>/)
 	@for file in bench/gpu/*.py; do $(BIN)/python $$file $(BENCH_GPU) || failed=1; done; exit $${failed:-0}
+
+screenshots: $(STAMP) ## Picture the report page into docs/images/ (needs chromium and its driver)
+	@$(BIN)/python tests/screenshots.py
 
 clean: ## Remove caches and build output (.venv stays)
 	@rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .benchmarks .hypothesis

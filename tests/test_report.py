@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import doctest
 import hashlib
 import itertools
 import json
@@ -17,9 +18,10 @@ from typing import Any
 import pytest
 import torch
 
+from heat_fast import reading
 from heat_fast.errors import HeatError, InputError, MissingPackageError, OutputError
 from heat_fast.reading import colour_step, number, segments
-from heat_fast.report import notes, palette
+from heat_fast.report import notes, page, palette
 from heat_fast.report.page import COMPONENTS, render_page, render_view
 from heat_fast.result import Attribution, load
 from results import HOSTILE, made_up, story
@@ -495,3 +497,9 @@ def test_shares_of_the_table_sum_to_one() -> None:
     shares = [float(share) for share in re.findall(r"<td>([\d.]+)%</td>", render_view(result))]
     assert len(shares) == 8
     assert math.isclose(sum(shares), 100, abs_tol=8 * 0.05)
+
+
+@pytest.mark.parametrize("module", [reading, page, palette])
+def test_the_examples_of_docstrings_run(module: Any) -> None:
+    failed, tried = doctest.testmod(module)
+    assert tried > 0 and failed == 0

@@ -52,8 +52,7 @@ def render_page(result: Attribution) -> str:
 
     >>> import heat_fast
     >>> demo = heat_fast.load_demo_model(1)
-    >>> config = heat_fast.HeatConfig(curvature="none")
-    >>> result = heat_fast.attribute(demo.model, demo.tokenizer, "Who is it?", config=config)
+    >>> result = heat_fast.attribute(demo.model, demo.tokenizer, "Who is it?", curvature="none")
     >>> render_page(result)[:15]
     '<!doctype html>'
     """

@@ -379,9 +379,9 @@
     if (aggregates) aggregates.disabled = state.row !== null;
     if (row !== null) {
       const value = logProbs[row];
-      const name = T === 1 ? "" : `Token ${row + 1} of ${T}, its own row: `;
+      const name = T === 1 ? "Log-probability" : `Token ${row + 1} of ${T}, its own row: log-probability`;
       byId("target-facts").textContent =
-        `${name}log-probability ${format(value)}, probability ${format(Math.exp(Math.min(value, 0)))}`;
+        `${name} ${format(value)}, probability ${format(Math.exp(Math.min(value, 0)))}`;
       return;
     }
     const sum = logProbs.reduce((total, value) => total + value, 0);
