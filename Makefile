@@ -22,7 +22,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test lint types format sanitize bench wheel kernels gpu bench-gpu screenshots clean distclean
+.PHONY: help setup demo test lint types format sanitize bench wheel kernels gpu bench-gpu screenshots notebook clean distclean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -104,6 +104,9 @@ bench-gpu: $(STAMP) ## Time the GPU kernels against PyTorch (writes bench/result
 
 screenshots: $(STAMP) ## Picture the report page into docs/images/ (needs chromium and its driver)
 	@$(BIN)/python tests/screenshots.py
+
+notebook: $(STAMP) ## Execute examples/explain.ipynb and keep its outputs
+	@$(BIN)/python tests/notebook.py
 
 clean: ## Remove caches and build output (.venv stays)
 	@rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .benchmarks .hypothesis

@@ -1,7 +1,7 @@
 """Pictures of the report page, as the documentation shows them: ``make screenshots``.
 
-The embedded model answers one of its examples (a single target), writes question and answer (several
-targets), and reads several passages (long). Needs Chromium and its driver.
+The embedded model answers one of its examples (a single target), writes question and answer
+(several targets), and reads several passages (long). Needs Chromium and its driver.
 """
 
 from __future__ import annotations
@@ -107,9 +107,11 @@ def picture(
 
 
 def smaller(png: bytes) -> bytes:
-    """The same picture in 128 colours, which is all that a page of flat colours needs."""
+    """The same picture in 200 colours, which is all that a page of flat colours needs."""
     data = io.BytesIO()
-    image = Image.open(io.BytesIO(png)).convert("RGB").quantize(128, dither=Image.Dither.NONE)
+    image = Image.open(io.BytesIO(png)).convert("RGB")
+    # By coverage: the steps of the legend are small, and must stay apart.
+    image = image.quantize(200, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
     image.save(data, format="PNG", optimize=True)
     return data.getvalue()
 

@@ -313,7 +313,7 @@ def test_dragging_reads_the_sum_of_a_span(show: Opener) -> None:
     assert shown_number(page.text("#span-share")) == pytest.approx(
         100 * (inside.sum() / page.result.scores.sum()).item(), abs=0.05
     )
-    assert page.text("#span-text") == " cat sat\non the mat"
+    assert page.text("#span-text") == "cat sat\non the mat"
     assert len(page.all('.t.selected[aria-selected="true"]')) == 6
     page.choose("gate")
     assert page.text("#span-name") == "Summed gate"

@@ -92,7 +92,7 @@ def plot_targets(result: Attribution, k: int = 40) -> Figure:
     whole = len(columns) == len(result)
     axis.set_xlabel("prompt token" if whole else f"the {len(columns)} highest prompt tokens")
     axis.set_ylabel("target token")
-    figure.colorbar(image, ax=axis, label="score", shrink=0.9)
+    figure.colorbar(image, ax=axis, label="score", shrink=0.9).outline.set_visible(False)
     return figure
 
 

@@ -134,11 +134,20 @@
     const fragment = document.createDocumentFragment();
     for (const segment of data.segments) {
       const [text, ...tokens] = Array.isArray(segment) ? segment : [data.tokens[segment], segment];
-      if (tokens.length === 0) { fragment.append(text); continue; }
+      const before = cells[cells.length - 1]?.element;
+      if (tokens.length === 0) {
+        if (/^\s/.test(text)) before?.classList.add("end");
+        fragment.append(text);
+        continue;
+      }
       const isSpecial = tokens.some((index) => special.has(index));
       const [space, body] = isSpecial ? ["", text] : splitSpace(text);
       const element = document.createElement("span");
       element.className = isSpecial ? "t special" : "t";
+      if (space) {
+        element.classList.add("start");
+        before?.classList.add("end");
+      }
       element.tabIndex = -1;
       element.setAttribute("role", "option");
       element.setAttribute("aria-selected", "false");
@@ -275,6 +284,14 @@
     showSpan();
   };
 
+  // As it reads: with the text between tokens, which lies between the cells.
+  const spanText = ([first, last]) => {
+    const range = document.createRange();
+    range.setStartBefore(cells[first].element);
+    range.setEndAfter(cells[last].element);
+    return range.toString();
+  };
+
   const showSpan = () => {
     const bounds = spanBounds();
     byId("span-card").hidden = bounds === null;
@@ -293,7 +310,7 @@
     const part = inside.reduce((total, index) => total + share(index), 0);
     byId("span-place").textContent =
       `${inside.length} ${inside.length === 1 ? "token" : "tokens"}, ${inside[0]} to ${inside[inside.length - 1]}`;
-    byId("span-text").textContent = inside.map((index) => data.tokens[index]).join("");
+    byId("span-text").textContent = spanText(bounds);
     byId("span-name").textContent = `Summed ${state.component}`;
     byId("span-sum").textContent = format(sum);
     byId("span-share").textContent = percent(part);
