@@ -37,7 +37,7 @@ def plot_top(result: Attribution, k: int = 15) -> Figure:
     """
     top = result.top(k)
     figure = _figure(width=9.0, height=1.3 + 0.27 * len(top))
-    axes = figure.subplots(1, 4, sharey=True, width_ratios=(2, 1, 1, 1))
+    axes: Any = figure.subplots(1, 4, sharey=True, width_ratios=(2, 1, 1, 1))
     labels = [_label(row.token, row.index) for row in top]
     colour = palette.HEAT["light"][5]
     for axis, name in zip(axes, ("score", *_COMPONENTS), strict=True):
@@ -71,7 +71,7 @@ def plot_targets(result: Attribution, k: int = 40) -> Figure:
     figure = _figure(width=2.6 + 0.24 * len(columns), height=1.9 + 0.24 * n_targets)
     from matplotlib.colors import LinearSegmentedColormap, PowerNorm
 
-    axis = figure.subplots()
+    axis: Any = figure.subplots()
     image = axis.imshow(
         scores,
         cmap=LinearSegmentedColormap.from_list("heat", ["#ffffff", *palette.HEAT["light"]]),
@@ -96,7 +96,7 @@ def plot_targets(result: Attribution, k: int = 40) -> Figure:
     return figure
 
 
-def _figure(width: float, height: float) -> Any:
+def _figure(width: float, height: float) -> Figure:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
