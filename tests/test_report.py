@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import doctest
 import hashlib
 import itertools
@@ -18,12 +19,12 @@ from typing import Any
 import pytest
 import torch
 
+import heat_fast
 from heat_fast import reading
 from heat_fast.errors import HeatError, InputError, MissingPackageError, OutputError
 from heat_fast.reading import colour_step, number, segments
 from heat_fast.report import notes, page, palette
 from heat_fast.report.page import COMPONENTS, render_page, render_view
-from heat_fast.result import Attribution, load
 from results import HOSTILE, made_up, story
 
 LIMIT = 300_000
@@ -164,7 +165,7 @@ def test_the_same_result_gives_the_same_page() -> None:
 def test_a_loaded_result_gives_the_same_page(tmp_path: Path) -> None:
     result = made_up(story(20), (" a", " b"))
     result.save(tmp_path / "result")
-    assert render_page(load(tmp_path / "result")) == render_page(result)
+    assert render_page(heat_fast.load(tmp_path / "result")) == render_page(result)
 
 
 def test_the_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -186,13 +187,7 @@ def test_a_folder_on_a_disk_is_not_told() -> None:
 
 @pytest.mark.parametrize("metadata", [{}, {"config": {"beta": "x"}}, {"versions": {}}])
 def test_a_page_without_metadata(metadata: dict[str, Any]) -> None:
-    result = made_up(("a", "b"))
-    bare = Attribution(
-        **{
-            **{f: getattr(result, f) for f in result.__dict__ if f != "scores"},
-            "metadata": metadata,
-        }
-    )
+    bare = dataclasses.replace(made_up(("a", "b")), metadata=metadata)
     assert "score = gate × (weighted curvature" in render_page(bare)
     assert "heat-fast-view" in render_view(bare)
 
