@@ -22,10 +22,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test lint types format sanitize bench wheel kernels gpu bench-gpu docs clean distclean
+.PHONY: help setup demo test lint types format sanitize bench wheel kernels gpu bench-gpu docs screenshots notebook clean distclean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 setup: $(STAMP) ## Create .venv and install everything into it (the other targets do this too)
 
@@ -107,6 +107,12 @@ docs: $(STAMP) ## Build the documentation into site/, warnings as errors
 	  echo "make: the documentation is built with Python 3.11 or newer; $(VENV) holds $$($(BIN)/python --version 2>&1)." >&2; exit 1; }
 	@$(BIN)/python -m mkdocs build --strict --quiet
 	@echo "site/index.html is ready; '$(BIN)/python -m http.server --directory site' serves it with its search"
+
+screenshots: $(STAMP) ## Picture the report page into docs/images/ (needs chromium and its driver)
+	@$(BIN)/python tests/screenshots.py
+
+notebook: $(STAMP) ## Execute examples/explain.ipynb and keep its outputs
+	@$(BIN)/python tests/notebook.py
 
 clean: ## Remove caches and build output (.venv stays)
 	@rm -rf build dist site *.egg-info .mypy_cache .pytest_cache .ruff_cache .benchmarks .hypothesis

@@ -7,6 +7,7 @@ imported before the options are known to make sense.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import logging
 import os
@@ -127,6 +128,12 @@ def attribute(
     save_path: Annotated[
         str | None,
         typer.Option("--save", metavar="F", help="Save the result as one safetensors file."),
+    ] = None,
+    html_path: Annotated[
+        str | None,
+        typer.Option(
+            "--html", metavar="PATH", help="Write the report as one HTML page, for a browser."
+        ),
     ] = None,
     top: Annotated[int, typer.Option(min=1, help="Tokens in the table.")] = 10,
     curvature: Annotated[
@@ -313,9 +320,9 @@ def attribute(
         config = HeatConfig.preset(variant, **chosen)
         if dtype not in _DTYPES:
             raise _UsageError(f"--dtype {dtype}: expected one of {', '.join(_DTYPES)}.")
-        _check_outputs(json_path, save_path)
+        _check_outputs(json_path, save_path, html_path)
         result = _run(model, text, target, config, device, dtype, quiet=quiet, debug=debug)
-        _write(result, json_path, save_path, top=top, quiet=quiet)
+        _write(result, json_path, save_path, html_path, top=top, quiet=quiet)
 
 
 # --- before the work ------------------------------------------------------------------------------
@@ -371,17 +378,22 @@ def _count(option: str, text: str | None) -> int | str | None:
         ) from error
 
 
-def _check_outputs(json_path: str | None, save_path: str | None) -> None:
-    if save_path == _STANDARD_STREAM:
-        raise _UsageError("--save -: expected a file name, since the file is binary. Give one.")
-    paths = [path for path in (json_path, save_path) if path not in (None, _STANDARD_STREAM)]
+def _check_outputs(json_path: str | None, save_path: str | None, html_path: str | None) -> None:
+    for option, path, kind in (("--save", save_path, "binary"), ("--html", html_path, "a page")):
+        if path == _STANDARD_STREAM:
+            raise _UsageError(
+                f"{option} -: expected a file name, since the file is {kind}. Give one."
+            )
+    given = {"--json": json_path, "--save": save_path, "--html": html_path}
+    paths = {option: path for option, path in given.items() if path not in (None, _STANDARD_STREAM)}
     if not paths:
         return
-    if len(paths) == 2 and os.path.realpath(paths[0]) == os.path.realpath(paths[1]):
-        raise _UsageError(f"--json and --save both name {paths[0]!r}: expected different files.")
+    for (one, path), (other, another) in itertools.combinations(paths.items(), 2):
+        if os.path.realpath(path) == os.path.realpath(another):
+            raise _UsageError(f"{one} and {other} both name {path!r}: expected different files.")
     from heat_fast.result import check_writable
 
-    for path in paths:
+    for path in paths.values():
         try:
             check_writable(path)
         except OutputError as error:
@@ -534,6 +546,7 @@ def _write(
     result: Attribution,
     json_path: str | None,
     save_path: str | None,
+    html_path: str | None,
     *,
     top: int,
     quiet: bool,
@@ -543,6 +556,9 @@ def _write(
     if save_path is not None:
         result.save(save_path)
         _note(f"saved {save_path}", quiet)
+    if html_path is not None:
+        result.to_html(html_path)
+        _note(f"wrote {html_path}", quiet)
     if json_path is not None:
         text = json.dumps(result.to_dict(), allow_nan=False) + "\n"
         if json_path == _STANDARD_STREAM:

@@ -13,7 +13,7 @@ import os
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final, NoReturn
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 import torch
 from torch import Tensor
@@ -21,6 +21,9 @@ from torch import Tensor
 from heat_fast.combine import AGGREGATES, aggregate
 from heat_fast.config import suggest
 from heat_fast.errors import InputError, NumericalError, OutputError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["SCHEMA_VERSION", "Attribution", "TopToken", "check_writable", "load", "write_file"]
 
@@ -295,6 +298,50 @@ class Attribution:
             ),
             "metadata": _through_json(self.metadata),
         }
+
+    # --- showing ------------------------------------------------------------------------------
+
+    def to_html(self, path: str | os.PathLike[str]) -> None:
+        """Write one HTML file that shows everything: coloured prompt, ranking, targets, metadata.
+
+        It needs no network and no other file. An existing file is replaced only once all is
+        written. Raises OutputError where the file cannot be written.
+
+        Example: ``result.to_html("why.html")``
+        """
+        from heat_fast.report.page import write_page
+
+        write_page(self, path)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows of a result at the end of a cell."""
+        from heat_fast.report.page import render_view
+
+        return render_view(self)
+
+    def plot(self, k: int = 15) -> Figure:
+        """A matplotlib figure: the k highest tokens as bars, and their components beside them.
+
+        Raises InputError where k is no whole number of at least 1, MissingPackageError without
+        matplotlib.
+
+        Example: ``result.plot().savefig("top.png")``
+        """
+        from heat_fast.report.plots import plot_top
+
+        return plot_top(self, k)
+
+    def plot_targets(self, k: int = 40) -> Figure:
+        """A matplotlib figure: the score of prompt tokens (columns) for every target token (rows).
+
+        Of a longer prompt, the k tokens with the highest aggregated scores, in their order in the
+        prompt. Raises as :meth:`plot` does.
+
+        Example: ``result.plot_targets().savefig("targets.png")``
+        """
+        from heat_fast.report.plots import plot_targets
+
+        return plot_targets(self, k)
 
 
 def load(path: str | os.PathLike[str]) -> Attribution:
