@@ -37,8 +37,12 @@ if TYPE_CHECKING:
         OutputError,
         UnsupportedModelError,
     )
+    from heat_fast.generation import generate_and_attribute
     from heat_fast.native import build_info
-    from heat_fast.result import Attribution, load
+    from heat_fast.result import Attribution
+    from heat_fast.spans import Span
+    from heat_fast.storage import from_dict, load, read_jsonl, write_jsonl
+    from heat_fast.tables import read_parquet, write_parquet
 
 __all__ = [
     "Attribution",
@@ -52,14 +56,21 @@ __all__ = [
     "MissingPackageError",
     "NumericalError",
     "OutputError",
+    "Span",
     "UnsupportedModelError",
     "__version__",
     "attribute",
     "bounds",
     "build_info",
     "estimate",
+    "from_dict",
+    "generate_and_attribute",
     "load",
     "load_demo_model",
+    "read_jsonl",
+    "read_parquet",
+    "write_jsonl",
+    "write_parquet",
 ]
 
 # public name -> module that defines it
@@ -75,13 +86,20 @@ _HOME = {
     "MissingPackageError": "heat_fast.errors",
     "NumericalError": "heat_fast.errors",
     "OutputError": "heat_fast.errors",
+    "Span": "heat_fast.spans",
     "UnsupportedModelError": "heat_fast.errors",
     "attribute": "heat_fast.attributor",
     "bounds": "heat_fast.error_bounds",
     "build_info": "heat_fast.native",
     "estimate": "heat_fast.cost",
-    "load": "heat_fast.result",
+    "from_dict": "heat_fast.storage",
+    "generate_and_attribute": "heat_fast.generation",
+    "load": "heat_fast.storage",
     "load_demo_model": "heat_fast.demo",
+    "read_jsonl": "heat_fast.storage",
+    "read_parquet": "heat_fast.tables",
+    "write_jsonl": "heat_fast.storage",
+    "write_parquet": "heat_fast.tables",
 }
 
 # Reachable as attributes without an import statement of their own.

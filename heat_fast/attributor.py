@@ -51,6 +51,7 @@ from heat_fast.prompt import (
 )
 from heat_fast.result import Attribution
 from heat_fast.screening import Screening, screened_information
+from heat_fast.spans import TargetSpan, target_range
 from heat_fast.stopping import settled
 from heat_fast.trunk import Trunk, run_adjoint, run_trunk
 from heat_fast.windows import Finding, accumulate, plan_windows, report
@@ -64,6 +65,7 @@ def attribute(
     target: Any = None,
     variant: str = "full",
     *,
+    target_span: TargetSpan = None,
     progress: Progress | bool | None = None,
     **overrides: Any,
 ) -> Attribution:
@@ -74,7 +76,10 @@ def attribute(
     `model`: a Hugging Face decoder-only language model of a supported family. `tokenizer`: its
     tokenizer, or None when `prompt` (and `target`) are ids. `prompt`: text, token ids, or chat
     messages. `target`: None (the model's own greedy next token), text (its tokens, appended
-    without special tokens), a token id, or a list of ids. `variant` names a preset of `HeatConfig`;
+    without special tokens), a token id, or a list of ids. `target_span`: which part of the
+    target to explain, a half-open range of its tokens or a part of its text that occurs once; the
+    tokens before it are context like the prompt, and are not scored. `variant` names a preset of
+    `HeatConfig`;
     `overrides` are its fields. `progress=True` draws a bar per component with the time that
     remains, on standard error if that is a terminal; a callable is called as
     `progress(component, done, total)` after every batch, in FLOPs (`heat_fast.progress.Progress`).
@@ -93,7 +98,8 @@ def attribute(
         True
     """
     config = HeatConfig.preset(variant, **overrides)
-    return Attributor(model, tokenizer, config).attribute(prompt, target, progress=progress)
+    attributor = Attributor(model, tokenizer, config)
+    return attributor.attribute(prompt, target, target_span=target_span, progress=progress)
 
 
 class Attributor:
@@ -132,7 +138,12 @@ class Attributor:
         self.config = config if config is not None else HeatConfig()
 
     def attribute(
-        self, prompt: Any, target: Any = None, *, progress: Progress | bool | None = None
+        self,
+        prompt: Any,
+        target: Any = None,
+        *,
+        target_span: TargetSpan = None,
+        progress: Progress | bool | None = None,
     ) -> Attribution:
         """Attribute one prompt; see `heat_fast.attribute` for the arguments and the result."""
         model: Any = self.model
@@ -143,8 +154,10 @@ class Attributor:
         encoded = encode_prompt(prompt, self.tokenizer, vocabulary, None if window else longest)
         head: Any = model.get_output_embeddings()
         predicted = int(getattr(head, "out_features", vocabulary))
-        targets = encode_target(target, self.tokenizer, min(vocabulary, predicted))
-        check_length(len(encoded), len(targets or (0,)), longest, window)
+        response = encode_target(target, self.tokenizer, min(vocabulary, predicted))
+        span = self._span(response, target_span)
+        # What comes after the span cannot matter to it.
+        check_length(len(encoded), span.stop, longest, window)
         device = _embedding_device(embed)
         if device.type == "meta":
             raise UnsupportedModelError(
@@ -162,7 +175,7 @@ class Attributor:
                 using(self.config.kernels, device) as ran,
                 _reporting(progress, self.config) as report,
             ):
-                return self._run(encoded, targets, embed, device, report, ran)
+                return self._run(encoded, response, span, embed, device, report, ran)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -171,10 +184,23 @@ class Attributor:
                 "own run. Free memory, shorten the prompt, or load the model in a smaller dtype."
             ) from error
 
+    def _span(self, response: tuple[int, ...] | None, where: TargetSpan) -> range:
+        """The tokens of the response that are explained."""
+        if response is None:
+            if where is not None:
+                raise InputError(
+                    f"target_span={where!r} without a target: expected the text or ids that it is "
+                    "a part of. Pass target too."
+                )
+            return range(1)
+        tokens = readable_tokens(response, self.tokenizer)
+        return range(*target_range(tokens, where))
+
     def _run(
         self,
         encoded: EncodedPrompt,
-        targets: tuple[int, ...] | None,
+        response: tuple[int, ...] | None,
+        span: range,
         embed: nn.Module,
         device: torch.device,
         progress: Progress | None,
@@ -182,8 +208,10 @@ class Attributor:
     ) -> Attribution:
         config, count = self.config, len(encoded)
         plan = plan_windows(count, config)
-        ids = torch.tensor([*encoded.token_ids, *(targets or (0,))[:-1]], device=device)
-        ledger = Ledger(progress, device, runs=len(plan))
+        read = [*encoded.token_ids, *(response or ())[: span.stop - 1]]
+        ids = torch.tensor(read, device=device)
+        chunks = [span[part] for part in slices(len(span), config.response_chunk or len(span))]
+        ledger = Ledger(progress, device, runs=len(plan) * len(chunks))
         keep_heap()
         embeddings = embed(ids)
         vector = replacement(embed, config.masking, config.sentinel_token, embeddings)
@@ -193,12 +221,18 @@ class Attributor:
         budget = None
         # The last window comes first: where no target is given, it says what the model's own is.
         for number in reversed(range(len(plan))):
-            rows = embeddings[[*plan.indices(number), *later]]
-            with ledger.component("total", 1) as finish:
-                finding, budget = self._window(decoder, rows, targets, vector, budget, ledger)
-                finish(1)
-            findings.insert(0, finding)
-            targets = finding.targets
+            parts_found = []
+            for chunk in chunks:
+                rows = embeddings[[*plan.indices(number), *later[: chunk.stop - 1]]]
+                targets = None if response is None else response[chunk.start : chunk.stop]
+                with ledger.component("total", 1) as finish:
+                    finding, budget = self._window(
+                        decoder, rows, targets, chunk.start, vector, budget, ledger
+                    )
+                    finish(1)
+                parts_found.append(finding)
+            findings.insert(0, Finding.joined(parts_found))
+            response = response or findings[0].targets
         assert budget is not None
         found = accumulate(plan, findings)
         parts, screening = found.parts, found.screening
@@ -210,6 +244,13 @@ class Attributor:
             metadata["windows"] = report(plan, findings, config)
         if found.quality is not None:
             metadata["low_rank"] = found.quality.report()
+        assert response is not None
+        if len(response) > len(span):
+            metadata["response"] = {
+                "token_ids": list(response),
+                "tokens": list(readable_tokens(response, self.tokenizer)),
+                "span": [span.start, span.stop],
+            }
         return Attribution(
             gate=parts.gate,
             curvature=parts.curvature,
@@ -223,6 +264,7 @@ class Attributor:
             offsets=encoded.offsets,
             prompt_text=encoded.text,
             special=encoded.special,
+            roles=encoded.roles,
             target_ids=found.targets,
             target_tokens=readable_tokens(found.targets, self.tokenizer),
             target_log_probs=found.log_probs,
@@ -236,16 +278,19 @@ class Attributor:
         decoder: Decoder,
         embeddings: Tensor,
         targets: tuple[int, ...] | None,
+        lead: int,
         vector: Tensor,
         budget: Budget | None,
         ledger: Ledger,
     ) -> tuple[Finding, Budget]:
         """One context from its trunk to its components; the whole prompt where there is one window.
 
-        A budget that an earlier window had to halve is kept.
+        `lead`: tokens of the response before the targets. A budget that an earlier window had to
+        halve is kept.
         """
         config, first = self.config, decoder.first_of(self.config.layers)
-        work = Work(decoder, decoder.length - len(targets or (0,)) + 1, len(targets or (0,)), first)
+        count = len(targets or (0,))
+        work = Work(decoder, len(embeddings) - lead - count + 1, count, first, lead)
         # The model's own forward, that the trunk is checked against, is as much again.
         with ledger.component("trunk", 2 * work.trunk()) as step:
             trunk = run_trunk(
@@ -255,6 +300,7 @@ class Attributor:
                 step,
                 keep_streams=config.branch_tolerance is not None,
                 first=first,
+                lead=lead,
             )
             check_faithful(self.model, trunk)
             step(work.trunk())

@@ -230,6 +230,10 @@ class HeatConfig:
         more is computed. See :mod:`heat_fast.screening`.
     seed: seed of the probes and of the audits of screening, 0 to 2^63 - 1. Default 0.
     token_budget: token rows run in one batch; None (default) leaves the choice to the planner.
+    response_chunk: None (default: all target tokens at once), or how many of them are explained at
+        a time: less memory for a long response, and a run of the prompt and its branches for every
+        chunk. Scores change by rounding only, save that ``"auto"`` counts are chosen for each
+        chunk.
     kernels: ``"auto"`` (default): the compiled kernels wherever they serve, Triton's on a GPU and
         the extension's on the CPU, torch elsewhere; ``"triton"``, ``"native"``: the same, and an
         error where those are missing or the model is elsewhere; ``"reference"``: torch alone.
@@ -298,6 +302,9 @@ class HeatConfig:
     token_budget: int | None = field(
         default=_UNSET, metadata=_spec(None, _optional(_integer(minimum=1, also=_OR_NONE)))
     )
+    response_chunk: int | None = field(
+        default=_UNSET, metadata=_spec(None, _optional(_integer(minimum=1, also=_OR_NONE)))
+    )
     kernels: Kernels = field(default=_UNSET, metadata=_spec("auto", _one_of(Kernels)))
 
     def __post_init__(self) -> None:
@@ -346,6 +353,13 @@ class HeatConfig:
                 f"window={self.window} has no room for a token beside sink={self.sink} and "
                 f"tail={self.tail}: expected at least {self.sink + self.tail + 1}. Widen the "
                 "window, or shorten the tail."
+            )
+        screens = [name for name in ("coverage", "branch_tolerance") if getattr(self, name)]
+        if self.response_chunk is not None and screens:
+            raise ConfigError(
+                f"response_chunk={self.response_chunk} with {screens[0]}="
+                f"{getattr(self, screens[0])}: expected one of them, because screening decides for "
+                "all target tokens together. Leave one out."
             )
         if self.estimator == "coded" and self.codes != "auto" and self.codes < 2:
             raise ConfigError(

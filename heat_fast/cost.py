@@ -52,18 +52,24 @@ class Estimate:
 def flops(decoder: Decoder, tokens: int, targets: int, config: HeatConfig) -> dict[str, int]:
     """Floor FLOPs per component for `tokens` prompt and `targets` target tokens, all windows."""
     plan = plan_windows(tokens, config)
-    tokens = plan.length
-    work = Work(decoder, tokens, targets, decoder.first_of(config.layers))
-    branches = sum(work.branch(start) for start in range(tokens))
-    swept = _trunk_bytes(work, work.swept, decoder.embeddings_weight.element_size())
-    groups = [len(range(targets)[part]) for part in slices(targets, targets_at_once(swept))]
-    each = {
-        "trunk": work.trunk(),
-        "gate": sum(work.gate(config.rollout)),
-        "information": branches + tokens * targets * work.logits,
-        "curvature": curvature_work(work, groups, config),
-    }
-    return {component: len(plan) * cost for component, cost in each.items()}
+    total = dict.fromkeys(("trunk", "gate", "information", "curvature"), 0)
+    for work in _chunks(decoder, plan.length, targets, config):
+        branches = sum(work.branch(start) for start in range(work.tokens))
+        swept = _trunk_bytes(work, work.swept, decoder.embeddings_weight.element_size())
+        at_once = slices(work.targets, targets_at_once(swept))
+        groups = [len(range(work.targets)[part]) for part in at_once]
+        total["trunk"] += work.trunk()
+        total["gate"] += sum(work.gate(config.rollout))
+        total["information"] += branches + work.tokens * work.targets * work.logits
+        total["curvature"] += curvature_work(work, groups, config)
+    return {component: len(plan) * cost for component, cost in total.items()}
+
+
+def _chunks(decoder: Decoder, tokens: int, targets: int, config: HeatConfig) -> list[Work]:
+    """The work of each part of the response that is explained at a time, first to last."""
+    first = decoder.first_of(config.layers)
+    parts = [range(targets)[part] for part in slices(targets, config.response_chunk or targets)]
+    return [Work(decoder, tokens, len(part), first, part.start) for part in parts]
 
 
 def curvature_work(work: Work, groups: Sequence[int], config: HeatConfig) -> int:
@@ -144,7 +150,9 @@ def estimate(
     length = tokens + n_targets - 1
     decoder = view(model, length)
     costs = flops(decoder, n_tokens, n_targets, config)
-    work = Work(decoder, tokens, n_targets, decoder.first_of(config.layers))
+    chunks = _chunks(decoder, tokens, n_targets, config)
+    # The longest chunk; where the last is shorter, the one before may be the hungriest.
+    work = max(chunks, key=lambda each: (each.targets, each.length))
     item = decoder.embeddings_weight.element_size()
     hessian = config.curvature == "hessian"
     factors = 0
@@ -160,8 +168,9 @@ def estimate(
         seconds = _calibrate(model, tokens, n_targets, config, sum(costs.values()))
     return Estimate(
         hvp=windows * product_count(config, tokens, work.width) * n_targets if hessian else 0,
-        branches=windows * tokens,
-        branch_tokens=windows * sum(length - start for start in range(tokens)),
+        branches=windows * tokens * len(chunks),
+        branch_tokens=windows
+        * sum(each.length - start for each in chunks for start in range(tokens)),
         flops=costs,
         trunk_bytes=kept,
         peak_bytes=_peak_bytes(work, item, config, budget, device) + factors,

@@ -375,7 +375,7 @@ def _gauss_newton(
             sign = rademacher(
                 config.seed ^ _SKETCH_STREAM,
                 samples[sample],
-                torch.tensor(adjoint.target, device=device),
+                torch.tensor(trunk.lead + adjoint.target, device=device),
                 p.shape[0],
                 p.dtype,
             )

@@ -53,8 +53,8 @@ def gate(trunk: Trunk, rollout: str, step: Step) -> Tensor:
 
 def _targets(trunk: Trunk, dtype: torch.dtype) -> Tensor:
     """Unit rows `e_p`, `[n, M]`, one per target position."""
-    first = trunk.prompt_length - 1
-    return torch.eye(trunk.length, dtype=dtype, device=trunk.embeddings.device)[first:]
+    eye = torch.eye(trunk.length, dtype=dtype, device=trunk.embeddings.device)
+    return eye[trunk.first_row :]
 
 
 def _norms(trunk: Trunk, layer: int, dtype: torch.dtype, heads: slice = _ALL) -> Tensor:

@@ -44,7 +44,10 @@ class EncodedPrompt:
         that do not report positions (those written in Python, "slow" ones).
     text: the text that was tokenised (for chat messages the rendered template), or None where
         ids were given.
-    special: which tokens are special or template tokens.
+    special: which tokens are special.
+    roles: of chat messages, for each token the role of the message whose content it belongs to (as
+        in `heat_fast.spans`), None for the template's own. None for other prompts, and where the
+        rendered template cannot be taken apart, because it rewrites contents.
     """
 
     token_ids: tuple[int, ...]
@@ -52,6 +55,7 @@ class EncodedPrompt:
     offsets: tuple[tuple[int, int], ...] | None
     text: str | None
     special: tuple[bool, ...]
+    roles: tuple[str | None, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -85,6 +89,7 @@ def encode_prompt(
     """
     text: str | None = None
     offsets: tuple[tuple[int, int], ...] | None = None
+    roles: tuple[str | None, ...] | None = None
     if isinstance(prompt, str):
         text = prompt
         token_ids, offsets = _tokenize(prompt, tokenizer, add_special_tokens=True)
@@ -92,6 +97,7 @@ def encode_prompt(
         text = _render_chat(prompt, tokenizer)
         # The template has written the special tokens into the text already.
         token_ids, offsets = _tokenize(text, tokenizer, add_special_tokens=False)
+        roles = _roles(prompt, text, offsets, tokenizer)
     elif isinstance(prompt, Mapping):
         token_ids = _ids_of_mapping(prompt)
     else:
@@ -110,6 +116,7 @@ def encode_prompt(
         offsets=offsets,
         text=text,
         special=_special_flags(token_ids, tokenizer),
+        roles=roles,
     )
 
 
@@ -281,6 +288,68 @@ def _render_chat(messages: Sequence[Any], tokenizer: Any) -> str:
             "conversation. Attribute one conversation at a time."
         )
     return rendered
+
+
+# --- roles --------------------------------------------------------------------------------------
+
+
+def _roles(
+    messages: Sequence[Any],
+    text: str,
+    offsets: Sequence[tuple[int, int]] | None,
+    tokenizer: Any,
+) -> tuple[str | None, ...] | None:
+    """The role of the message that each token of the rendered text belongs to."""
+    contents = None if offsets is None else _contents(messages, text, tokenizer)
+    if offsets is None or contents is None:
+        return None
+    roles: list[str | None] = []
+    for pair in offsets:
+        place = first_visible(text, pair)
+        inside = (role for start, stop, role in contents if start <= place < stop)
+        roles.append(next(inside, None) if pair[0] < pair[1] else None)
+    return tuple(roles)
+
+
+def _contents(
+    messages: Sequence[Any], text: str, tokenizer: Any
+) -> list[tuple[int, int, str]] | None:
+    """Where each content stands in the rendered text, and whose it is; None if that is not clear.
+
+    The template is rendered once more with marks in place of the contents: what stands between the
+    marks is the template's own, and has to be found again, in order, around the contents.
+    """
+    marked, order = [], []
+    for number, message in enumerate(messages):
+        content = message.get("content")
+        if isinstance(content, str) and content.strip():
+            order.append((f"heatfast{number}mark", content, str(message["role"])))
+            message = {**message, "content": order[-1][0]}
+        marked.append(message)
+    try:
+        rest = _render_chat(marked, tokenizer)
+    except InputError:  # a template that looks at what is said
+        return None
+    found, place = [], 0
+    for mark, content, role in order:
+        before, middle, rest = rest.partition(mark)
+        if not middle or not text.startswith(before, place):
+            return None
+        place += len(before)
+        # Templates often strip contents; nothing else is done to them.
+        written = content if text.startswith(content, place) else content.strip()
+        if not text.startswith(written, place):
+            return None
+        found.append((place, place + len(written), role))
+        place += len(written)
+    return found if text[place:] == rest else None
+
+
+def first_visible(text: str, pair: tuple[int, int]) -> int:
+    """The first character of a range that is not white space, else its first: where it belongs."""
+    piece = text[slice(*pair)]
+    body = piece.lstrip()
+    return pair[0] + (len(piece) - len(body) if body else 0)
 
 
 # --- ids ----------------------------------------------------------------------------------------

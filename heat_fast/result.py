@@ -1,8 +1,4 @@
-"""The result of an attribution: what a user reads, saves and loads again.
-
-The file is one safetensors file: the arrays as tensors, everything else as JSON in its header.
-No pickle is written or read.
-"""
+"""The result of an attribution: what a user reads. How it is kept: `heat_fast.storage`."""
 
 from __future__ import annotations
 
@@ -10,9 +6,7 @@ import dataclasses
 import functools
 import json
 import os
-import secrets
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 import torch
@@ -20,17 +14,20 @@ from torch import Tensor
 
 from heat_fast.combine import AGGREGATES, aggregate
 from heat_fast.config import suggest
-from heat_fast.errors import InputError, NumericalError, OutputError
+from heat_fast.errors import InputError, NumericalError
+from heat_fast.files import write_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from pandas import DataFrame
 
-__all__ = ["SCHEMA_VERSION", "Attribution", "TopToken", "check_writable", "load", "write_file"]
+    from heat_fast.spans import InputSpan, Segment, Span, TargetSpan
+
+__all__ = ["SCHEMA_VERSION", "Attribution", "TopToken"]
 
 #: Version of the file's layout and of :meth:`Attribution.to_dict`; a reader refuses newer ones.
-SCHEMA_VERSION: Final = 1
-_FORMAT: Final = "heat_fast.attribution"
-_HEADER_KEY: Final = "heat_fast"
+SCHEMA_VERSION: Final = 2
+FORMAT: Final = "heat_fast.attribution"
 
 #: The arrays of shape [T, N], in the order they are shown.
 COMPONENTS: Final = (
@@ -42,8 +39,9 @@ COMPONENTS: Final = (
     "envelope",
     "target_scores",
 )
-_ARRAYS: Final = (*COMPONENTS, "target_log_probs")
-_STDERR: Final = "curvature_stderr"
+#: Those that every result has, and the one that some have.
+ARRAYS: Final = (*COMPONENTS, "target_log_probs")
+STDERR: Final = "curvature_stderr"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +84,10 @@ class Attribution:
     information_skipped: for each prompt token, whether screening left its information out
         (`coverage`): its information and log_prob_drop are 0 and were not measured. None where
         all were.
+    roles: of a prompt of chat messages, for each token the role of the message whose content it
+        belongs to, None for what the chat template wrote around it. None for other prompts, and
+        for templates that rewrite contents.
+    id: a name that the caller gave the result, in a file of many; None without one.
     metadata: configuration, seed, versions, device, dtype, model, seconds and counts; read-only
         and JSON-able.
 
@@ -127,6 +129,8 @@ class Attribution:
     metadata: Mapping[str, Any]
     curvature_stderr: Tensor | None = None
     information_skipped: tuple[bool, ...] | None = None
+    roles: tuple[str | None, ...] | None = None
+    id: str | None = None
 
     def __post_init__(self) -> None:
         def store(name: str, value: Any) -> None:
@@ -136,9 +140,11 @@ class Attribution:
             store(name, tuple(getattr(self, name)))
         if self.information_skipped is not None:
             store("information_skipped", tuple(map(bool, self.information_skipped)))
+        if self.roles is not None:
+            store("roles", tuple(self.roles))
         if self.offsets is not None:
             store("offsets", tuple((int(start), int(end)) for start, end in self.offsets))
-        for name in self._arrays():
+        for name in self.array_names():
             array = getattr(self, name)
             if not isinstance(array, Tensor):
                 raise InputError(f"{name} is {type(array).__name__}: expected a torch tensor.")
@@ -158,11 +164,16 @@ class Attribution:
             "special": (self.special, n_tokens),
             "offsets": (self.offsets, n_tokens),
             "information_skipped": (self.information_skipped, n_tokens),
+            "roles": (self.roles, n_tokens),
             "target_tokens": (self.target_tokens, n_targets),
         }
         for name, (values, expected) in lengths.items():
             if values is not None and len(values) != expected:
                 raise InputError(f"{name} has {len(values)} entries: expected {expected}.")
+        if any(not isinstance(role, str) for role in self.roles or () if role is not None):
+            raise InputError("roles holds something else than names: expected text or None.")
+        if self.id is not None and not isinstance(self.id, str):
+            raise InputError(f"id is {type(self.id).__name__}: expected text, or None.")
         if self.offsets is not None:
             if self.prompt_text is None:
                 raise InputError("offsets without prompt_text: expected the text they point into.")
@@ -172,7 +183,7 @@ class Attribution:
                         f"offset ({start}, {end}) lies outside a text of {len(self.prompt_text)} "
                         "characters: expected half-open ranges inside it."
                     )
-        for name in self._arrays():
+        for name in self.array_names():
             array: Tensor = getattr(self, name)
             shape = (n_targets,) if name == "target_log_probs" else (n_targets, n_tokens)
             if tuple(array.shape) != shape:
@@ -186,9 +197,9 @@ class Attribution:
                     "overflows."
                 )
 
-    def _arrays(self) -> tuple[str, ...]:
+    def array_names(self) -> tuple[str, ...]:
         """Names of the arrays this result holds."""
-        return _ARRAYS if self.curvature_stderr is None else (*_ARRAYS, _STDERR)
+        return ARRAYS if self.curvature_stderr is None else (*ARRAYS, STDERR)
 
     # --- reading --------------------------------------------------------------------------------
 
@@ -208,10 +219,11 @@ class Attribution:
         name: one of the [T, N] arrays; how: ``"mean"``, ``"max"`` or ``"sum"``, by default the
         configuration's. Raises InputError for any other.
         """
-        if name not in COMPONENTS:
+        known = [each for each in self.array_names() if each != "target_log_probs"]
+        if name not in known:
             raise InputError(
                 f"unknown component {name!r}: expected one of the [targets, tokens] arrays. "
-                + suggest(name, COMPONENTS)
+                + suggest(name, known)
             )
         how = self.aggregate if how is None else how
         if how not in AGGREGATES:
@@ -221,14 +233,21 @@ class Attribution:
         values: Tensor = getattr(self, name)
         return aggregate(values, how)
 
-    def top(self, k: int = 10) -> list[TopToken]:
+    @property
+    def template(self) -> tuple[bool, ...]:
+        """For each prompt token, whether the chat template wrote it and not a message."""
+        return tuple(role is None for role in self.roles or ("",) * len(self))
+
+    def top(self, k: int = 10, *, special: bool = True) -> list[TopToken]:
         """The k prompt tokens with the highest scores, highest first (all, where k exceeds N).
 
-        Equal scores keep the order of the prompt. Components are aggregated like the scores.
+        `special=False` leaves out special tokens and those of the chat template; of a prompt that
+        has no others nothing is left. Equal scores keep the order of the prompt. Components are
+        aggregated like the scores.
         """
         if isinstance(k, bool) or not isinstance(k, int) or k < 1:
             raise InputError(f"top({k!r}): expected a whole number of at least 1.")
-        order = torch.argsort(self.scores, descending=True, stable=True)[:k].tolist()
+        order = self.ranking(self.scores, special=special)
         columns = {name: self.aggregated(name) for name in ("gate", "curvature", "information")}
         return [
             TopToken(
@@ -237,8 +256,61 @@ class Attribution:
                 score=self.scores[index].item(),
                 **{name: values[index].item() for name, values in columns.items()},
             )
-            for index in order
+            for index in order[:k]
         ]
+
+    def ranking(self, scores: Tensor, *, special: bool = True) -> list[int]:
+        """Prompt tokens in descending order of some scores [N]; see :meth:`top` for `special`."""
+        order: list[int] = torch.argsort(scores, descending=True, stable=True).tolist()
+        if special:
+            return order
+        hidden = [a or b for a, b in zip(self.special, self.template, strict=True)]
+        return [index for index in order if not hidden[index]]
+
+    # --- spans ----------------------------------------------------------------------------------
+
+    def span(
+        self,
+        text: str | None = None,
+        *,
+        occurrence: int | None = None,
+        characters: tuple[int, int] | None = None,
+        tokens: tuple[int, int] | None = None,
+        name: str | None = None,
+    ) -> Span:
+        """A stretch of the prompt with its summed score; see :func:`heat_fast.spans.find_span`."""
+        from heat_fast.spans import find_span
+
+        return find_span(
+            self, text, occurrence=occurrence, characters=characters, tokens=tokens, name=name
+        )
+
+    def by_sentence(self, language: str = "en") -> list[Span]:
+        """The prompt's sentences in order; see :func:`heat_fast.spans.sentences`."""
+        from heat_fast.spans import sentences
+
+        return sentences(self, language)
+
+    def by_segment(self, segments: Mapping[str, Segment]) -> dict[str, Span]:
+        """Parts of the prompt by your own names; see :func:`heat_fast.spans.named_segments`."""
+        from heat_fast.spans import named_segments
+
+        return named_segments(self, segments)
+
+    def top_spans(self, k: int = 5) -> list[Span]:
+        """The k stretches that stand out most; see :func:`heat_fast.spans.outstanding`."""
+        from heat_fast.spans import outstanding
+
+        return outstanding(self, k)
+
+    def span_to_span(self, input_span: InputSpan, target_span: TargetSpan = None) -> float:
+        """What a stretch of the prompt gave to a stretch of the target (paper Eq. 24).
+
+        See :func:`heat_fast.spans.span_to_span`.
+        """
+        from heat_fast.spans import span_to_span
+
+        return span_to_span(self, input_span, target_span)
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -262,12 +334,13 @@ class Attribution:
     # --- writing --------------------------------------------------------------------------------
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as plain lists, numbers and strings: strict JSON (no NaN, no infinity)."""
-        arrays = {name: getattr(self, name).tolist() for name in self._arrays()}
+        """Everything as plain lists, numbers and strings: strict JSON (no NaN, no infinity).
+
+        Described by ``heat_fast/schema/attribution-2.json``; :func:`heat_fast.from_dict` reads it.
+        """
+        arrays = {name: getattr(self, name).tolist() for name in self.array_names()}
         return {
-            "format": _FORMAT,
-            "schema_version": SCHEMA_VERSION,
-            **self._header(),
+            **self.header(),
             "scores": self.scores.tolist(),
             **arrays,
         }
@@ -277,15 +350,23 @@ class Attribution:
 
         Raises OutputError where the file cannot be written.
         """
-        from safetensors.torch import save as to_bytes
+        from heat_fast.storage import to_bytes
 
-        header = {"format": _FORMAT, "schema_version": SCHEMA_VERSION, **self._header()}
-        arrays = {name: getattr(self, name) for name in self._arrays()}
-        data = to_bytes(arrays, metadata={_HEADER_KEY: json.dumps(header, allow_nan=False)})
-        write_file(path, data)
+        write_file(path, to_bytes(self))
 
-    def _header(self) -> dict[str, Any]:
+    def to_dataframe(self, *, per_target: bool = False) -> DataFrame:
+        """One pandas row per prompt token; see :func:`heat_fast.tables.to_dataframe`."""
+        from heat_fast.tables import to_dataframe
+
+        return to_dataframe(self, per_target=per_target)
+
+    def header(self) -> dict[str, Any]:
+        """All but the arrays, as JSON values."""
         return {
+            "format": FORMAT,
+            "schema_version": SCHEMA_VERSION,
+            "id": self.id,
+            "roles": None if self.roles is None else list(self.roles),
             "prompt_text": self.prompt_text,
             "token_ids": list(self.token_ids),
             "tokens": list(self.tokens),
@@ -344,90 +425,6 @@ class Attribution:
         return plot_targets(self, k)
 
 
-def load(path: str | os.PathLike[str]) -> Attribution:
-    """Read a result that :meth:`Attribution.save` wrote.
-
-    Raises InputError where the file is missing, damaged, of another kind, or written by a newer
-    version of this package.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    place = Path(path)
-    if not place.is_file():
-        raise InputError(
-            f"there is no file {str(place)!r}: expected a result written by save(). Check the path."
-        )
-    try:
-        with safe_open(place, framework="pt") as file:
-            metadata = file.metadata() or {}
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
-        raise InputError(
-            f"{str(place)!r} cannot be read as a safetensors file ({error}): expected a result "
-            "written by save(). The file is damaged or of another kind; save the result again."
-        ) from error
-    if _HEADER_KEY not in metadata:
-        raise InputError(
-            f"{str(place)!r} is a safetensors file without an attribution in it: expected a result "
-            "written by save(). Check the path."
-        )
-    return _from_file(place, metadata[_HEADER_KEY], arrays)
-
-
-def _from_file(place: Path, text: str, arrays: Mapping[str, Tensor]) -> Attribution:
-    def damaged(why: str, cause: Exception | None = None) -> NoReturn:
-        raise InputError(
-            f"{str(place)!r} is damaged: {why}. Expected a result written by save(); save it again."
-        ) from cause
-
-    try:
-        header = json.loads(text)
-    except ValueError as error:
-        damaged("its header is not JSON", error)
-    if not isinstance(header, dict) or header.get("format") != _FORMAT:
-        damaged("its header does not describe an attribution")
-    version = header.get("schema_version")
-    if isinstance(version, bool) or not isinstance(version, int) or version < 1:
-        damaged(f"its schema version is {version!r}")
-    if version > SCHEMA_VERSION:
-        raise InputError(
-            f"{str(place)!r} has schema version {version}: expected at most {SCHEMA_VERSION}. It "
-            "was written by a newer heat_fast; upgrade to read it."
-        )
-    missing = [name for name in _ARRAYS if name not in arrays]
-    if missing:
-        damaged(f"it has no {', '.join(missing)}")
-    try:
-        return Attribution(
-            token_ids=_list_of(header, "token_ids", int),
-            tokens=_list_of(header, "tokens", str),
-            offsets=header["offsets"],
-            prompt_text=header["prompt_text"],
-            special=_list_of(header, "special", bool),
-            target_ids=_list_of(header, "target_ids", int),
-            target_tokens=_list_of(header, "target_tokens", str),
-            metadata=header["metadata"],
-            curvature_stderr=arrays.get(_STDERR),
-            information_skipped=(
-                None
-                if header.get("information_skipped") is None
-                else _list_of(header, "information_skipped", bool)
-            ),
-            **{name: arrays[name] for name in _ARRAYS},
-        )
-    except KeyError as error:
-        damaged(f"its header has no {error}", error)
-    except (TypeError, ValueError, NumericalError) as error:
-        damaged(str(error), error)
-
-
-def _list_of(header: Mapping[str, Any], name: str, kind: type) -> tuple[Any, ...]:
-    values = header[name]
-    if not isinstance(values, list) or any(type(value) is not kind for value in values):
-        raise InputError(f"{name} is not a list of {kind.__name__}")
-    return tuple(values)
-
-
 # --- metadata -------------------------------------------------------------------------------------
 
 
@@ -467,93 +464,3 @@ def _read_only(value: Any) -> Any:
     if isinstance(value, list):
         return tuple(_read_only(item) for item in value)
     return value
-
-
-# --- files ----------------------------------------------------------------------------------------
-
-
-def check_writable(path: str | os.PathLike[str]) -> None:
-    """Raise OutputError where :func:`write_file` would fail; meant for before the work starts.
-
-    It creates and removes an empty file beside the target, since permissions alone do not tell.
-    """
-    place = _final_place(path)
-    if _is_stream(place):
-        if not os.access(place, os.W_OK):
-            raise _cannot_write(place, "it is not writable", "Choose another place.")
-        return
-    temporary = _create_beside(place)
-    os.close(temporary[0])
-    os.unlink(temporary[1])
-
-
-def write_file(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write a whole file or nothing: into a temporary file beside it, then renamed over it.
-
-    A symbolic link is followed, a device or pipe is written to directly. Raises OutputError.
-    """
-    place = _final_place(path)
-    try:
-        if _is_stream(place):
-            place.write_bytes(data)
-            return
-        descriptor, temporary = _create_beside(place)
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, place)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-    except OutputError:
-        raise
-    except OSError as error:
-        raise _cannot_write(place, str(error.strerror or error), "Choose another place.") from error
-
-
-def _cannot_write(place: Path, why: str, do: str) -> OutputError:
-    return OutputError(f"cannot write {str(place)!r}: {why}. Expected a writable file path. {do}")
-
-
-def _is_stream(place: Path) -> bool:
-    """Whether it is a device or a pipe, which is written to directly."""
-    return place.exists() and not place.is_file() and not place.is_dir()
-
-
-def _final_place(path: str | os.PathLike[str]) -> Path:
-    """The file a path stands for, links followed, after the checks that need no writing."""
-    if not os.fspath(path):
-        raise OutputError("cannot write to an empty path. Expected a file name. Give one.")
-    try:
-        if _is_stream(Path(path)):
-            return Path(path)
-        place = Path(os.path.realpath(path))
-        if place.is_dir():
-            raise _cannot_write(place, "it is a directory", "Add a file name to it.")
-        if not place.parent.is_dir():
-            raise _cannot_write(
-                place, "its directory does not exist", f"Create {str(place.parent)!r} first."
-            )
-        exists = os.path.lexists(place)
-        os.stat(place) if exists else os.stat(place.parent)
-    except (OSError, ValueError) as error:
-        if isinstance(error, OutputError):
-            raise
-        raise _cannot_write(Path(path), str(error), "Choose another name.") from error
-    if exists and not os.access(place, os.W_OK):
-        raise _cannot_write(place, "the file is write-protected", "Choose another name.")
-    return place
-
-
-def _create_beside(place: Path) -> tuple[int, Path]:
-    temporary = place.with_name(f".heat-fast-{secrets.token_hex(8)}.tmp")
-    try:
-        # Mode 0666 leaves the permissions to the user's umask, as an ordinary open() does.
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-    except OSError as error:
-        raise _cannot_write(
-            place, f"its directory is not writable ({error.strerror})", "Choose another place."
-        ) from error
-    return descriptor, temporary

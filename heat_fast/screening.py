@@ -137,7 +137,7 @@ class FrozenBranches(Branches):
         return _Rows(x, branch, replaced[branch], position)
 
     def _is_target(self, rows: _Rows) -> Tensor:
-        return rows.position >= self.trunk.prompt_length - 1
+        return rows.position >= self.trunk.first_row
 
     def _targets_last(self, rows: _Rows) -> Tensor:
         """An order of the rows by branch and position, with the target rows of all at the end."""

@@ -22,7 +22,7 @@ from rich.text import Text
 from heat_fast.reading import approximations, colour_step, escape, number, segments, visible
 from heat_fast.result import Attribution
 
-__all__ = ["print_result", "prompt_text", "render", "top_table"]
+__all__ = ["is_ascii", "number", "print_result", "prompt_text", "render", "top_table", "visible"]
 
 # Eight steps of OKLCH lightness from 0.96 to 0.40; the text colour is the one of higher contrast
 # (at least 4.9 : 1 throughout).
@@ -46,38 +46,59 @@ _GAP: Final = 2  # between two columns
 _TOKEN_WIDTH: Final = 12
 _SHORTEST_TOKEN: Final = 6
 _TARGETS_SHOWN: Final = 12
+_DRIVERS_SHOWN: Final = 3
 
 
-def print_result(result: Attribution, console: Console | None = None, *, top: int = 10) -> None:
+def print_result(
+    result: Attribution, console: Console | None = None, *, top: int = 10, special: bool = True
+) -> None:
     """Print a result to `console`, by default standard output."""
     console = Console() if console is None else console
-    console.print(render(result, console, top=top))
+    console.print(render(result, console, top=top, special=special))
 
 
-def render(result: Attribution, console: Console, *, top: int = 10) -> RenderableType:
-    """The whole view of a result as one rich renderable, for the abilities of `console`."""
+def render(
+    result: Attribution, console: Console, *, top: int = 10, special: bool = True
+) -> RenderableType:
+    """The whole view of a result as one rich renderable, for the abilities of `console`.
+
+    `special=False` leaves special and template tokens out of the ranking, not out of the prompt.
+    """
     colour = _has_colour(console)
-    ascii_only = _is_ascii(console)
+    ascii_only = is_ascii(console)
     return Group(
-        prompt_text(result, colour=colour, ascii_only=ascii_only, top=top),
+        prompt_text(result, colour=colour, ascii_only=ascii_only, top=top, special=special),
         Text(),
         _legend(colour, ascii_only),
         Text(),
-        top_table(result, top, colour=colour, ascii_only=ascii_only, width=console.width),
+        top_table(
+            result,
+            top,
+            colour=colour,
+            ascii_only=ascii_only,
+            width=console.width,
+            special=special,
+        ),
         _targets(result, ascii_only),
+        *_target_rows(result, ascii_only, console.width, special),
         *map(Text, approximations(result)),
         _facts(result),
     )
 
 
 def prompt_text(
-    result: Attribution, *, colour: bool = True, ascii_only: bool = False, top: int = 10
+    result: Attribution,
+    *,
+    colour: bool = True,
+    ascii_only: bool = False,
+    top: int = 10,
+    special: bool = True,
 ) -> Text:
     """The prompt as flowing text, each token coloured by its score (or marked by its rank)."""
     text = Text(overflow="fold")
     scores = result.scores.tolist()
     highest = max(scores)
-    ranks = {row.index: rank for rank, row in enumerate(result.top(top), start=1)}
+    ranks = {row.index: rank for rank, row in enumerate(result.top(top, special=special), start=1)}
     for segment in segments(result):
         score = max((scores[index] for index in segment.tokens), default=0.0)
         rank = min((ranks[index] for index in segment.tokens if index in ranks), default=None)
@@ -103,6 +124,7 @@ def top_table(
     colour: bool = True,
     ascii_only: bool = False,
     width: int = 80,
+    special: bool = True,
 ) -> Table:
     """The k highest-scoring tokens with their score, its share of the total and components.
 
@@ -110,9 +132,9 @@ def top_table(
     out whole, the bar first, then the share, then components from the last; long tokens are
     shortened. A number is never cut.
     """
-    rows = result.top(k)
+    rows = result.top(k, special=special)
     total = math.fsum(result.scores.tolist())
-    highest = rows[0].score
+    highest = rows[0].score if rows else 0.0
     skipped = result.information_skipped or (False,) * len(result)
 
     def bar(score: float) -> str:
@@ -211,6 +233,29 @@ def _targets(result: Attribution, ascii_only: bool) -> Text:
     return text
 
 
+def _target_rows(
+    result: Attribution, ascii_only: bool, width: int, special: bool
+) -> list[RenderableType]:
+    """Of a target of several tokens: what drives each of them, with its share of that score."""
+    if len(result.target_ids) == 1:
+        return []
+    table = Table(box=None, padding=(0, _GAP, 0, 0), pad_edge=False, header_style="bold")
+    table.add_column("target", no_wrap=True)
+    table.add_column("driven by", no_wrap=True, overflow="ellipsis")
+    rows = zip(result.target_tokens, result.target_scores, strict=True)
+    for token, scores in list(rows)[:_TARGETS_SHOWN]:
+        total = math.fsum(scores.tolist())
+        drivers = []
+        for index in result.ranking(scores, special=special)[:_DRIVERS_SHOWN]:
+            share = scores[index].item() / total if total > 0 else 0.0
+            name = _shorten(visible(result.tokens[index], ascii_only), width // 5, ascii_only)
+            drivers.append(f"{name} {share:.0%}")
+        target = _shorten(visible(token, ascii_only), width // 5, ascii_only)
+        table.add_row(Text(target, style="bold"), Text(", ".join(drivers)))
+    more = len(result.target_ids) - _TARGETS_SHOWN
+    return [Text(), table, *([Text(f"and {more} more")] if more > 0 else [])]
+
+
 def _facts(result: Attribution) -> Text:
     metadata: Any = result.metadata
     seconds = metadata.get("seconds", {}).get("total")
@@ -234,7 +279,8 @@ def _has_colour(console: Console) -> bool:
     return console.color_system in ("256", "truecolor") and not console.no_color
 
 
-def _is_ascii(console: Console) -> bool:
+def is_ascii(console: Console) -> bool:
+    """Whether a console can show nothing but ASCII."""
     return not console.encoding.lower().startswith("utf")
 
 

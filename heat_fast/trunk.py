@@ -5,7 +5,9 @@ the logits of the target rows alone, and on demand the primal adjoints of one ta
 gradient of `g(X) = log p(target | X)` at every nonlinear step.
 
 Positions `0..M-1` are the `N` prompt tokens and the first `n - 1` of the `n` target tokens; target
-`t` is predicted at position `N - 1 + t`. The last block and the head see these rows only.
+`t` is predicted at position `N - 1 + t`. The last block and the head see these rows only. Where a
+part of a longer response is the target, its `lead` earlier tokens stand between the prompt and the
+targets, as context that is not scored; target `t` is then predicted at `N + lead - 1 + t`.
 
 Gate and curvature may be restricted to the last blocks, from block `first` on: the adjoint then
 ends at the residual stream that enters it, which takes the place of X.
@@ -35,7 +37,8 @@ class Trunk:
     `embeddings [M, d]`: X; `states`: one per block; `last [n, d]`: the residual stream leaving the
     last block at the target rows; `log_probs [n, V]` (nats, at least float32) and `normaliser [n]`,
     the log-sum-exp of the logits. `first`: the first block that gate and curvature go through;
-    `source [M, d]`: what is differentiated, X, or the residual stream entering that block.
+    `source [M, d]`: what is differentiated, X, or the residual stream entering that block. `lead`:
+    response tokens before the targets.
     """
 
     decoder: Decoder
@@ -47,6 +50,7 @@ class Trunk:
     targets: tuple[int, ...]
     first: int
     source: Tensor
+    lead: int = 0
 
     @property
     def layers(self) -> range:
@@ -55,13 +59,18 @@ class Trunk:
 
     @property
     def length(self) -> int:
-        """Number of positions that were run, `M = N + n - 1`."""
+        """Number of positions that were run, `M = N + lead + n - 1`."""
         return self.embeddings.shape[0]
 
     @property
     def prompt_length(self) -> int:
         """Number of prompt tokens, `N`."""
-        return self.length - len(self.targets) + 1
+        return self.first_row + 1 - self.lead
+
+    @property
+    def first_row(self) -> int:
+        """The position that predicts the first target."""
+        return self.length - len(self.targets)
 
     @property
     def bytes(self) -> int:
@@ -76,7 +85,7 @@ class Trunk:
     @cached_property
     def work(self) -> Work:
         """FLOPs of the pieces of this attribution."""
-        return Work(self.decoder, self.prompt_length, len(self.targets), self.first)
+        return Work(self.decoder, self.prompt_length, len(self.targets), self.first, self.lead)
 
     def with_derivatives(self) -> Trunk:
         """The trunk with the activations' derivatives kept, for many probes to share."""
@@ -88,11 +97,11 @@ class Trunk:
     def rows(self, layer: int, start: int) -> Rows:
         """The rows that a sweep from position `start` touches in a block, for all targets."""
         last = layer == len(self.decoder.blocks) - 1
-        return Rows(start, self.prompt_length - 1 if last else start, self.length)
+        return Rows(start, self.first_row if last else start, self.length)
 
     def target_rows(self, layer: int, start: int, target: int) -> Rows:
         """The same for one target: positions up to its own, in the last block its row alone."""
-        stop = self.prompt_length + target
+        stop = self.first_row + 1 + target
         last = layer == len(self.decoder.blocks) - 1
         return Rows(start, stop - 1 if last else start, stop)
 
@@ -126,16 +135,18 @@ def run_trunk(
     *,
     keep_streams: bool = False,
     first: int = 0,
+    lead: int = 0,
 ) -> Trunk:
     """Run the context `embeddings [M, d]` once and keep what the components need.
 
     `keep_streams` keeps the residual stream as well, `2 M d` numbers for every block. Gate and
-    curvature go through the blocks from `first` on.
+    curvature go through the blocks from `first` on. The last `lead` tokens before the targets are
+    of the response.
     Raises `NumericalError` naming the block where a non-finite value first appears.
     """
-    work = Work(decoder, len(embeddings) - len(targets) + 1, len(targets))
+    work = Work(decoder, len(embeddings) - lead - len(targets) + 1, len(targets), lead=lead)
     source = last = embeddings
-    trunk = Trunk(decoder, embeddings, (), last, last, last, targets, first, source)
+    trunk = Trunk(decoder, embeddings, (), last, last, last, targets, first, source, lead)
     x = decoder.enter(embeddings[None], 0)
     require_finite(x, "the input embeddings")
     states = []
@@ -153,8 +164,13 @@ def run_trunk(
         step(len(targets) * work.logits)
     normaliser = torch.logsumexp(logits, dim=-1)
     log_probs = torch.log_softmax(logits, dim=-1)
-    return Trunk(
-        decoder, embeddings, tuple(states), x[0], log_probs, normaliser, targets, first, source
+    return replace(
+        trunk,
+        states=tuple(states),
+        last=x[0],
+        log_probs=log_probs,
+        normaliser=normaliser,
+        source=source,
     )
 
 

@@ -92,6 +92,32 @@ class Finding:
     log_probs: Tensor
     quality: Quality | None = None
 
+    @staticmethod
+    def joined(parts: Sequence[Finding]) -> Finding:
+        """Those of several groups of targets as one; nothing was screened."""
+        if len(parts) == 1:
+            return parts[0]
+
+        def together(name: str) -> Tensor:
+            return torch.cat([getattr(part.parts, name) for part in parts])
+
+        components = Components(
+            gate=together("gate"),
+            curvature=together("curvature"),
+            information=together("information"),
+            log_prob_drop=together("log_prob_drop"),
+            gradient_norm=together("gradient_norm"),
+        )
+        errors = [part.stderr for part in parts if part.stderr is not None]
+        return Finding(
+            parts=components,
+            stderr=torch.cat(errors) if len(errors) == len(parts) else None,
+            screening=None,
+            targets=tuple(target for part in parts for target in part.targets),
+            log_probs=torch.cat([part.log_probs for part in parts]),
+            quality=Quality.joined([part.quality for part in parts]),
+        )
+
 
 def accumulate(plan: Plan, findings: Sequence[Finding]) -> Finding:
     """The means over windows, `[n, N]` each; of one window, that window itself.

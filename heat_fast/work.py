@@ -93,14 +93,20 @@ def pairs(start: int, stop: int) -> int:
 
 
 class Work:
-    """FLOPs of the pieces of one attribution of `tokens` prompt and `targets` target tokens."""
+    """FLOPs of the pieces of one attribution of `tokens` prompt and `targets` target tokens.
 
-    def __init__(self, decoder: Decoder, tokens: int, targets: int, first: int = 0) -> None:
+    `lead`: response tokens before the targets, run and not scored.
+    """
+
+    def __init__(
+        self, decoder: Decoder, tokens: int, targets: int, first: int = 0, lead: int = 0
+    ) -> None:
         row = torch.zeros_like(decoder.embeddings_weight[:1])
         self.width = row.shape[-1]
         self.tokens = tokens
         self.targets = targets
-        self.length = tokens + targets - 1
+        self.lead = lead
+        self.length = tokens + lead + targets - 1
         self.shapes = [shape(block, row) for block in decoder.blocks]
         head = decoder.head
         vocabulary = head.projection.out_features(row.to(head.device or row.device))
@@ -162,7 +168,7 @@ class Work:
 
     def down(self, start: int, target: int) -> int:
         """One tangent of the adjoint of one target, down to `start`; without the head."""
-        stop = self.tokens + target
+        stop = self.tokens + self.lead + target
         total = self._sweep(self.shapes[-1], start, stop, 1, 6)
         if self._swept_body is not None:
             total += self._sweep(self._swept_body, start, stop, None, 6)
@@ -180,7 +186,7 @@ class Work:
 
     def adjoint(self, target: int) -> list[int]:
         """The primal adjoint of one target, block by block from the top; without the head."""
-        stop = self.tokens + target
+        stop = self.tokens + self.lead + target
         each = []
         for visited, sizes in enumerate(reversed(self.swept)):
             queries = 1 if visited == 0 else stop

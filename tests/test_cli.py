@@ -13,13 +13,9 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     BartConfig,
     BertConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
     T5Config,
     ViTConfig,
 )
@@ -31,30 +27,6 @@ from heat_fast.errors import InputError, NumericalError, OutputError, Unsupporte
 
 PROMPT = "the red ball"
 Run = Callable[..., Any]
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A tiny random Llama with a byte-level tokenizer, as save_pretrained() writes them."""
-    folder = tmp_path_factory.mktemp("model")
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {character: number for number, character in enumerate(alphabet)}
-    tokenizer = Tokenizer(models.BPE(vocabulary, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=32,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.fixture
@@ -81,8 +53,13 @@ class Recorder:
         self.calls.append({"model": model, "tokenizer": tokenizer, "config": config})
         return self
 
-    def attribute(self, prompt: Any, target: Any, *, progress: Any) -> Any:
-        self.calls[-1] |= {"prompt": prompt, "target": target, "progress": progress}
+    def attribute(self, prompt: Any, target: Any, *, target_span: Any, progress: Any) -> Any:
+        self.calls[-1] |= {
+            "prompt": prompt,
+            "target": target,
+            "target_span": target_span,
+            "progress": progress,
+        }
         if isinstance(self.outcome, BaseException):
             raise self.outcome
         return self.outcome

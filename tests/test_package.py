@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import importlib
 import json
 import os
@@ -64,6 +65,17 @@ def test_submodules_are_reachable_without_an_import(tmp_path: Path) -> None:
     assert python("import heat_fast; print(heat_fast.demo.__name__)", tmp_path).split() == [
         "heat_fast.demo"
     ]
+
+
+@pytest.mark.parametrize("name", ["comparison", "generation", "spans", "storage", "tables"])
+def test_the_examples_of_docstrings_run(name: str) -> None:
+    if name == "tables":
+        pytest.importorskip("pandas")
+    if name == "spans":
+        pytest.importorskip("sentencex")
+    outcome = doctest.testmod(importlib.import_module(f"heat_fast.{name}"))
+    assert outcome.attempted > 0
+    assert outcome.failed == 0
 
 
 def test_version_is_the_installed_version() -> None:
@@ -167,10 +179,12 @@ def test_wheel_holds_the_package_and_nothing_else(
     for folder, _, names in os.walk(package, followlinks=True):
         expected |= {Path(folder, name).relative_to(repository).as_posix() for name in names}
     modules = {name for name in expected if name.endswith(".py")}
-    data = {name for name in expected if name.startswith("heat_fast/demo/")}
+    folders = ("heat_fast/demo/", "heat_fast/schema/")
+    data = {name for name in expected if name.startswith(folders)}
     data = {name for name in data if Path(name).suffix in shipped}
     assert "heat_fast/kernels/__init__.py" in modules
     assert any(name.endswith(".safetensors") for name in data)
+    assert "heat_fast/schema/attribution-2.json" in data
     templates = {name for name in expected if name.startswith("heat_fast/report/templates/")}
     assert "heat_fast/report/templates/page.html" in templates
     assert modules | data | templates | {"heat_fast/py.typed"} <= wheels["tree"]

@@ -19,17 +19,12 @@ from rich.cells import cell_len
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-import heat_fast.result as result_module
+import heat_fast.files as files_module
 from heat_fast.config import HeatConfig
 from heat_fast.errors import HeatError, InputError, NumericalError, OutputError
-from heat_fast.result import (
-    COMPONENTS,
-    SCHEMA_VERSION,
-    Attribution,
-    check_writable,
-    load,
-    write_file,
-)
+from heat_fast.files import check_writable, write_file
+from heat_fast.result import COMPONENTS, SCHEMA_VERSION, Attribution
+from heat_fast.storage import load
 from heat_fast.terminal import render, visible
 
 
@@ -245,7 +240,7 @@ def test_an_interrupted_write_keeps_the_old_file(
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(result_module.os, "fsync", full)
+    monkeypatch.setattr(files_module.os, "fsync", full)
     with pytest.raises(OutputError, match="No space left on device"):
         make().save(path)
     assert path.read_bytes() == b"old"
@@ -292,10 +287,10 @@ def test_check_writable_sees_permissions(tmp_path: Path, monkeypatch: pytest.Mon
         raise PermissionError(13, "Permission denied")
 
     with monkeypatch.context() as patch, pytest.raises(OutputError, match="write-protected"):
-        patch.setattr(result_module.os, "access", lambda path, mode: False)
+        patch.setattr(files_module.os, "access", lambda path, mode: False)
         check_writable(tmp_path / "file")
     with monkeypatch.context() as patch, pytest.raises(OutputError, match="not writable"):
-        patch.setattr(result_module.os, "open", refuse)
+        patch.setattr(files_module.os, "open", refuse)
         check_writable(tmp_path / "new")
 
 
@@ -607,3 +602,35 @@ def test_visible_tokens() -> None:
     assert visible("\n") == "↵"
     assert visible(" the", ascii_only=True) == "' the'"
     assert visible("é", ascii_only=True) == r"\xe9"
+
+
+def test_each_target_of_several_tells_what_drives_it() -> None:
+    result = make([[0.0, 1.0, 3.0], [4.0, 1.0, 0.0]])
+    lines = [line.split() for line in shown(result).splitlines()]
+    assert ["·t0", "·cat", "75%,", "the", "25%,", "<s>", "0%"] in lines
+    assert ["·t1", "<s>", "80%,", "the", "20%,", "·cat", "0%"] in lines
+    assert "driven by" not in shown(make([[0.0, 1.0, 2.0]]))
+    many = shown(make([[0.0, 1.0, 3.0]] * 20))
+    assert many.count("·cat 75%") == 12
+    assert many.count("and 8 more") == 2  # of the targets, and of these rows
+    # Nothing is wrapped, whatever the width.
+    for width in (20, 40, 60):
+        table = shown(make([[0.0, 1.0, 3.0]] * 2), width=width).split("driven by")[1]
+        assert all(cell_len(line) <= width for line in table.splitlines())
+
+
+def test_special_and_template_tokens_can_be_left_out_of_the_ranking() -> None:
+    result = make(roles=(None, "user", None))
+    assert result.template == (True, False, True)
+    text = io.StringIO()
+    Console(file=text, width=100).print(
+        render(result, Console(file=text, width=100), top=3, special=False)
+    )
+    assert text.getvalue().startswith("<s>[1|the] cat\n")
+    assert ["1", "1", "the"] in [line.split()[:3] for line in text.getvalue().splitlines()]
+    rows = text.getvalue().split("driven by")[1]
+    assert "<s>" not in rows and "cat" not in rows
+    nothing = make(special=(True,) * 3)
+    assert nothing.top(special=False) == []
+    console = Console(file=io.StringIO(), width=100)
+    console.print(render(nothing, console, special=False))  # an empty table is no error

@@ -21,9 +21,10 @@ import jinja2
 import torch
 from torch import Tensor
 
+from heat_fast.files import write_file
 from heat_fast.reading import Segment, colour_step, escape, number, segments, visible
 from heat_fast.report import notes, palette
-from heat_fast.result import Attribution, write_file
+from heat_fast.result import Attribution
 
 __all__ = ["page_data", "render_page", "render_view", "write_page"]
 

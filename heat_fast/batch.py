@@ -1,0 +1,335 @@
+"""Many prompts from a file, their results into another; stopped anywhere, it goes on from there.
+
+Rows are attributed in order, and each appends one whole line before the next begins: its result to
+the output, or the reason for which it failed to the side file. Both lines name the row and a digest
+of it, so that a second run knows what was done and notices an input that has changed. A line that
+was cut off is taken back. Parquet cannot be appended to: there the lines go to a journal beside the
+output, which becomes the output at the end.
+
+A row is a mapping with `prompt` (text or ids) or `messages` (chat), and optionally `target`,
+`target_span` and `id`; empty fields count as left out, other fields are passed over.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Any, Final
+
+from heat_fast.errors import ConfigError, InputError, OutputError, UnsupportedModelError
+from heat_fast.result import Attribution
+from heat_fast.storage import read_jsonl, to_line, write_jsonl
+from heat_fast.tables import missing, read_parquet, write_parquet
+
+if TYPE_CHECKING:
+    from heat_fast.attributor import Attributor
+
+__all__ = ["Row", "Summary", "attribute_rows", "count_rows", "read_rows"]
+
+#: Fields that hold what a row asks for; a misspelt one must not pass for somebody else's column.
+_FIELDS: Final = ("prompt", "messages", "target", "target_span")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of the input: its number (from 1), its fields, and a digest of what it says.
+
+    `error`: why it cannot be read, in place of the fields.
+    """
+
+    number: int
+    digest: str
+    fields: dict[str, Any] = dataclasses.field(default_factory=dict)
+    error: str | None = None
+
+
+@dataclass
+class Summary:
+    """How far a run is: rows done in it, failed in it, and done before it."""
+
+    done: int = 0
+    failed: int = 0
+    before: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+
+
+# --- the input ------------------------------------------------------------------------------------
+
+
+def is_parquet(path: str | os.PathLike[str]) -> bool:
+    """Whether a file's name says that it is a Parquet file; all others hold JSON Lines."""
+    return Path(path).suffix in (".parquet", ".pq")
+
+
+def count_rows(path: str | os.PathLike[str]) -> int:
+    """Rows of an input file, without reading what they say."""
+    if is_parquet(path):
+        return int(_open_parquet(path).metadata.num_rows)
+    with _open_lines(path) as file:
+        return sum(bool(line.strip()) for line in file)
+
+
+def read_rows(path: str | os.PathLike[str]) -> Iterator[Row]:
+    """The rows of a JSON Lines or Parquet file, one at a time.
+
+    Raises InputError where the file cannot be read; a line that is no JSON object is a row with an
+    `error`.
+    """
+    return _parquet_rows(_open_parquet(path)) if is_parquet(path) else _json_rows(path)
+
+
+def _open_lines(path: str | os.PathLike[str]) -> Any:
+    try:
+        return open(path, "rb")
+    except OSError as error:
+        raise InputError(
+            f"cannot read {str(path)!r}: {error.strerror}. Expected a file of JSON Lines or, by "
+            "the ending .parquet, a Parquet file. Check the path."
+        ) from error
+
+
+def _json_rows(path: str | os.PathLike[str]) -> Iterator[Row]:
+    with _open_lines(path) as file:
+        number = 0
+        for line in file:
+            if not line.strip():
+                continue
+            number += 1
+            digest = _digest(line.strip())
+            try:
+                fields = json.loads(line)
+            except ValueError as error:
+                yield Row(number, digest, error=f"the line is not JSON: {error}")
+                continue
+            if isinstance(fields, dict):
+                yield Row(number, digest, fields)
+            else:
+                kind = type(fields).__name__
+                yield Row(number, digest, error=f"the line is a {kind}: expected an object.")
+
+
+def _open_parquet(path: str | os.PathLike[str]) -> Any:
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError as error:
+        raise missing("pyarrow", error) from error
+    try:
+        return parquet.ParquetFile(path)
+    except (ArrowException, OSError) as error:
+        raise InputError(
+            f"cannot read {str(path)!r} as a Parquet file ({str(error).splitlines()[0]}): expected "
+            "one with a column prompt or messages. Check the path."
+        ) from error
+
+
+def _parquet_rows(file: Any) -> Iterator[Row]:
+    number = 0
+    for batch in file.iter_batches(batch_size=256):
+        for fields in batch.to_pylist():
+            number += 1
+            yield Row(number, _digest(json.dumps(fields, default=str).encode()), fields)
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
+# --- the output -----------------------------------------------------------------------------------
+
+
+class _Lines:
+    """A file of whole lines that is appended to, by one process at a time."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self.file = path.open("ab+")
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise OutputError(
+                f"{str(path)!r} is being written by another process: expected to be the only one. "
+                "Wait for it, or choose another output."
+            ) from error
+        except OSError as error:
+            raise OutputError(
+                f"cannot write {str(path)!r}: {error.strerror}. Expected a writable file path. "
+                "Choose another place."
+            ) from error
+
+    def read(self) -> Iterator[dict[str, Any]]:
+        """The lines so far, after taking back one that was cut off."""
+        self.file.seek(0)
+        whole = 0
+        for line in self.file:
+            if not line.endswith(b"\n"):
+                break
+            whole += len(line)
+            try:
+                yield json.loads(line)
+            except ValueError as error:
+                raise InputError(
+                    f"{str(self.path)!r} holds a line that is not JSON: expected the output of a "
+                    "batch that was begun. Choose another output, or remove it."
+                ) from error
+        self.file.truncate(whole)
+
+    def append(self, line: str) -> None:
+        """Write a line, so that it stays whatever happens to this process or the machine."""
+        try:
+            self.file.write(line.encode("ascii"))
+            self.file.flush()
+            os.fsync(self.file.fileno())
+        except OSError as error:
+            raise OutputError(
+                f"cannot write {str(self.path)!r}: {error.strerror}. Expected room for the "
+                "results. Make some; the same command then goes on from here."
+            ) from error
+
+    def close(self) -> None:
+        """Close it; an empty one leaves no file."""
+        if os.fstat(self.file.fileno()).st_size == 0:
+            self.path.unlink(missing_ok=True)
+        self.file.close()
+
+
+def attribute_rows(
+    attributor: Attributor,
+    source: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    errors: str | os.PathLike[str] | None = None,
+    report: Callable[[Summary], None] | None = None,
+) -> Summary:
+    """Attribute the rows of `source` that `output` does not hold yet; see the module for the files.
+
+    errors: the side file of rows that failed, by default the output's name with `.errors.jsonl`
+    behind it. `report` is called after every row.
+
+    Raises InputError where the input cannot be read, or is not the one that the output was begun
+    with; ConfigError where the output was begun with other settings; OutputError where it cannot be
+    written. Whatever goes wrong in a row is a line of the side file.
+    """
+    output = Path(output)
+    parquet = is_parquet(output)
+    journal = output.with_name(output.name + ".partial.jsonl") if parquet else output
+    if parquet and output.exists() and not journal.exists():
+        write_jsonl(read_parquet(output), journal)
+    lines = _Lines(journal)
+    side = _Lines(Path(errors) if errors is not None else Path(f"{output}.errors.jsonl"))
+    summary = Summary()
+    try:
+        done = dict(_finished(lines, side, attributor))
+        begin = perf_counter()
+        for row in read_rows(source):
+            if row.number in done:
+                _check_same(row, done[row.number], output)
+                summary.before += 1
+            else:
+                _one(attributor, row, lines, side, summary)
+            summary.seconds = perf_counter() - begin
+            if report is not None:
+                report(summary)
+        if parquet:
+            write_parquet(read_jsonl(journal), output)
+    finally:
+        side.close()
+        lines.close()
+    if parquet:
+        journal.unlink(missing_ok=True)
+    return summary
+
+
+def _one(attributor: Attributor, row: Row, lines: _Lines, side: _Lines, summary: Summary) -> None:
+    mark = {"row": row.number, "input": row.digest}
+    name = row.fields.get("id")
+    name = None if name is None else str(name)
+    try:
+        result = _attribute(attributor, row)
+    except (ConfigError, UnsupportedModelError, OutputError):
+        raise  # not this row's fault
+    except Exception as error:  # whatever a row brings about
+        kind = type(error).__name__
+        side.append(json.dumps({**mark, "id": name, "kind": kind, "error": str(error)}) + "\n")
+        summary.failed += 1
+        return
+    metadata = {**result.metadata, "batch": mark}
+    lines.append(to_line(dataclasses.replace(result, id=name, metadata=metadata)))
+    summary.done += 1
+    summary.tokens += len(result)
+
+
+def _attribute(attributor: Attributor, row: Row) -> Attribution:
+    if row.error is not None:
+        raise InputError(row.error)
+    fields = {name: value for name, value in row.fields.items() if value is not None}
+    for name in fields:
+        close = difflib.get_close_matches(name, _FIELDS, n=1, cutoff=0.8)
+        if close and name not in _FIELDS:
+            raise InputError(f"unknown field {name!r}: did you mean {close[0]!r}? Rename it.")
+    if ("prompt" in fields) == ("messages" in fields):
+        raise InputError(
+            f"the row has {'both' if 'prompt' in fields else 'neither'} of prompt and messages: "
+            f"expected one of them beside target, target_span and id. It has {sorted(fields)}."
+        )
+    prompt = fields["prompt"] if "prompt" in fields else _messages(fields["messages"])
+    span = fields.get("target_span")
+    return attributor.attribute(
+        prompt,
+        fields.get("target"),
+        target_span=tuple(span) if isinstance(span, list) else span,
+    )
+
+
+def _messages(messages: Any) -> list[dict[str, Any]]:
+    """Chat messages without what Parquet fills up with nothing."""
+    if not isinstance(messages, list) or not all(isinstance(each, dict) for each in messages):
+        raise InputError("messages is no list of objects: expected role and content in each.")
+    return [{key: value for key, value in each.items() if value is not None} for each in messages]
+
+
+# --- what was done before -------------------------------------------------------------------------
+
+
+def _finished(lines: _Lines, side: _Lines, attributor: Attributor) -> Iterator[tuple[int, str]]:
+    """Numbers and digests of the rows that an earlier run finished."""
+    for line in lines.read():
+        metadata = line.get("metadata", {})
+        mark = metadata.get("batch")
+        if mark is None:
+            raise InputError(
+                f"{str(lines.path)!r} holds results that no batch wrote: expected a new output, or "
+                "one that was begun. Choose another."
+            )
+        _check_settings(metadata, attributor, lines.path)
+        yield mark["row"], mark["input"]
+    for line in side.read():
+        yield line["row"], line["input"]
+
+
+def _check_settings(metadata: Any, attributor: Attributor, path: Path) -> None:
+    before = {"model": metadata["model"], **metadata["config"]}
+    now = {"model": type(attributor.model).__name__, **attributor.config.to_dict()}
+    # A setting that came with a later version has its default in what was done before.
+    changed = [name for name in now if name in before and before[name] != now[name]]
+    if changed:
+        first = changed[0]
+        raise ConfigError(
+            f"{str(path)!r} was begun with {first} {before[first]!r}, not {now[first]!r}: expected "
+            "the same settings to go on. Use them, or choose another output."
+        )
+
+
+def _check_same(row: Row, digest: str, output: Path) -> None:
+    if row.digest != digest:
+        raise InputError(
+            f"row {row.number} is not the one that {str(output)!r} was begun with: expected the "
+            "same input to go on. Use it, or choose another output."
+        )

@@ -1,0 +1,206 @@
+"""``heat-fast attribute``: one prompt, explained."""
+
+from __future__ import annotations
+
+import os
+import stat
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from heat_fast.cli import options
+from heat_fast.cli.common import (
+    STANDARD_STREAM,
+    UsageError,
+    check_places,
+    note,
+    standard_output,
+    write_json,
+)
+from heat_fast.cli.models import load_model
+from heat_fast.config import HeatConfig
+
+if TYPE_CHECKING:
+    from heat_fast.result import Attribution
+
+
+def attribute(
+    config: HeatConfig,
+    debug: bool,
+    model: options.Model = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option("--prompt", metavar="TEXT", help="The prompt."),
+    ] = None,
+    prompt_file: Annotated[
+        str | None,
+        typer.Option(
+            "--prompt-file",
+            metavar="F",
+            help="Read the prompt from a UTF-8 file, or from standard input (-). One newline at "
+            "its end is not part of the prompt.",
+        ),
+    ] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            "--target",
+            metavar="TEXT",
+            help="What to explain, following the prompt. Left out: the model's own next token.",
+        ),
+    ] = None,
+    target_span: Annotated[
+        str | None,
+        typer.Option(
+            "--target-span",
+            metavar="A:B",
+            help="Explain tokens A to B (exclusive) of the target only; the rest is context.",
+        ),
+    ] = None,
+    json_path: Annotated[
+        str | None,
+        typer.Option(
+            "--json", metavar="F", help="Write the result as JSON; - for standard output alone."
+        ),
+    ] = None,
+    save_path: Annotated[
+        str | None,
+        typer.Option("--save", metavar="F", help="Save the result as one safetensors file."),
+    ] = None,
+    html_path: Annotated[
+        str | None,
+        typer.Option(
+            "--html", metavar="F", help="Write the report as one HTML page, for a browser."
+        ),
+    ] = None,
+    top: Annotated[int, typer.Option(min=1, help="Tokens in the table.")] = 10,
+    special: Annotated[
+        bool,
+        typer.Option(
+            "--special/--no-special",
+            help="Rank special tokens and those of the chat template as well, or leave them out.",
+        ),
+    ] = True,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    quiet: options.Quiet = False,
+) -> None:
+    """Attribute a model's next words to the tokens of a prompt.
+
+    Without --model and --prompt it explains an example with the embedded model.
+
+    Example: heat-fast attribute --model ./my-model --prompt "The capital of France is" --top 5
+    """
+    text = read_prompt(prompt, prompt_file)
+    if text is None and model is not None:
+        raise UsageError(
+            "--model without a prompt: expected --prompt TEXT or --prompt-file F (- for "
+            "standard input). Give one."
+        )
+    if text is None and _is_piped(sys.stdin):
+        note("note: standard input is ignored; --prompt-file - reads the prompt from it.", quiet)
+    if target == "":
+        raise UsageError(
+            "--target is empty: expected some text. Leave it out for the model's own choice."
+        )
+    span = _target_span(target, target_span)
+    places = {"--json": json_path, "--save": save_path, "--html": html_path}
+    check_places(places, streams=("--json",))
+    loaded = load_model(model, device, dtype, debug=debug)
+    from heat_fast.attributor import Attributor
+
+    attributor = Attributor(loaded.model, loaded.tokenizer, config)
+    result = attributor.attribute(
+        loaded.example if text is None else text, target, target_span=span, progress=not quiet
+    )
+    _write(result, json_path, save_path, html_path, top=top, special=special, quiet=quiet)
+
+
+# --- before the work ------------------------------------------------------------------------------
+
+
+def read_prompt(prompt: str | None, prompt_file: str | None) -> str | None:
+    """The prompt that was given as text or as a file; None without either."""
+    if prompt is not None and prompt_file is not None:
+        raise UsageError("both --prompt and --prompt-file: expected one of them. Drop the other.")
+    if prompt_file is not None:
+        name = "standard input" if prompt_file == STANDARD_STREAM else repr(prompt_file)
+        try:
+            data = (
+                sys.stdin.buffer.read()
+                if prompt_file == STANDARD_STREAM
+                else Path(prompt_file).read_bytes()
+            )
+            prompt = data.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise UsageError(
+                f"{name} is not UTF-8 ({error.reason} at byte {error.start}): expected UTF-8 text. "
+                "Convert it first."
+            ) from error
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise UsageError(
+                f"cannot read the prompt from {name}: {reason}. Expected a readable text file. "
+                "Check the path."
+            ) from error
+        prompt = prompt.removesuffix("\n").removesuffix("\r")
+    if prompt == "":
+        raise UsageError("the prompt is empty: expected at least one token. Give some text.")
+    return prompt
+
+
+def _is_piped(stream: Any) -> bool:
+    """Whether somebody sent a file or the output of a program, as opposed to a terminal."""
+    try:
+        mode = os.fstat(stream.fileno()).st_mode
+    except (AttributeError, OSError, ValueError):  # closed, or no file at all
+        return False
+    return stat.S_ISFIFO(mode) or stat.S_ISREG(mode)
+
+
+def _target_span(target: str | None, text: str | None) -> tuple[int, int] | None:
+    """Half-open range of target tokens."""
+    if text is None:
+        return None
+    if target is None:
+        raise UsageError(
+            "--target-span without --target: expected the text that it is a part of. Give both."
+        )
+    try:
+        start, stop = (int(part) for part in text.split(":"))
+    except ValueError as error:
+        raise UsageError(
+            f"--target-span {text}: expected two whole numbers A:B, the first token and the one "
+            "after the last. Write 0:3, say."
+        ) from error
+    return start, stop
+
+
+# --- after the work ------------------------------------------------------------------------------
+
+
+def _write(
+    result: Attribution,
+    json_path: str | None,
+    save_path: str | None,
+    html_path: str | None,
+    *,
+    top: int,
+    special: bool,
+    quiet: bool,
+) -> None:
+    if save_path is not None:
+        result.save(save_path)
+        note(f"saved {save_path}", quiet)
+    if html_path is not None:
+        result.to_html(html_path)
+        note(f"wrote {html_path}", quiet)
+    if json_path is not None:
+        write_json(result.to_dict(), json_path, quiet)
+    if not quiet and json_path != STANDARD_STREAM:
+        from heat_fast.terminal import print_result
+
+        with standard_output():
+            print_result(result, top=top, special=special)

@@ -1,0 +1,148 @@
+"""``heat-fast bench``: an attribution of a given length on the user's own model, measured."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from heat_fast.cli import options
+from heat_fast.cli.common import check_places, standard_output, write_json
+from heat_fast.cli.estimate import Targets, Tokens, megabytes
+from heat_fast.cli.models import load_model
+from heat_fast.config import HeatConfig
+
+if TYPE_CHECKING:
+    import torch
+
+
+def bench(
+    config: HeatConfig,
+    debug: bool,
+    model: options.Model = None,
+    tokens: Tokens = 128,
+    targets: Targets = 1,
+    repeat: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Runs; the fastest is shown.")
+    ] = 1,
+    json_path: options.Json = None,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+) -> None:
+    """Attribute random tokens and tell seconds, FLOPs and memory, measured and estimated.
+
+    Example: heat-fast bench --model ./my-model --tokens 256 --estimator coded --probes 4
+    """
+    check_places({"--json": json_path}, streams=("--json",))
+    loaded = load_model(model, device, dtype, debug=debug)
+    values = _measure(loaded.model, tokens, targets, config, repeat)
+    if json_path is not None:
+        write_json(values, json_path)
+    if json_path != "-":
+        with standard_output():
+            _print(values)
+
+
+def _measure(
+    model: Any, tokens: int, targets: int, config: HeatConfig, repeat: int
+) -> dict[str, Any]:
+    import torch
+
+    from heat_fast.attributor import Attributor
+    from heat_fast.cost import estimate
+
+    told = estimate(model, tokens, targets, config)
+    embed = model.get_input_embeddings().weight
+    generator = torch.Generator().manual_seed(config.seed)
+    ids = torch.randint(embed.shape[0], (tokens + targets,), generator=generator).tolist()
+    # A vocabulary may have fewer outputs than embeddings; a prompt may repeat a token.
+    head = model.get_output_embeddings()
+    outputs = int(getattr(head, "out_features", embed.shape[0]))
+    goals = [each % outputs for each in ids[tokens:]]
+    attributor = Attributor(model, None, config)
+    attributor.attribute(ids[: min(tokens, 8)], goals[:1])  # the first run pays for caches
+    runs = []
+    for _ in range(repeat):
+        before = _start_of_peak(embed.device)
+        metadata: Any = attributor.attribute(ids[:tokens], goals).metadata
+        runs.append((metadata["seconds"], _peak(embed.device, before)))
+    seconds = min((each for each, _ in runs), key=lambda each: float(each["total"]))
+    peaks = [peak for _, peak in runs if peak is not None]
+    return {
+        "tokens": tokens,
+        "targets": targets,
+        "seconds": dict(seconds),
+        "flops": dict(told.flops),
+        "estimated_seconds": told.seconds,
+        "peak_bytes": max(peaks) if peaks else None,
+        "estimated_peak_bytes": told.peak_bytes,
+        "device": metadata["device"],
+        "dtype": metadata["dtype"],
+        "counts": dict(metadata["counts"]),
+    }
+
+
+# --- memory ---------------------------------------------------------------------------------------
+
+
+def _start_of_peak(device: torch.device) -> int | None:
+    """What is in use, with the record of the most forgotten; None where that cannot be done."""
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+        return _resident("VmRSS")
+    return None
+
+
+def _peak(device: torch.device, before: int | None) -> int | None:
+    """The most that was in use beyond `before`, bytes."""
+    import torch
+
+    if before is None:
+        return None
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) - before
+    return max(0, _resident("VmHWM") - before)
+
+
+def _resident(field: str) -> int:
+    """A field of this process's status, bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
+# --- the table ------------------------------------------------------------------------------------
+
+
+def _print(values: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    seconds, flops = values["seconds"], values["flops"]
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
+    for column in ("component", "seconds", "share", "FLOPs", "GFLOP/s"):
+        table.add_column(column, justify="left" if column == "component" else "right")
+    rows = {**flops, "total": sum(flops.values())}
+    for name, count in rows.items():
+        took = seconds.get(name, 0.0)
+        speed = f"{count / took / 1e9:.3g}" if took else "-"
+        share = f"{took / seconds['total']:.0%}" if seconds["total"] else "-"
+        table.add_row(*map(Text, (name, f"{took:.3f}", share, f"{count:.3g}", speed)))
+    console = Console()
+    console.print(table)
+    peak, told = values["peak_bytes"], values["estimated_seconds"]
+    console.print(
+        f"\n{values['tokens']:,} prompt and {values['targets']:,} target tokens, "
+        f"{values['device']} {values['dtype']}, {values['counts']['hvp']:,} products\n"
+        f"estimated beforehand: {told:.3g} s, {megabytes(values['estimated_peak_bytes'])} beyond "
+        "the model\n"
+        f"most memory beyond the model: {'unknown' if peak is None else megabytes(peak)}",
+        highlight=False,
+    )

@@ -1,0 +1,379 @@
+"""Options that several commands take, declared once, and a file that may set them.
+
+A command is a function whose parameters are its own options. Where it has a parameter `config` it
+takes an option for every field of `HeatConfig` as well, and is called with the configuration;
+`debug` stands for `--debug`. All commands take `--config`.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Annotated, Any, get_args, get_type_hints
+
+import typer
+
+from heat_fast import config as settings
+from heat_fast.cli.common import (
+    UsageError,
+    errors_reported,
+    fail,
+    survive_narrow_encodings,
+)
+from heat_fast.config import PRESETS, HeatConfig, suggest
+
+_DTYPES = ("auto", "float32", "float64", "float16", "bfloat16")
+_PANEL = "Settings"
+
+
+def choices(names: Iterable[str]) -> str:
+    """How --help shows the values an option takes."""
+    return f"[{'|'.join(names)}]"
+
+
+def _values(literal: Any) -> str:
+    return choices(get_args(literal))
+
+
+def _starting(names: Iterable[str]) -> Callable[[str], list[str]]:
+    """Shell completion from a list of values."""
+    known = list(names)
+
+    def complete(incomplete: str) -> list[str]:
+        return [name for name in known if name.startswith(incomplete)]
+
+    return complete
+
+
+def setting(*names: str, values: Any = None, **options: Any) -> Any:
+    """An option of the settings' panel; `values`: the Literal that it takes one of."""
+    if values is not None:
+        options |= {"metavar": _values(values), "autocompletion": _starting(get_args(values))}
+    return typer.Option(*names, rich_help_panel=_PANEL, **options)
+
+
+def _dtype(name: str) -> str:
+    if name not in _DTYPES:
+        fail(f"--dtype {name}: expected one of {', '.join(_DTYPES)}.", 2, False)
+    return name
+
+
+# --- what loads a model ---------------------------------------------------------------------------
+
+Model = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        metavar="PATH_OR_ID",
+        help="A model folder or hub id. Left out: the small embedded model.",
+    ),
+]
+Device = Annotated[
+    str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes a GPU where there is one.")
+]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        metavar=choices(_DTYPES),
+        callback=_dtype,
+        autocompletion=_starting(_DTYPES),
+        help="Number format of the model; auto: as it is stored.",
+    ),
+]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No report, no progress.")]
+Json = Annotated[
+    str | None,
+    typer.Option("--json", metavar="F", help="Write it as JSON; - for standard output alone."),
+]
+
+
+# --- the fields of HeatConfig ---------------------------------------------------------------------
+
+
+def _settings(
+    variant: Annotated[
+        str,
+        setting(
+            metavar=choices(PRESETS),
+            autocompletion=_starting(PRESETS),
+            help="Preset of settings.",
+        ),
+    ] = "full",
+    curvature: Annotated[
+        str | None,
+        setting(
+            values=settings.Curvature,
+            help="Kind of curvature; hessian unless the variant says otherwise.",
+        ),
+    ] = None,
+    estimator: Annotated[
+        str | None,
+        setting(
+            values=settings.Estimator,
+            help="How the Hessian's curvature is measured: block by definition; coded estimates "
+            "the same at a cost that does not grow with the prompt; row is another quantity; "
+            "low_rank takes the blocks of a low-rank approximation.",
+        ),
+    ] = None,
+    probes: Annotated[
+        str | None,
+        setting(
+            metavar="N|auto", help="Probes of the curvature; auto: until the ranking is settled."
+        ),
+    ] = None,
+    probes_max: Annotated[
+        int | None, setting(metavar="N", help="Most probes of --probes auto; 64 if left out.")
+    ] = None,
+    top_k: Annotated[
+        int | None,
+        setting(metavar="N", help="Leading tokens whose order --probes auto settles; 10."),
+    ] = None,
+    confidence: Annotated[
+        float | None, setting(help="With what confidence --probes auto settles it; 0.95.")
+    ] = None,
+    codes: Annotated[
+        str | None,
+        setting(
+            metavar="N|auto",
+            help="Sign codes of --estimator coded; auto: as many as the noise asks for.",
+        ),
+    ] = None,
+    layers: Annotated[
+        int | None,
+        setting(
+            metavar="N",
+            help="Gate and curvature through the last N blocks only; all unless the variant says "
+            "otherwise.",
+        ),
+    ] = None,
+    window: Annotated[
+        int | None,
+        setting(metavar="N", help="Cut a longer prompt into windows of so many tokens."),
+    ] = None,
+    overlap: Annotated[
+        float | None,
+        setting(help="Share of a window that the next one repeats; 0.5 if left out."),
+    ] = None,
+    sink: Annotated[
+        int | None,
+        setting(metavar="N", help="First tokens that every window keeps; 1 if left out."),
+    ] = None,
+    tail: Annotated[
+        int | None,
+        setting(metavar="N", help="Last tokens that every window keeps; 64 if left out."),
+    ] = None,
+    rank: Annotated[int | None, setting(help="Rank of --estimator low_rank.")] = None,
+    rank_scope: Annotated[
+        str | None,
+        setting(
+            values=settings.RankScope,
+            help="That rank for all tokens together, or for every token's own block.",
+        ),
+    ] = None,
+    passes: Annotated[
+        int | None,
+        setting(metavar="[1|2]", help="2: twice the products, a better approximation."),
+    ] = None,
+    sketch: Annotated[float | None, setting(help="Test vectors as a multiple of --rank.")] = None,
+    seed: Annotated[int | None, setting(help="Seed of the probes.")] = None,
+    beta: Annotated[float | None, setting(help="Weight of the curvature.")] = None,
+    gamma: Annotated[float | None, setting(help="Weight of the information.")] = None,
+    alpha: Annotated[float | None, setting(help="Weight of the gradient norm.")] = None,
+    rollout: Annotated[
+        str | None, setting(values=settings.Rollout, help="Attention flow of the gate.")
+    ] = None,
+    masking: Annotated[
+        str | None, setting(values=settings.Masking, help="What replaces a token's embedding.")
+    ] = None,
+    sentinel_token: Annotated[int | None, setting(help="Token id for --masking sentinel.")] = None,
+    normalize: Annotated[
+        str | None,
+        setting(
+            metavar=choices(("none", *get_args(settings.Normalize))),
+            help="sum: curvature and information each sum to 1 before they are mixed.",
+        ),
+    ] = None,
+    aggregate: Annotated[
+        str | None,
+        setting(values=settings.Aggregate, help="Several targets into one score per token."),
+    ] = None,
+    coverage: Annotated[
+        float | None,
+        setting(
+            help="Leave out tokens' information once this share of its part of the score is "
+            "likely to be measured (0.95, say)."
+        ),
+    ] = None,
+    branch_tolerance: Annotated[
+        float | None,
+        setting(
+            help="Skip what differs from the prompt's own run by less than this share when a "
+            "token is masked (0.02, say)."
+        ),
+    ] = None,
+    token_budget: Annotated[
+        int | None, setting(metavar="N", help="Token rows in one batch; left to the planner.")
+    ] = None,
+    response_chunk: Annotated[
+        int | None,
+        setting(metavar="N", help="Target tokens explained at a time, to save memory; all."),
+    ] = None,
+    kernels: Annotated[
+        str | None,
+        setting(
+            values=settings.Kernels,
+            help="Compiled kernels (triton: GPU, native: CPU), or torch alone (reference).",
+        ),
+    ] = None,
+) -> HeatConfig:
+    """The configuration that the options ask for; what is left out follows the variant."""
+    given = {name: value for name, value in locals().items() if value is not None}
+    for name in ("probes", "codes"):
+        if name in given:
+            given[name] = _count(name, given[name])
+    if normalize == "none":
+        given["normalize"] = None
+    return HeatConfig.preset(given.pop("variant"), **given)
+
+
+def _count(option: str, text: str) -> int | str:
+    """A whole number or "auto"; the configuration checks its range."""
+    if text == "auto":
+        return text
+    try:
+        return int(text)
+    except ValueError as error:
+        raise UsageError(
+            f"--{option} {text}: expected a whole number of at least 1, or auto. Choose one."
+        ) from error
+
+
+# --- a file of options ----------------------------------------------------------------------------
+
+
+def _read_config(context: typer.Context, path: str | None) -> str | None:
+    """Make the values of a TOML file the defaults of a command's options."""
+    if path is None or context.resilient_parsing:  # completion asks for no errors
+        return path
+    try:
+        values = _toml(path)
+        own = _option_names(context.command)
+        group: Any = context.parent.command if context.parent is not None else None
+        others = {} if group is None else group.commands
+        known = set(own).union(*map(_option_names, others.values()))
+        defaults = {}
+        for name, value in values.items():
+            key = name.replace("-", "_")
+            if key not in known:
+                raise UsageError(
+                    f"--config {path}: unknown option {name!r}: expected the name of an option, "
+                    f"without its dashes. {suggest(key, known)}"
+                )
+            if isinstance(value, dict) or not isinstance(value, (str, int, float, bool, list)):
+                raise UsageError(
+                    f"--config {path}: {name} is a {type(value).__name__}: expected text, a "
+                    "number, true or false. Write it as name = value."
+                )
+            if key in own:  # one file may serve several commands
+                plain = isinstance(value, (bool, list))
+                defaults[own[key]] = value if plain else str(value)
+    except UsageError as error:
+        fail(str(error), 2, False)
+    context.default_map = {**(context.default_map or {}), **defaults}
+    return path
+
+
+def _toml(path: str) -> dict[str, Any]:
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    try:
+        values: dict[str, Any] = tomllib.loads(Path(path).read_bytes().decode("utf-8"))
+        return values
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(
+            f"--config {path} is not TOML ({error}): expected lines such as probes = 4. Correct it."
+        ) from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UsageError(
+            f"cannot read --config {path}: {reason}. Expected a readable TOML file. Check the path."
+        ) from error
+
+
+def _option_names(command: Any) -> dict[str, str]:
+    """What a file may set of a command: the names of its options, and of the parameters."""
+    return {
+        option.lstrip("-").replace("-", "_"): parameter.name
+        for parameter in command.params
+        for option in parameter.opts
+        if option.startswith("--") and parameter.name not in ("help", "config_file")
+    }
+
+
+# --- commands -------------------------------------------------------------------------------------
+
+_CONFIG = inspect.Parameter(
+    "config_file",
+    inspect.Parameter.KEYWORD_ONLY,
+    default=None,
+    annotation=Annotated[
+        str | None,
+        typer.Option(
+            "--config",
+            metavar="F",
+            is_eager=True,
+            callback=_read_config,
+            help='A TOML file with options (probes = 4, model = "..."); those given here win.',
+        ),
+    ],
+)
+_DEBUG = inspect.Parameter(
+    "debug",
+    inspect.Parameter.KEYWORD_ONLY,
+    default=False,
+    annotation=Annotated[bool, typer.Option("--debug", help="Tracebacks and library logs.")],
+)
+
+
+def command(app: typer.Typer) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Register a function as a command, with the options its parameters stand for."""
+
+    def register(function: Callable[..., None]) -> Callable[..., None]:
+        own = _parameters(function)
+        takes_settings, takes_debug = "config" in own, "debug" in own
+        added = _parameters(_settings) if takes_settings else {}
+        kept = {name: each for name, each in own.items() if name not in ("config", "debug")}
+        every = [*kept.values(), *added.values(), _CONFIG, _DEBUG]
+
+        @functools.wraps(function)
+        def call(**given: Any) -> None:
+            given.pop("config_file")
+            debug = given.pop("debug")
+            with errors_reported(debug):
+                survive_narrow_encodings()
+                if takes_settings:
+                    given["config"] = _settings(**{name: given.pop(name) for name in added})
+                if takes_debug:
+                    given["debug"] = debug
+                function(**given)
+
+        signature = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in every]
+        call.__signature__ = inspect.Signature(signature)  # type: ignore[attr-defined]
+        call.__annotations__ = {each.name: each.annotation for each in every}
+        del call.__wrapped__
+        app.command()(call)
+        return function
+
+    return register
+
+
+def _parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """A function's parameters with their annotations evaluated."""
+    hints = get_type_hints(function, include_extras=True)
+    parameters = inspect.signature(function).parameters
+    return {name: each.replace(annotation=hints[name]) for name, each in parameters.items()}

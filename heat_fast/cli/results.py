@@ -1,0 +1,65 @@
+"""Results that a command is given as a file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from heat_fast.cli.common import UsageError
+from heat_fast.errors import InputError
+
+if TYPE_CHECKING:
+    from heat_fast.result import Attribution
+
+
+def read_result(path: str, name: str | None = None) -> Attribution:
+    """The result of a file; of a file of many, the one whose id is `name` or that is row `name`."""
+    if Path(path).suffix not in (".jsonl", ".ndjson", ".parquet", ".pq"):
+        if name is not None:
+            raise UsageError(
+                f"--id {name}, but {path!r} holds one result: expected a file of many (.jsonl or "
+                ".parquet). Leave --id out."
+            )
+        from heat_fast.storage import load
+
+        return load(path)
+    results = _many(path)
+    if name is not None:
+        return _chosen(path, results, name)
+    first = next(results, None)
+    if first is None:
+        raise InputError(f"{path!r} holds no results: expected one at least.")
+    if next(results, None) is not None:
+        raise UsageError(
+            f"{path!r} holds several results: expected to know which. Pass --id with the id of "
+            "one, or with the number of its row (from 1)."
+        )
+    return first
+
+
+def _many(path: str) -> Iterator[Attribution]:
+    if Path(path).suffix in (".parquet", ".pq"):
+        from heat_fast.tables import read_parquet
+
+        return read_parquet(path)
+    from heat_fast.storage import read_jsonl
+
+    return read_jsonl(path)
+
+
+def _chosen(path: str, results: Iterator[Attribution], name: str) -> Attribution:
+    """The first result with that id; where there is none, the row of that number."""
+    numbered = None
+    number = 0
+    for number, result in enumerate(results, start=1):
+        if result.id == name:
+            return result
+        if str(number) == name:
+            numbered = result
+    if numbered is None:
+        raise UsageError(
+            f"{path!r} has no result {name!r}: expected an id, or a row from 1 to {number}. Choose "
+            "another."
+        )
+    return numbered

@@ -1,0 +1,112 @@
+"""Writing a file whole or not at all, and telling beforehand whether it can be written."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from heat_fast.errors import OutputError
+
+__all__ = ["check_writable", "replacing", "write_file"]
+
+
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Raise OutputError where :func:`write_file` would fail; meant for before the work starts.
+
+    It creates and removes an empty file beside the target, since permissions alone do not tell.
+    """
+    place = _final_place(path)
+    if _is_stream(place):
+        if not os.access(place, os.W_OK):
+            raise _cannot_write(place, "it is not writable", "Choose another place.")
+        return
+    temporary = _create_beside(place)
+    os.close(temporary[0])
+    os.unlink(temporary[1])
+
+
+def write_file(path: str | os.PathLike[str], data: bytes) -> None:
+    """Write a whole file or nothing: into a temporary file beside it, then renamed over it.
+
+    A symbolic link is followed, a device or pipe is written to directly. Raises OutputError.
+    """
+    with replacing(path) as file:
+        file.write(data)
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
+    """A binary file to write to, which takes the place of `path` once the block ends well.
+
+    Where the block raises, what was there before stays. Raises OutputError.
+    """
+    place = _final_place(path)
+    try:
+        if _is_stream(place):
+            with place.open("wb") as file:
+                yield file
+            return
+        descriptor, temporary = _create_beside(place)
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, place)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+    except OutputError:
+        raise
+    except OSError as error:
+        raise _cannot_write(place, str(error.strerror or error), "Choose another place.") from error
+
+
+def _cannot_write(place: Path, why: str, do: str) -> OutputError:
+    return OutputError(f"cannot write {str(place)!r}: {why}. Expected a writable file path. {do}")
+
+
+def _is_stream(place: Path) -> bool:
+    """Whether it is a device or a pipe, which is written to directly."""
+    return place.exists() and not place.is_file() and not place.is_dir()
+
+
+def _final_place(path: str | os.PathLike[str]) -> Path:
+    """The file a path stands for, links followed, after the checks that need no writing."""
+    if not os.fspath(path):
+        raise OutputError("cannot write to an empty path. Expected a file name. Give one.")
+    try:
+        if _is_stream(Path(path)):
+            return Path(path)
+        place = Path(os.path.realpath(path))
+        if place.is_dir():
+            raise _cannot_write(place, "it is a directory", "Add a file name to it.")
+        if not place.parent.is_dir():
+            raise _cannot_write(
+                place, "its directory does not exist", f"Create {str(place.parent)!r} first."
+            )
+        exists = os.path.lexists(place)
+        os.stat(place) if exists else os.stat(place.parent)
+    except (OSError, ValueError) as error:
+        if isinstance(error, OutputError):
+            raise
+        raise _cannot_write(Path(path), str(error), "Choose another name.") from error
+    if exists and not os.access(place, os.W_OK):
+        raise _cannot_write(place, "the file is write-protected", "Choose another name.")
+    return place
+
+
+def _create_beside(place: Path) -> tuple[int, Path]:
+    temporary = place.with_name(f".heat-fast-{secrets.token_hex(8)}.tmp")
+    try:
+        # Mode 0666 leaves the permissions to the user's umask, as an ordinary open() does.
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    except OSError as error:
+        raise _cannot_write(
+            place, f"its directory is not writable ({error.strerror})", "Choose another place."
+        ) from error
+    return descriptor, temporary

@@ -1,0 +1,142 @@
+"""Let the model answer, and explain the answer."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from heat_fast.attributor import Attributor
+from heat_fast.config import HeatConfig
+from heat_fast.errors import ConfigError, InputError
+from heat_fast.forward import unchanged
+from heat_fast.progress import Progress
+from heat_fast.prompt import encode_prompt
+from heat_fast.result import Attribution
+from heat_fast.spans import TargetSpan
+
+__all__ = ["generate", "generate_and_attribute"]
+
+# What would change the input, or make something else than one response of it.
+_TAKEN = frozenset(
+    {"input_ids", "inputs", "inputs_embeds", "attention_mask", "max_new_tokens", "streamer"}
+    | {"num_return_sequences", "return_dict_in_generate"}
+)
+
+
+def generate_and_attribute(
+    model: Any,
+    tokenizer: Any,
+    prompt: Any,
+    *,
+    max_new_tokens: int = 64,
+    generation: Mapping[str, Any] | None = None,
+    target_span: TargetSpan = None,
+    progress: Progress | bool | None = None,
+    **config: Any,
+) -> Attribution:
+    """Generate a response to a prompt and attribute it, or a part of it, to the prompt's tokens.
+
+    model, tokenizer, prompt, target_span, progress: as for :func:`heat_fast.attribute`.
+    max_new_tokens, generation: for the model's `generate`; `generation` holds its other arguments
+    (``{"do_sample": True, "temperature": 0.7}``), which is greedy search without them. config: the
+    fields of `HeatConfig`; `seed` is that of sampling too. For a long response
+    ``response_chunk=32``, say, saves memory.
+
+    The special token that ends a response is not part of it, unless it is all there is. The
+    response is in `target_tokens`, what it was generated with in ``metadata["generation"]``. The
+    model, its generation settings and torch's random state are left as they were found.
+
+    Raises what `attribute` raises, and InputError for generation arguments that cannot be used.
+
+    >>> import heat_fast
+    >>> demo = heat_fast.load_demo_model()
+    >>> prompt = demo.examples[0].prompt
+    >>> result = generate_and_attribute(
+    ...     demo.model, demo.tokenizer, prompt, max_new_tokens=1, variant="gs"
+    ... )
+    >>> result.target_tokens
+    (' Fenston',)
+    """
+    try:
+        settings = HeatConfig.preset(config.pop("variant", "full"), **config)
+    except ConfigError as error:
+        if str(error).startswith("unknown setting"):
+            raise ConfigError(
+                f"{error} Arguments of the generation go into generation={{...}}."
+            ) from error
+        raise
+    attributor = Attributor(model, tokenizer, settings)
+    arguments = dict(generation or {})
+    response = generate(
+        attributor, prompt, max_new_tokens=max_new_tokens, arguments=arguments, seed=settings.seed
+    )
+    result = attributor.attribute(prompt, response, target_span=target_span, progress=progress)
+    told = {"max_new_tokens": max_new_tokens, "seed": settings.seed}
+    told |= {name: _plain(value) for name, value in arguments.items()}
+    return dataclasses.replace(result, metadata={**result.metadata, "generation": told})
+
+
+def generate(
+    attributor: Attributor,
+    prompt: Any,
+    *,
+    max_new_tokens: int,
+    arguments: Mapping[str, Any],
+    seed: int,
+) -> list[int]:
+    """The ids of one response of the model, without the special token that ends it."""
+    model: Any = attributor.model
+    whole = isinstance(max_new_tokens, int) and not isinstance(max_new_tokens, bool)
+    if not whole or max_new_tokens < 1:
+        raise InputError(
+            f"max_new_tokens={max_new_tokens!r}: expected a whole number of at least 1."
+        )
+    taken = sorted(_TAKEN.intersection(arguments))
+    if taken:
+        raise InputError(
+            f"generation holds {taken[0]!r}: expected arguments that choose the words of one "
+            "response (do_sample, temperature, num_beams, ...). Leave it out."
+        )
+    weight = model.get_input_embeddings().weight
+    device = weight.device
+    encoded = encode_prompt(prompt, attributor.tokenizer, int(weight.shape[0]))
+    ids = torch.tensor([encoded.token_ids], device=device)
+    given = {"do_sample": False, **arguments}
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices), unchanged(model), torch.no_grad():
+        torch.manual_seed(seed)
+        try:
+            output = model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=max_new_tokens,
+                **given,
+            )
+        except (TypeError, ValueError) as error:
+            raise InputError(
+                f"the model cannot generate with {given}: {error}. Expected arguments of its "
+                "generate(). Correct them."
+            ) from error
+    response: list[int] = output[0, len(encoded) :].tolist()
+    return _without_end(response, model, attributor.tokenizer)
+
+
+def _without_end(response: list[int], model: Any, tokenizer: Any) -> list[int]:
+    """Without the tokens that end a response, and what pads it; all of it where that is all."""
+    ends: set[Any] = set()
+    for source in (getattr(model, "generation_config", None), tokenizer):
+        for name in ("eos_token_id", "pad_token_id"):
+            value = getattr(source, name, None)
+            ends.update(value if isinstance(value, (list, tuple)) else [value])
+    kept = list(response)
+    while kept and kept[-1] in ends:
+        kept.pop()
+    return kept or response[:1]
+
+
+def _plain(value: Any) -> Any:
+    """A value as the metadata can hold it."""
+    return value if isinstance(value, (bool, int, float, str, type(None))) else str(value)

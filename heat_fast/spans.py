@@ -1,0 +1,370 @@
+"""Stretches of a prompt and what they contributed together (paper Eq. 24).
+
+    score(span) = sum_{i in span} score[i]
+
+A span is a half-open range of tokens. Where it is given by characters, a sentence or a substring,
+a token belongs to the span that holds its first character that is not white space (its first
+character, where all of them are). So `" Paris"` belongs to `"Paris"`, a line break to what it ends
+up in, and neighbouring spans share no token and lose none. Tokens that the tokenizer added and
+that stand for no characters belong to none.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from heat_fast.errors import HeatError, InputError
+from heat_fast.prompt import first_visible
+
+if TYPE_CHECKING:
+    from heat_fast.result import Attribution
+
+__all__ = [
+    "InputSpan",
+    "Segment",
+    "Span",
+    "TargetSpan",
+    "find_span",
+    "named_segments",
+    "outstanding",
+    "sentences",
+    "span_to_span",
+    "target_range",
+]
+
+Range = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Span:
+    """Tokens `start` to `stop` (exclusive) of a prompt, with their sums over all targets.
+
+    text: what they read; characters: the half-open range of it in the prompt's text, None where
+    positions are not known. share: the span's part of the score of the whole prompt, 0 to 1.
+    """
+
+    start: int
+    stop: int
+    text: str
+    characters: Range | None
+    score: float
+    share: float
+    gate: float
+    curvature: float
+    information: float
+    name: str | None = None
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+
+#: A part of the prompt: its own text where that occurs once, a half-open range of characters, or a
+#: span of :func:`find_span`.
+Segment = str | Range | Span
+InputSpan = Segment
+#: A part of the target: its own text where that occurs once, a half-open range of target tokens, or
+#: None for all of it.
+TargetSpan = str | Range | None
+
+
+# --- one span -------------------------------------------------------------------------------------
+
+
+def find_span(
+    result: Attribution,
+    text: str | None = None,
+    *,
+    occurrence: int | None = None,
+    characters: Range | None = None,
+    tokens: Range | None = None,
+    name: str | None = None,
+) -> Span:
+    """The span of a substring, of a range of characters or of a range of tokens (half-open).
+
+    text: a part of the prompt's text; where it occurs more than once, `occurrence` says which (0 is
+    the first, -1 the last). name: kept in the span.
+
+    Raises InputError for a text that does not occur, or occurs more often without `occurrence`; for
+    ranges that are empty or lie outside; where no token begins in the characters; where the
+    positions of tokens are not known (ids, tokenizers without offsets) and are needed.
+
+    >>> import heat_fast
+    >>> demo = heat_fast.load_demo_model()
+    >>> prompt = "Maria slept. Henry ate."
+    >>> result = heat_fast.attribute(demo.model, demo.tokenizer, prompt, probes=1)
+    >>> find_span(result, "Henry ate").text
+    ' Henry ate'
+    """
+    given = [each is not None for each in (text, characters, tokens)]
+    if sum(given) != 1:
+        raise InputError(
+            f"{sum(given)} of text, characters and tokens were given: expected one of them, which "
+            "says where the span lies."
+        )
+    if occurrence is not None and text is None:
+        raise InputError("occurrence without text: expected the text that occurs. Pass it too.")
+    if tokens is not None:
+        return _span(result, _check_range(tokens, len(result), "prompt tokens"), name)
+    _known_positions(result)
+    assert result.prompt_text is not None
+    if text is not None:
+        characters = _occurrence(result.prompt_text, text, occurrence, "the prompt")
+    assert characters is not None
+    wanted = _check_range(characters, len(result.prompt_text), "characters")
+    return _span(result, _tokens_of(result, wanted), name)
+
+
+def _span(result: Attribution, tokens: Range, name: str | None = None) -> Span:
+    start, stop = tokens
+    values = {
+        key: math.fsum(result.aggregated(key)[start:stop].tolist())
+        for key in ("target_scores", "gate", "curvature", "information")
+    }
+    score, total = values.pop("target_scores"), math.fsum(result.scores.tolist())
+    characters, text = None, "".join(result.tokens[start:stop])
+    if result.offsets is not None and result.prompt_text is not None:
+        pieces = [pair for pair in result.offsets[start:stop] if pair[0] < pair[1]]
+        if pieces:
+            characters = pieces[0][0], pieces[-1][1]
+            text = result.prompt_text[slice(*characters)]
+    share = score / total if total > 0 else 0.0
+    return Span(start, stop, text, characters, score, share, name=name, **values)
+
+
+def _known_positions(result: Attribution) -> None:
+    if result.offsets is None or result.prompt_text is None:
+        raise InputError(
+            "the positions of the tokens in the text are not known: expected a prompt given as "
+            "text or messages, and a tokenizer that reports positions. Pass tokens=(start, stop)."
+        )
+
+
+def _tokens_of(result: Attribution, characters: Range) -> Range:
+    """The tokens that belong to a range of characters."""
+    assert result.prompt_text is not None and result.offsets is not None
+    owned = [
+        index
+        for index, pair in enumerate(result.offsets)
+        if pair[0] < pair[1]
+        and characters[0] <= first_visible(result.prompt_text, pair) < characters[1]
+    ]
+    if owned:
+        return owned[0], owned[-1] + 1
+    shown = result.prompt_text[slice(*characters)]
+    raise InputError(
+        f"no token begins in characters {characters[0]} to {characters[1]} ({shown!r}): expected "
+        "the beginning of at least one, for a token belongs to where its first character lies. "
+        "Widen the range."
+    )
+
+
+def _occurrence(text: str, part: str, occurrence: int | None, where: str) -> Range:
+    """The range of one occurrence of a part of a text; occurrences do not overlap."""
+    if not isinstance(part, str) or not part:
+        raise InputError(f"the text of a span is {part!r}: expected some text of {where}.")
+    starts = []
+    start = text.find(part)
+    while start >= 0:
+        starts.append(start)
+        start = text.find(part, start + len(part))
+    if not starts:
+        raise InputError(
+            f"{part!r} does not occur in {where}: expected a part of its text, letter by letter. "
+            "Copy it from there, or give a range."
+        )
+    if occurrence is None and len(starts) > 1:
+        raise InputError(
+            f"{part!r} occurs {len(starts)} times in {where}: expected to know which. Pass "
+            "occurrence=0 for the first where that can be given, or a range."
+        )
+    try:
+        start = starts[occurrence or 0]
+    except (IndexError, TypeError) as error:
+        raise InputError(
+            f"occurrence={occurrence!r}, but {part!r} occurs {len(starts)} times in {where}: "
+            f"expected {-len(starts)} to {len(starts) - 1}."
+        ) from error
+    return start, start + len(part)
+
+
+def _check_range(value: Any, size: int, what: str) -> Range:
+    try:
+        start, stop = value
+        whole = all(isinstance(each, int) and not isinstance(each, bool) for each in value)
+    except (TypeError, ValueError):
+        whole = False
+    if not whole or not 0 <= start < stop <= size:
+        raise InputError(
+            f"{value!r} is no range of the {size} {what}: expected (start, stop) with 0 <= start < "
+            f"stop <= {size}; stop itself is not part of it."
+        )
+    return start, stop
+
+
+# --- several spans --------------------------------------------------------------------------------
+
+
+def sentences(result: Attribution, language: str = "en") -> list[Span]:
+    """The prompt's sentences, in order, split by the rules of a language (ISO 639 code).
+
+    Every token that stands for characters belongs to one of them; white space and line breaks
+    belong to the sentence before. A sentence in which no token begins is left out.
+
+    Raises InputError where positions are not known, HeatError where sentencex is not installed
+    (``pip install 'heat-fast[sentences]'``).
+
+    >>> import heat_fast
+    >>> demo = heat_fast.load_demo_model()
+    >>> prompt = "Maria slept. Henry ate."
+    >>> result = heat_fast.attribute(demo.model, demo.tokenizer, prompt, probes=1)
+    >>> [sentence.text for sentence in sentences(result)]
+    ['Maria slept.', ' Henry ate.']
+    """
+    _known_positions(result)
+    assert result.prompt_text is not None
+    try:
+        from sentencex import get_sentence_boundaries
+    except ImportError as error:
+        raise HeatError(
+            f"sentencex is not installed ({error}): expected it to find sentences. Install it with "
+            "pip install 'heat-fast[sentences]', or name the parts with by_segment()."
+        ) from error
+    text = result.prompt_text
+    starts = [
+        each["start_index"]
+        for each in get_sentence_boundaries(language, text)
+        if text[each["start_index"] : each["end_index"]].strip()
+    ]
+    # What comes before the first sentence goes to it.
+    ranges = zip([0, *starts[1:]], [*starts[1:], len(text)], strict=True)
+    found = []
+    for characters in ranges:
+        try:
+            found.append(_span(result, _tokens_of(result, characters)))
+        except InputError:  # a token that began earlier covers all of it
+            continue
+    return found
+
+
+def named_segments(result: Attribution, segments: Mapping[str, Segment]) -> dict[str, Span]:
+    """The named parts of a prompt: ``{"context": "...", "question": (120, 160)}``.
+
+    A part is its text, where that occurs once; a half-open range of characters; or a span that
+    :func:`find_span` gave. Parts may overlap; their shares then add up to more than they cover.
+
+    Raises InputError as :func:`find_span` does, naming the segment.
+    """
+    if not isinstance(segments, Mapping) or not segments:
+        raise InputError(
+            f"segments is {segments!r}: expected a mapping of at least one name to a text or range."
+        )
+    found = {}
+    for name, where in segments.items():
+        try:
+            span = _locate(result, where)
+        except InputError as error:
+            raise InputError(f"segment {name!r}: {error}") from error
+        found[name] = _span(result, (span.start, span.stop), name)
+    return found
+
+
+def _locate(result: Attribution, where: Segment) -> Span:
+    if isinstance(where, Span):
+        _check_range((where.start, where.stop), len(result), "prompt tokens")
+        return where
+    if isinstance(where, str):
+        return find_span(result, where)
+    return find_span(result, characters=where)
+
+
+def outstanding(result: Attribution, k: int = 5) -> list[Span]:
+    """The k stretches that stand out most from the prompt, highest first; they share no token.
+
+    With the mean score as the level, these are the stretches whose sum of `score[i] - mean` cannot
+    be raised by making them longer or shorter (all maximal scoring subsequences; Ruzzo and Tompa,
+    1999), in the order of that sum. There may be fewer than k.
+
+    Raises InputError for k below 1.
+    """
+    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+        raise InputError(f"top_spans({k!r}): expected a whole number of at least 1.")
+    scores = result.scores.double()
+    above = (scores - scores.mean()).tolist()
+    found = _maximal(above)
+    found.sort(key=lambda each: (-math.fsum(above[slice(*each)]), each))
+    return [_span(result, each) for each in found[:k]]
+
+
+def _maximal(values: Sequence[float]) -> list[Range]:
+    """All maximal scoring subsequences, left to right (Ruzzo and Tompa, 1999).
+
+    Candidates are kept with the running total before and after them. A new one is joined to the
+    last that began lower, where none between ended as high; else it stands alone.
+    """
+    kept: list[tuple[int, int, float, float]] = []  # start, stop, total before, total after
+    total = 0.0
+    for index, value in enumerate(values):
+        before, total = total, total + value
+        if value <= 0:
+            continue
+        new = (index, index + 1, before, total)
+        while True:
+            lower = next((j for j in reversed(range(len(kept))) if kept[j][2] < new[2]), None)
+            if lower is None or kept[lower][3] >= new[3]:
+                break
+            new = (kept[lower][0], new[1], kept[lower][2], new[3])
+            del kept[lower:]
+        kept.append(new)
+    return [(start, stop) for start, stop, _, _ in kept]
+
+
+# --- to a part of the target ----------------------------------------------------------------------
+
+
+def span_to_span(
+    result: Attribution, input_span: InputSpan, target_span: TargetSpan = None
+) -> float:
+    """What a stretch of the prompt contributed to a stretch of the target (paper Eq. 24).
+
+        sum_{i in input_span} aggregate_{t in target_span} score[t, i]
+
+    aggregated over these targets as the configuration says (Eq. 23). input_span: as in
+    :func:`named_segments`; target_span: a part of the target's text that occurs once, a half-open
+    range of target tokens, or None for the whole target.
+
+    Raises InputError as :func:`find_span` does.
+    """
+    from heat_fast.combine import aggregate
+
+    span = _locate(result, input_span)
+    start, stop = target_range(result.target_tokens, target_span)
+    rows = aggregate(result.target_scores[start:stop], result.aggregate)
+    return math.fsum(rows[span.start : span.stop].tolist())
+
+
+def target_range(tokens: Sequence[str], where: TargetSpan) -> Range:
+    """The half-open range of target tokens that a part of the target stands for."""
+    if where is None:
+        return 0, len(tokens)
+    if not isinstance(where, str):
+        return _check_range(where, len(tokens), "target tokens")
+    text = "".join(tokens)
+    characters = _occurrence(text, where, None, "the target")
+    ends: list[int] = []
+    for token in tokens:
+        ends.append((ends[-1] if ends else 0) + len(token))
+    pairs = zip([0, *ends[:-1]], ends, strict=True)
+    owned = [
+        index
+        for index, pair in enumerate(pairs)
+        if characters[0] <= first_visible(text, pair) < characters[1]
+    ]
+    if not owned:
+        raise InputError(
+            f"no token of the target begins in {where!r}: expected the beginning of at least one. "
+            f"Take a longer part; the tokens are {list(tokens)}."
+        )
+    return owned[0], owned[-1] + 1

@@ -1,0 +1,307 @@
+"""Many prompts from a file: what is written, what fails, and what is left after a kill."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+import heat_fast
+from heat_fast import Attributor, HeatConfig
+from heat_fast.batch import Summary, attribute_rows
+from heat_fast.cli import app
+from heat_fast.errors import ConfigError, InputError, OutputError
+
+Rows = list[Any]
+
+
+@pytest.fixture(scope="module")
+def attributor(model_folder: str) -> Attributor:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(model_folder)
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    return Attributor(model, tokenizer, HeatConfig(variant="gs", token_budget=64))
+
+
+def write(path: Path, rows: Rows) -> Path:
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    path.write_text("".join(line + "\n" for line in lines))
+    return path
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def without_times(path: Path) -> list[dict[str, Any]]:
+    """The results of a file, all but how long each took."""
+    found = lines(path)
+    for line in found:
+        assert line["metadata"].pop("seconds")
+    return found
+
+
+GOOD: Rows = [
+    {"prompt": "the red ball", "target": " b", "id": "first"},
+    {"prompt": [1, 2, 3], "target": [4, 5], "id": 7},
+    {"prompt": "ab", "target": "cdef", "target_span": [1, 3], "source": "somewhere"},
+    {"prompt": "x", "target": None, "messages": None},
+]
+BAD: Rows = [
+    ("not json", "the line is not JSON"),
+    ("[1]", "the line is a list: expected an object"),
+    ({"target": "a"}, "neither of prompt and messages"),
+    ({"prompt": "a", "messages": []}, "both of prompt and messages"),
+    ({"prompt": "a", "targets": "b"}, "did you mean 'target'"),
+    ({"prompt": "x" * 40}, "40 tokens"),
+    ({"prompt": ""}, "the prompt is empty"),
+    ({"prompt": "a", "target": "bc", "target_span": [0, 9]}, "no range of the 2 target tokens"),
+    ({"messages": "hello"}, "messages is no list of objects"),
+    ({"messages": [{"role": "user", "content": "a"}]}, "no chat template"),
+    ({"prompt": {"a": 1}}, "expected a tokenizer's output"),
+    ({"prompt": 7}, "of type int"),
+]
+
+
+# --- what is written ------------------------------------------------------------------------------
+
+
+def test_rows_become_results_in_order(tmp_path: Path, attributor: Attributor) -> None:
+    source, output = write(tmp_path / "in.jsonl", GOOD), tmp_path / "out.jsonl"
+    seen: list[int] = []
+    summary = attribute_rows(attributor, source, output, None, lambda now: seen.append(now.done))
+    assert (summary.done, summary.failed, summary.before) == (4, 0, 0)
+    assert seen == [1, 2, 3, 4]
+    results = list(heat_fast.read_jsonl(output))
+    assert [result.id for result in results] == ["first", "7", None, None]
+    assert [result.target_tokens for result in results][2] == ("d", "e")
+    direct = attributor.attribute("the red ball", " b")
+    assert results[0].scores.tolist() == direct.scores.tolist()
+    assert summary.tokens == sum(map(len, results))
+    assert sorted(os.listdir(tmp_path)) == ["in.jsonl", "out.jsonl"]
+
+
+def test_bad_rows_go_to_the_side_file_and_the_others_go_on(
+    tmp_path: Path, attributor: Attributor
+) -> None:
+    rows = [GOOD[0], *(row for row, _ in BAD), GOOD[1]]
+    source, output = write(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl"
+    summary = attribute_rows(attributor, source, output)
+    assert (summary.done, summary.failed) == (2, len(BAD))
+    reasons = lines(tmp_path / "out.jsonl.errors.jsonl")
+    assert [each["row"] for each in reasons] == list(range(2, len(BAD) + 2))
+    for reason, (_, words) in zip(reasons, BAD, strict=True):
+        assert words in reason["error"]
+        assert reason["kind"] == "InputError"
+    assert [result.id for result in heat_fast.read_jsonl(output)] == ["first", "7"]
+
+
+def test_chat_rows(tmp_path: Path, attributor: Attributor) -> None:
+    attributor.tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }};{% endfor %}"
+    try:
+        rows = [{"messages": [{"role": "user", "content": "hi", "name": None}], "id": "a"}]
+        output = tmp_path / "out.jsonl"
+        attribute_rows(attributor, write(tmp_path / "in.jsonl", rows), output)
+    finally:
+        attributor.tokenizer.chat_template = None
+    (result,) = heat_fast.read_jsonl(output)
+    assert result.prompt_text == "hi;"
+    assert result.roles == ("user", "user", None)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_parquet_in_and_out_says_the_same_as_json_lines(
+    kind: str, tmp_path: Path, attributor: Attributor
+) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    rows = [
+        {"prompt": "the red ball", "target": " b", "id": "a"},
+        {"prompt": "ab", "target": None, "id": None},
+        {"prompt": "", "target": None, "id": "c"},
+    ]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "in.parquet")
+    plain = tmp_path / "plain.jsonl"
+    attribute_rows(attributor, write(tmp_path / "in.jsonl", rows), plain)
+    output = tmp_path / f"out.{kind}"
+    summary = attribute_rows(attributor, tmp_path / "in.parquet", output)
+    assert (summary.done, summary.failed) == (2, 1)
+    read = heat_fast.read_parquet if kind == "parquet" else heat_fast.read_jsonl
+    found = list(read(output))
+    for left, right in zip(found, heat_fast.read_jsonl(plain), strict=True):
+        assert (left.id, left.tokens) == (right.id, right.tokens)
+        assert left.scores.tolist() == right.scores.tolist()
+    assert not (tmp_path / f"out.{kind}.partial.jsonl").exists()
+    # Run again, nothing is left to do and nothing changes.
+    again = attribute_rows(attributor, tmp_path / "in.parquet", output)
+    assert (again.done, again.failed, again.before) == (0, 0, 3)
+    assert [each.to_dict() for each in read(output)] == [each.to_dict() for each in found]
+
+
+# --- stopped and begun again ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cut", range(0, 3000, 271))
+def test_whatever_was_cut_off_is_made_good(
+    cut: int, tmp_path: Path, attributor: Attributor
+) -> None:
+    """The output and the side file as a kill may leave them: cut anywhere."""
+    rows = [GOOD[0], BAD[0][0], GOOD[1], BAD[2][0], GOOD[3]]
+    source = write(tmp_path / "in.jsonl", rows)
+    whole, output = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
+    attribute_rows(attributor, source, whole)
+    text, side = whole.read_bytes(), Path(f"{whole}.errors.jsonl").read_bytes()
+    share = cut / 3000
+    output.write_bytes(text[: round(len(text) * share)])
+    # What is written is written in order: the side file has the rows before the cut, at most.
+    done = output.read_bytes().count(b"\n")
+    ends = [0, *(index + 1 for index, byte in enumerate(side) if byte == 0x0A)]
+    Path(f"{output}.errors.jsonl").write_bytes(side[: ends[min(done, 2)]])
+    summary = attribute_rows(attributor, source, output)
+    assert summary.before == done + min(done, 2)
+    assert without_times(output) == without_times(whole)
+    assert Path(f"{output}.errors.jsonl").read_bytes() == side
+
+
+def test_another_input_settings_or_file_is_refused(tmp_path: Path, attributor: Attributor) -> None:
+    source, output = write(tmp_path / "in.jsonl", GOOD), tmp_path / "out.jsonl"
+    attribute_rows(attributor, source, output)
+    before = output.read_bytes()
+    other = Attributor(attributor.model, attributor.tokenizer, HeatConfig(variant="gs", seed=3))
+    with pytest.raises(ConfigError, match="was begun with seed 0, not 3"):
+        attribute_rows(other, source, output)
+    changed = write(tmp_path / "changed.jsonl", [GOOD[1], *GOOD[1:]])
+    with pytest.raises(InputError, match="row 1 is not the one"):
+        attribute_rows(attributor, changed, output)
+    with pytest.raises(InputError, match="cannot read"):
+        attribute_rows(attributor, tmp_path / "none", output)
+    assert output.read_bytes() == before
+    heat_fast.write_jsonl([attributor.attribute("a")], output)
+    with pytest.raises(InputError, match="results that no batch wrote"):
+        attribute_rows(attributor, source, output)
+    output.write_text("something\n")
+    with pytest.raises(InputError, match="a line that is not JSON"):
+        attribute_rows(attributor, source, output)
+    assert output.read_text() == "something\n"
+
+
+def test_one_process_at_a_time(tmp_path: Path, attributor: Attributor) -> None:
+    source, output = write(tmp_path / "in.jsonl", GOOD[:1]), tmp_path / "out.jsonl"
+
+    def second(summary: Summary) -> None:
+        with pytest.raises(OutputError, match="being written by another process"):
+            attribute_rows(attributor, source, output)
+
+    assert attribute_rows(attributor, source, output, None, second).done == 1
+
+
+@pytest.mark.slow
+def test_killed_three_times_it_ends_as_if_it_had_not_been(
+    tmp_path: Path, model_folder: str, repository: Path
+) -> None:
+    random.seed()  # other moments in every run
+    count = 40
+    rows: Rows = [{"prompt": f"row {number} of the file", "id": number} for number in range(count)]
+    rows[3] = rows[17] = {"prompt": ""}
+    source = write(tmp_path / "in.jsonl", rows)
+    options = ["--model", model_folder, "--variant", "gs", "--token-budget", "64", "--seed", "5"]
+    whole, output = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
+    command = [sys.executable, "-m", "heat_fast", "batch", str(source), str(output), *options]
+    # The same number of threads as here, for the same rounding.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(repository)}
+
+    def finished() -> int:
+        return output.read_bytes().count(b"\n") if output.exists() else 0
+
+    goals = sorted(random.sample(range(1, count - 8), 3))
+    for goal in goals:
+        process = subprocess.Popen(command, cwd=repository, env=environment, stderr=subprocess.PIPE)
+        limit = time.monotonic() + 240
+        while finished() < goal and process.poll() is None and time.monotonic() < limit:
+            time.sleep(0.001)
+        time.sleep(random.uniform(0, 0.02))  # anywhere within a row
+        process.send_signal(signal.SIGKILL)
+        _, words = process.communicate()
+        assert process.returncode == -signal.SIGKILL, (goals, goal, words)
+    outcome = subprocess.run(command, cwd=repository, env=environment, capture_output=True)
+    assert outcome.returncode == 0, outcome.stderr
+    assert b"rows were done before" in outcome.stderr
+    run = CliRunner().invoke(app, ["batch", str(source), str(whole), *options])
+    assert run.exit_code == 0, run.output
+    results = without_times(output)
+    assert [line["metadata"]["batch"]["row"] for line in results] == [
+        number for number in range(1, count + 1) if number not in (4, 18)
+    ], goals
+    assert results == without_times(whole), goals
+    assert lines(Path(f"{output}.errors.jsonl")) == lines(Path(f"{whole}.errors.jsonl"))
+
+
+# --- on the command line --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(model_folder: str) -> Callable[..., Any]:
+    def call(*arguments: object) -> Any:
+        options = ["--model", model_folder, "--variant", "gs"]
+        return CliRunner().invoke(app, ["batch", *map(str, arguments), *options])
+
+    return call
+
+
+def test_it_tells_what_was_done(run: Callable[..., Any], tmp_path: Path) -> None:
+    source = write(tmp_path / "in.jsonl", [*GOOD, BAD[0][0]])
+    side = tmp_path / "reasons"
+    outcome = run(source, tmp_path / "out.jsonl", "--errors", side)
+    assert outcome.exit_code == 0, outcome.output
+    assert outcome.stdout == ""
+    assert "4 rows attributed" in outcome.stderr and "1 failed" in outcome.stderr
+    assert "rows/s" in outcome.stderr and "tokens/s" in outcome.stderr
+    assert len(lines(side)) == 1
+    assert run(source, tmp_path / "out.jsonl", "--errors", side, "--quiet").output == ""
+
+
+def test_where_every_row_fails_that_is_an_error(run: Callable[..., Any], tmp_path: Path) -> None:
+    source = write(tmp_path / "in.jsonl", [BAD[0][0], BAD[2][0]])
+    outcome = run(source, tmp_path / "out.jsonl")
+    assert outcome.exit_code == 1
+    assert "all 2 rows failed" in outcome.stderr
+    assert len(lines(tmp_path / "out.jsonl.errors.jsonl")) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["none.jsonl", "out.jsonl"], "cannot read 'none.jsonl': No such file"),
+        (["in.jsonl", "in.jsonl"], "is both input and output"),
+        (["in.jsonl", "out.jsonl", "--errors", "out.jsonl"], "expected different files"),
+        (["in.jsonl", "-"], "reads and writes files"),
+        (["in.jsonl", "no-folder/out.jsonl"], "does not exist"),
+        (["in.jsonl", "out.jsonl", "--probes", "few"], "--probes few"),
+    ],
+)
+def test_wrong_requests(
+    run: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    words: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "in.jsonl", GOOD)
+    outcome = run(*arguments)
+    assert outcome.exit_code == 2, outcome.output
+    assert words in outcome.stderr
+    assert outcome.stderr.count("\n") == 1
+    assert os.listdir(tmp_path) == ["in.jsonl"]

@@ -1,0 +1,226 @@
+"""Chat messages, generated responses, parts of responses, and responses in chunks."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy
+import pytest
+import torch
+
+import heat_fast
+from assertions import assert_close
+from families import build, prompt_ids
+from heat_fast import Attributor, HeatConfig
+from heat_fast.errors import ConfigError, InputError
+from heat_fast.prompt import encode_prompt
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] | trim }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture
+def chat(model_folder: str) -> Any:
+    """A byte-level tokenizer with a chat template and its special tokens."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = CHATML
+    return tokenizer
+
+
+# --- roles ----------------------------------------------------------------------------------------
+
+
+def test_every_token_has_the_role_of_its_message(chat: Any) -> None:
+    # Contents that look like the template, and one that it strips.
+    messages = [
+        {"role": "system", "content": "user"},
+        {"role": "user", "content": "  assistant\nuser "},
+        {"role": "assistant", "content": "user"},
+        {"role": "user", "content": "ok"},
+    ]
+    encoded = encode_prompt(messages, chat, len(chat))
+    assert encoded.roles is not None
+    spoken: dict[Any, str] = {}
+    for token, role in zip(encoded.tokens, encoded.roles, strict=True):
+        spoken[role] = spoken.get(role, "") + token
+    assert spoken["system"] == "user"
+    assert spoken["user"] == "assistant\nuserok"
+    assert spoken["assistant"] == "user"
+    assert spoken[None].count("<|im_start|>") == 5
+    assert all(role is None for role, s in zip(encoded.roles, encoded.special, strict=True) if s)
+
+
+def test_templates_that_rewrite_contents_have_no_roles(chat: Any) -> None:
+    chat.chat_template = CHATML.replace("| trim", "| upper")
+    assert encode_prompt([{"role": "user", "content": "hi"}], chat, len(chat)).roles is None
+    assert encode_prompt("hi", chat, len(chat)).roles is None
+
+
+def test_special_and_template_tokens_can_be_left_out_of_the_ranking(chat: Any) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(chat),
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+    )
+    messages = [{"role": "user", "content": "hello"}]
+    result = heat_fast.attribute(LlamaForCausalLM(config), chat, messages, variant="gs")
+    assert sum(result.template) == len(result) - len("hello")
+    shown = result.top(len(result), special=False)
+    assert "".join(row.token for row in sorted(shown, key=lambda row: row.index)) == "hello"
+    assert [row.score for row in shown] == sorted((row.score for row in shown), reverse=True)
+    assert len(result.top(len(result))) == len(result)
+    assert result.by_segment({"all": "hello"})["all"].score == pytest.approx(
+        sum(row.score for row in shown)
+    )
+
+
+# --- a part of a response, and chunks -------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"probes": 1},
+        {"estimator": "coded", "probes": 1, "codes": 3},
+        {"curvature": "gauss_newton", "probes": 2},
+        {"variant": "lr", "rank": 3},
+        {"variant": "win", "window": 9, "tail": 2, "probes": 1},
+        {"variant": "gs", "rollout": "input_path", "layers": 2},
+    ],
+    ids=str,
+)
+def test_a_part_or_chunks_of_a_response_give_the_rows_of_the_whole(
+    settings: dict[str, Any],
+) -> None:
+    model = build("llama", dtype=torch.float64)
+    prompt, response = prompt_ids("llama", 13), prompt_ids("llama", 5, seed=1)
+    attributor = Attributor(
+        model, None, HeatConfig.preset(settings.pop("variant", "full"), **settings)
+    )
+    whole = attributor.attribute(prompt, response)
+    part = attributor.attribute(prompt, response, target_span=(2, 4))
+    chunked = Attributor(model, None, attributor.config.replace(response_chunk=2))
+    pieces = chunked.attribute(prompt, response)
+    assert part.target_ids == tuple(response[2:4])
+    assert pieces.target_ids == whole.target_ids == tuple(response)
+    for name in whole.array_names():
+        expected = getattr(whole, name).double()
+        # Results are rounded to float32; the float64 runs before differ by far less.
+        tolerance = {"rtol": 1e-6, "atol": 1e-9 * float(expected.abs().max())}
+        assert_close(name, expected, getattr(pieces, name).double(), **tolerance)
+        assert_close(name, expected[2:4], getattr(part, name).double(), **tolerance)
+    assert part.metadata["response"]["token_ids"] == tuple(response)
+    assert part.metadata["response"]["span"] == (2, 4)
+    assert "response" not in whole.metadata
+
+
+def test_a_part_of_a_response_by_its_text(demo: Any) -> None:
+    prompt, response = demo.examples[0].prompt, " Fenston is it."
+    result = heat_fast.attribute(
+        demo.model, demo.tokenizer, prompt, response, "gs", target_span="is it"
+    )
+    assert "".join(result.target_tokens) == " is it"
+
+
+def test_chunks_are_estimated_as_they_are_run() -> None:
+    model = build("llama")
+    config = HeatConfig(probes=1, response_chunk=2)
+    prompt, response = prompt_ids("llama", 9), prompt_ids("llama", 5, seed=1)
+    told = heat_fast.estimate(model, 9, 5, config, calibrate=False)
+    counts = Attributor(model, None, config).attribute(prompt, response).metadata["counts"]
+    assert (told.hvp, told.branches) == (counts["hvp"], counts["branches"])
+    once = heat_fast.estimate(model, 9, 5, config.replace(response_chunk=None), calibrate=False)
+    assert told.branches == 3 * once.branches
+    assert told.total_flops > once.total_flops
+
+
+def test_wrong_parts_and_chunks() -> None:
+    model = build("llama")
+    with pytest.raises(InputError, match=r"target_span=\(0, 1\) without a target"):
+        heat_fast.attribute(model, None, [1, 2], target_span=(0, 1))
+    with pytest.raises(InputError, match="no range of the 2 target tokens"):
+        heat_fast.attribute(model, None, [1, 2], [3, 4], target_span=(1, 3))
+    with pytest.raises(ConfigError, match=r"response_chunk=2 with coverage=0\.9"):
+        HeatConfig(response_chunk=2, coverage=0.9)
+
+
+# --- generation -----------------------------------------------------------------------------------
+
+
+def test_what_the_model_generates_is_explained(demo: Any) -> None:
+    prompt = demo.examples[0].prompt
+    result = heat_fast.generate_and_attribute(
+        demo.model, demo.tokenizer, prompt, max_new_tokens=3, variant="gs"
+    )
+    assert result.target_tokens[0] == " Fenston"
+    direct = heat_fast.attribute(demo.model, demo.tokenizer, prompt, list(result.target_ids), "gs")
+    assert torch.equal(result.target_scores, direct.target_scores)
+    assert result.metadata["generation"] == {"max_new_tokens": 3, "seed": 0}
+
+
+def test_model_and_random_state_are_left_as_found() -> None:
+    model = build("llama").train()
+    model.model.layers[0].eval()
+    modes = [module.training for module in model.modules()]
+    settings = model.generation_config.to_dict()
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    before = torch.get_rng_state(), random.getstate(), numpy.random.get_state()[1].tolist()
+
+    def sampled(seed: int) -> tuple[int, ...]:
+        return heat_fast.generate_and_attribute(
+            model,
+            None,
+            [5, 6, 7],
+            max_new_tokens=6,
+            generation={"do_sample": True, "temperature": 2.0},
+            variant="gs",
+            seed=seed,
+        ).target_ids
+
+    assert sampled(1) == sampled(1)
+    assert len({sampled(seed) for seed in range(2, 6)}) > 1
+    assert [module.training for module in model.modules()] == modes
+    assert model.generation_config.to_dict() == settings
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    after = torch.get_rng_state(), random.getstate(), numpy.random.get_state()[1].tolist()
+    assert torch.equal(before[0], after[0])
+    assert before[1:] == after[1:]
+
+
+def test_the_end_of_a_response_is_no_part_of_it() -> None:
+    model = build("llama")
+    first = heat_fast.generate_and_attribute(model, None, [5, 6, 7], max_new_tokens=4, variant="gs")
+    assert len(first.target_ids) == 4
+    end = first.target_ids[-1]
+    keep = first.target_ids.index(end)
+    model.generation_config.eos_token_id = end
+    model.generation_config.pad_token_id = end
+    again = heat_fast.generate_and_attribute(model, None, [5, 6, 7], max_new_tokens=4, variant="gs")
+    assert again.target_ids == (first.target_ids[:keep] or (end,))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"max_new_tokens": 0}, InputError, "max_new_tokens=0: expected a whole number"),
+        ({"generation": {"num_return_sequences": 2}}, InputError, "holds 'num_return_sequences'"),
+        ({"generation": {"no_such": 2}}, InputError, "the model cannot generate with"),
+        ({"temperature": 0.5}, ConfigError, "go into generation={...}"),
+    ],
+)
+def test_wrong_arguments(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    import re
+
+    with pytest.raises(error, match=re.escape(message)):
+        heat_fast.generate_and_attribute(build("llama"), None, [5, 6], variant="gs", **arguments)
