@@ -22,10 +22,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test lint types format sanitize bench wheel kernels gpu bench-gpu clean distclean
+.PHONY: help setup demo test lint types format sanitize bench wheel kernels gpu bench-gpu docs screenshots notebook clean distclean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 setup: $(STAMP) ## Create .venv and install everything into it (the other targets do this too)
 
@@ -47,7 +47,7 @@ $(STAMP): pyproject.toml setup.py constraints.txt heat_fast/_version.py $(wildca
 	@echo "Installing torch (the largest download)"
 	@$(PIP) install --constraint constraints.txt torch
 	@echo "Installing heat-fast and its development tools (compiles csrc/, about a minute)"
-	@$(PIP) install --constraint constraints.txt --editable '.[dev]'
+	@$(PIP) install --constraint constraints.txt --editable '.[dev,docs]'
 	@touch $@
 	@echo "$(VENV) is ready: $$($(BIN)/python -c 'from importlib.metadata import version as v; print(*(f"{n} {v(n)}" for n in ("heat-fast", "torch", "transformers")), sep=", ")')"
 	@$(BIN)/python -c 'from heat_fast import build_info as b; i = b(); print("compiled kernels: " + (i["instruction_set"] if i["native"] else "none, torch alone (" + i["reason"] + "). A C++ compiler and the Python headers are needed; then remove $@ and run make again."))'
@@ -102,8 +102,20 @@ gpu: $(STAMP) ## Run the GPU tests and benchmarks on this machine's GPU
 bench-gpu: $(STAMP) ## Time the GPU kernels against PyTorch (writes bench/results/<gpu>/)
 	@for file in bench/gpu/*.py; do $(BIN)/python $$file $(BENCH_GPU) || failed=1; done; exit $${failed:-0}
 
+docs: $(STAMP) ## Build the documentation into site/, warnings as errors
+	@$(BIN)/python -c 'import mkdocs, material, mkdocstrings' 2>/dev/null || { \
+	  echo "make: the documentation is built with Python 3.11 or newer; $(VENV) holds $$($(BIN)/python --version 2>&1)." >&2; exit 1; }
+	@$(BIN)/python -m mkdocs build --strict --quiet
+	@echo "site/index.html is ready; '$(BIN)/python -m http.server --directory site' serves it with its search"
+
+screenshots: $(STAMP) ## Picture the report page into docs/images/ (needs chromium and its driver)
+	@$(BIN)/python tests/screenshots.py
+
+notebook: $(STAMP) ## Execute examples/explain.ipynb and keep its outputs
+	@$(BIN)/python tests/notebook.py
+
 clean: ## Remove caches and build output (.venv stays)
-	@rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .benchmarks .hypothesis
+	@rm -rf build dist site *.egg-info .mypy_cache .pytest_cache .ruff_cache .benchmarks .hypothesis
 	@find heat_fast kernels tests bench -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean ## Remove .venv as well

@@ -12,6 +12,7 @@ __all__ = [
     "ConfigError",
     "HeatError",
     "InputError",
+    "MissingPackageError",
     "NumericalError",
     "OutputError",
     "UnsupportedModelError",
@@ -40,3 +41,7 @@ class NumericalError(HeatError, ArithmeticError):
 
 class OutputError(HeatError, OSError):
     """A result cannot be written to the place it was asked to go to."""
+
+
+class MissingPackageError(HeatError, ImportError):
+    """An optional package that was asked for is not installed; the message names the extra."""

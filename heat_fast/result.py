@@ -18,6 +18,7 @@ from heat_fast.errors import InputError, NumericalError
 from heat_fast.files import write_file
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from pandas import DataFrame
 
     from heat_fast.spans import InputSpan, Segment, Span, TargetSpan
@@ -378,6 +379,50 @@ class Attribution:
             ),
             "metadata": _through_json(self.metadata),
         }
+
+    # --- showing ------------------------------------------------------------------------------
+
+    def to_html(self, path: str | os.PathLike[str]) -> None:
+        """Write one HTML file that shows everything: coloured prompt, ranking, targets, metadata.
+
+        It needs no network and no other file. An existing file is replaced only once all is
+        written. Raises OutputError where the file cannot be written.
+
+        Example: ``result.to_html("why.html")``
+        """
+        from heat_fast.report.page import write_page
+
+        write_page(self, path)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows of a result at the end of a cell."""
+        from heat_fast.report.page import render_view
+
+        return render_view(self)
+
+    def plot(self, k: int = 15) -> Figure:
+        """A matplotlib figure: the k highest tokens as bars, and their components beside them.
+
+        Raises InputError where k is no whole number of at least 1, MissingPackageError without
+        matplotlib.
+
+        Example: ``result.plot().savefig("top.png")``
+        """
+        from heat_fast.report.plots import plot_top
+
+        return plot_top(self, k)
+
+    def plot_targets(self, k: int = 40) -> Figure:
+        """A matplotlib figure: the score of prompt tokens (columns) for every target token (rows).
+
+        Of a longer prompt, the k tokens with the highest aggregated scores, in their order in the
+        prompt. Raises as :meth:`plot` does.
+
+        Example: ``result.plot_targets().savefig("targets.png")``
+        """
+        from heat_fast.report.plots import plot_targets
+
+        return plot_targets(self, k)
 
 
 # --- metadata -------------------------------------------------------------------------------------

@@ -9,10 +9,8 @@ terminals of 16 colours, which cannot show the steps, the tokens of the table ar
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import re
-import unicodedata
 from typing import Any, Final
 
 from rich.cells import cell_len
@@ -21,6 +19,7 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
+from heat_fast.reading import approximations, colour_step, escape, number, segments, visible
 from heat_fast.result import Attribution
 
 __all__ = ["is_ascii", "number", "print_result", "prompt_text", "render", "top_table", "visible"]
@@ -48,22 +47,6 @@ _TOKEN_WIDTH: Final = 12
 _SHORTEST_TOKEN: Final = 6
 _TARGETS_SHOWN: Final = 12
 _DRIVERS_SHOWN: Final = 3
-# Characters that reorder the text around them; harmless in a page, misleading in a terminal.
-_BIDIRECTIONAL_CONTROLS: Final = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
-
-
-@dataclasses.dataclass
-class _Segment:
-    """A stretch of the prompt that is shown as one: usually a token, at least a character."""
-
-    text: str
-    score: float | None = None
-    rank: int | None = None
-
-    def add(self, score: float, rank: int | None) -> None:
-        self.score = score if self.score is None else max(self.score, score)
-        if rank is not None:
-            self.rank = rank if self.rank is None else min(self.rank, rank)
 
 
 def print_result(
@@ -98,8 +81,7 @@ def render(
         ),
         _targets(result, ascii_only),
         *_target_rows(result, ascii_only, console.width, special),
-        *_approximations(result),
-        *_screening(result),
+        *map(Text, approximations(result)),
         _facts(result),
     )
 
@@ -113,18 +95,22 @@ def prompt_text(
     special: bool = True,
 ) -> Text:
     """The prompt as flowing text, each token coloured by its score (or marked by its rank)."""
-    highest = max(result.scores.tolist(), default=0.0)
     text = Text(overflow="fold")
-    for segment in _segments(result, top, special):
-        ranked = segment.rank is not None and not colour
-        level = _level(segment.score or 0.0, highest) if colour else 0
+    scores = result.scores.tolist()
+    highest = max(scores)
+    ranks = {row.index: rank for rank, row in enumerate(result.top(top, special=special), start=1)}
+    for segment in segments(result):
+        score = max((scores[index] for index in segment.tokens), default=0.0)
+        rank = min((ranks[index] for index in segment.tokens if index in ranks), default=None)
+        ranked = rank is not None and not colour
+        level = _level(score, highest) if colour else 0
         shown = _flowing(segment.text, ascii_only, mark_spaces=ranked or level > 0)
         if ranked:
             body = shown.lstrip(" ")
             text.append(shown[: len(shown) - len(body)])
             # Line breaks stand as signs inside the mark and are made after it.
             line = body.replace("\n", "")
-            text.append(f"[{segment.rank}|{line}]", style="bold")
+            text.append(f"[{rank}|{line}]", style="bold")
             text.append("\n" * (len(body) - len(line)))
         else:
             text.append(shown, style=_STYLES[level - 1] if level else None)
@@ -216,47 +202,7 @@ def _shorten(text: str, width: int, ascii_only: bool) -> str:
     return kept + dots
 
 
-def visible(token: str, ascii_only: bool = False) -> str:
-    """A token on one line, its white space and control characters visible."""
-    space, newline, tab = (" ", r"\n", r"\t") if ascii_only else ("·", "↵", "⇥")
-    shown = _escape(token, ascii_only).replace("\n", newline).replace("\t", tab)
-    body = shown.strip(" ")
-    if not ascii_only:
-        start = len(shown) - len(shown.lstrip(" "))
-        return space * start + body + space * (len(shown) - start - len(body))
-    # ASCII has no unobtrusive visible space, so quotes show where the token begins and ends.
-    return f"'{shown}'" if body != shown or not body else shown
-
-
 # --- parts ----------------------------------------------------------------------------------------
-
-
-def _segments(result: Attribution, top: int, special: bool) -> list[_Segment]:
-    scores = result.scores.tolist()
-    ranks = {row.index: rank for rank, row in enumerate(result.top(top, special=special), start=1)}
-    if result.offsets is None or result.prompt_text is None:
-        return [
-            _Segment(token, score, ranks.get(index))
-            for index, (token, score) in enumerate(zip(result.tokens, scores, strict=True))
-        ]
-    segments: list[_Segment] = []
-    done = 0
-    last: _Segment | None = None
-    for index, (start, end) in enumerate(result.offsets):
-        if start == end:  # added by the tokenizer, not in the text
-            segments.append(_Segment(result.tokens[index], scores[index], ranks.get(index)))
-            continue
-        if end <= done and last is not None:  # another piece of a character already shown
-            last.add(scores[index], ranks.get(index))
-            continue
-        if start > done:
-            segments.append(_Segment(result.prompt_text[done:start]))
-        last = _Segment(result.prompt_text[max(start, done) : end])
-        last.add(scores[index], ranks.get(index))
-        segments.append(last)
-        done = end
-    segments.append(_Segment(result.prompt_text[done:]))
-    return segments
 
 
 def _legend(colour: bool, ascii_only: bool) -> Text:
@@ -310,55 +256,6 @@ def _target_rows(
     return [Text(), table, *([Text(f"and {more} more")] if more > 0 else [])]
 
 
-def _approximations(result: Attribution) -> list[Text]:
-    """What was taken from a part of the model or of the prompt, where that was asked for."""
-    metadata: Any = result.metadata
-    lines = []
-    if metadata.get("config", {}).get("layers") is not None and "layers" in metadata:
-        used, of = metadata["layers"]["used"], metadata["layers"]["of"]
-        lines.append(f"gate and curvature through the last {used} of {of} blocks")
-    if "windows" in metadata:
-        windows = metadata["windows"]
-        count, leakage = len(windows["stretches"]), windows["leakage"]
-        lines.append(
-            f"{count} {'window' if count == 1 else 'windows'} of {windows['tokens']:,} tokens"
-        )
-        if leakage is not None:
-            lines[-1] += f" (leakage {leakage:.1%}: how far windows disagree on what they share)"
-    return [Text(line) for line in lines]
-
-
-def _screening(result: Attribution) -> list[Text]:
-    """What screening left out, one line for each kind that was asked for."""
-    metadata: Any = result.metadata
-    config, screening = metadata.get("config", {}), metadata.get("screening", {})
-    lines = []
-    if "coverage" in screening:
-        facts = screening["coverage"]
-        audit = facts["audit"]
-        lines.append(
-            f"information skipped for {facts['skipped']:,} of {facts['tokens']:,} tokens "
-            f"(coverage {config.get('coverage')})"
-        )
-        if audit["tokens"]:
-            lines[-1] += (
-                f"; audit of {audit['tokens']}: at most "
-                f"{number(audit['largest_information'])} nats, an estimated "
-                f"{audit['score_share_lost']:.2%} of the score lost"
-            )
-    if "branch_tolerance" in screening:
-        facts = screening["branch_tolerance"]
-        audit, order = facts["audit"], facts["audit"]["rank_correlation"]
-        lines.append(
-            f"{facts['frozen'] / facts['rows']:.1%} of the branches' rows frozen "
-            f"(tolerance {config.get('branch_tolerance')}); audit of {audit['branches']}: relative "
-            f"error {audit['median_relative_error']:.2%} (median), "
-            f"{audit['largest_relative_error']:.2%} (largest)"
-            + ("" if order is None else f", rank correlation {order:.3f}")
-        )
-    return [Text(line) for line in lines]
-
-
 def _facts(result: Attribution) -> Text:
     metadata: Any = result.metadata
     seconds = metadata.get("seconds", {}).get("total")
@@ -371,7 +268,7 @@ def _facts(result: Attribution) -> Text:
         f"{counts['hvp']:,} HVPs" if "hvp" in counts else None,
         f"{counts['branch_tokens']:,} branch tokens" if "branch_tokens" in counts else None,
     ]
-    return Text(_escape(" | ".join(str(fact) for fact in facts if fact)), style="dim")
+    return Text(escape(" | ".join(str(fact) for fact in facts if fact)), style="dim")
 
 
 # --- small things ---------------------------------------------------------------------------------
@@ -388,38 +285,12 @@ def is_ascii(console: Console) -> bool:
 
 
 def _level(score: float, highest: float) -> int:
-    """0 (no colour) to 8. The square root keeps middling scores visible beside a dominant one."""
-    if highest <= 0 or score <= 0:
-        return 0
-    return round(len(_STYLES) * math.sqrt(score / highest))
-
-
-def number(value: float) -> str:
-    """Three significant digits, in plain notation where that stays short."""
-    value += 0.0  # no negative zero
-    if value == 0 or 1e-4 <= abs(value) < 1e5:
-        return f"{value:#.3g}".rstrip(".") if abs(value) < 1000 else f"{value:,.0f}"
-    return f"{value:.2e}"
-
-
-def _escape(text: str, ascii_only: bool = False) -> str:
-    """Control characters, lone surrogates and reordering marks as escapes; \\n and \\t stay."""
-    escaped = "".join(
-        character
-        if character in "\n\t" or not _is_dangerous(character)
-        else character.encode("unicode_escape").decode("ascii")
-        for character in text
-    )
-    return escaped.encode("ascii", "backslashreplace").decode() if ascii_only else escaped
-
-
-def _is_dangerous(character: str) -> bool:
-    return unicodedata.category(character) in ("Cc", "Cs") or character in _BIDIRECTIONAL_CONTROLS
+    return colour_step(score, highest, len(_STYLES))
 
 
 def _flowing(text: str, ascii_only: bool, *, mark_spaces: bool) -> str:
     """A piece of the prompt as it reads, with its line breaks kept and made visible."""
-    shown = _escape(text, ascii_only)
+    shown = escape(text, ascii_only)
     if mark_spaces and shown and not shown.strip(" "):
         shown = ("_" if ascii_only else "·") * len(shown)
     shown = re.sub(r"\t", r"\\t" if ascii_only else "⇥", shown)

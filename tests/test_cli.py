@@ -369,6 +369,23 @@ def test_the_loaders_own_words_end_before_the_next_sentence(
     assert outcome.stderr.split(" Expected a folder")[0].endswith((".", "!", "?"))
 
 
+def test_html_writes_the_page(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "why.html"
+    outcome = run("--prompt", PROMPT, "--html", str(path), "--curvature", "none")
+    assert outcome.exit_code == 0, outcome.output
+    assert f"wrote {path}" in outcome.stderr
+    page = path.read_text(encoding="utf-8")
+    assert page.startswith("<!doctype html>") and "</html>" in page
+    for options, message in (
+        (("--html", "-"), "--html -: expected a file name"),
+        (("--html", str(path), "--json", str(path)), "--json and --html both name"),
+        (("--html", str(tmp_path)), "is a directory"),
+    ):
+        outcome = run("--prompt", PROMPT, *options)
+        assert outcome.exit_code == 2
+        assert message in outcome.stderr
+
+
 def test_the_clients_logs_are_for_debug(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     import logging
 

@@ -185,7 +185,9 @@ def test_wheel_holds_the_package_and_nothing_else(
     assert "heat_fast/kernels/__init__.py" in modules
     assert any(name.endswith(".safetensors") for name in data)
     assert "heat_fast/schema/attribution-2.json" in data
-    assert modules | data | {"heat_fast/py.typed"} <= wheels["tree"]
+    templates = {name for name in expected if name.startswith("heat_fast/report/templates/")}
+    assert "heat_fast/report/templates/page.html" in templates
+    assert modules | data | templates | {"heat_fast/py.typed"} <= wheels["tree"]
 
 
 def test_sdist_builds_the_same_wheel(wheels: dict[str, set[str]]) -> None:

@@ -69,6 +69,12 @@ def attribute(
         str | None,
         typer.Option("--save", metavar="F", help="Save the result as one safetensors file."),
     ] = None,
+    html_path: Annotated[
+        str | None,
+        typer.Option(
+            "--html", metavar="F", help="Write the report as one HTML page, for a browser."
+        ),
+    ] = None,
     top: Annotated[int, typer.Option(min=1, help="Tokens in the table.")] = 10,
     special: Annotated[
         bool,
@@ -100,7 +106,8 @@ def attribute(
             "--target is empty: expected some text. Leave it out for the model's own choice."
         )
     span = _target_span(target, target_span)
-    check_places({"--json": json_path, "--save": save_path}, streams=("--json",))
+    places = {"--json": json_path, "--save": save_path, "--html": html_path}
+    check_places(places, streams=("--json",))
     loaded = load_model(model, device, dtype, debug=debug)
     from heat_fast.attributor import Attributor
 
@@ -108,7 +115,7 @@ def attribute(
     result = attributor.attribute(
         loaded.example if text is None else text, target, target_span=span, progress=not quiet
     )
-    _write(result, json_path, save_path, top=top, special=special, quiet=quiet)
+    _write(result, json_path, save_path, html_path, top=top, special=special, quiet=quiet)
 
 
 # --- before the work ------------------------------------------------------------------------------
@@ -178,6 +185,7 @@ def _write(
     result: Attribution,
     json_path: str | None,
     save_path: str | None,
+    html_path: str | None,
     *,
     top: int,
     special: bool,
@@ -186,6 +194,9 @@ def _write(
     if save_path is not None:
         result.save(save_path)
         note(f"saved {save_path}", quiet)
+    if html_path is not None:
+        result.to_html(html_path)
+        note(f"wrote {html_path}", quiet)
     if json_path is not None:
         write_json(result.to_dict(), json_path, quiet)
     if not quiet and json_path != STANDARD_STREAM:

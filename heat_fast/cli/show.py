@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from heat_fast.cli import options
-from heat_fast.cli.common import UsageError, check_places, note, standard_output, write_json
+from heat_fast.cli.common import check_places, note, standard_output, write_json
 from heat_fast.cli.results import read_result
 
 
@@ -42,12 +42,10 @@ def show(
     Example: heat-fast show why.safetensors --top 5
     """
     check_places({"--html": html_path, "--json": json_path}, streams=("--json",))
-    result: Any = read_result(path, name)
+    result = read_result(path, name)
     if json_path is not None:
         write_json(result.to_dict(), json_path)
     if html_path is not None:
-        if not hasattr(result, "to_html"):
-            raise UsageError("--html: this version makes no pages. Leave it out.")
         result.to_html(html_path)
         note(f"wrote {html_path}", False)
     if json_path is None and html_path is None:

@@ -1,0 +1,163 @@
+"""What every view of a result says alike: the prompt in stretches, text made visible, caveats.
+
+The terminal, the page and the notebook differ in how they draw; what they draw comes from here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import unicodedata
+from typing import Any, Final
+
+from heat_fast.result import Attribution
+
+__all__ = ["Segment", "approximations", "colour_step", "escape", "number", "segments", "visible"]
+
+# Characters that reorder the text around them, and so mislead whoever reads it.
+_BIDIRECTIONAL_CONTROLS: Final = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+
+
+@dataclasses.dataclass(frozen=True)
+class Segment:
+    """A stretch of the prompt that is shown as one: usually a token, at least a character.
+
+    text: what stands there; tokens: the positions of the tokens it is made of. There are several
+    where a tokenizer spells one character in pieces, and none for text between two tokens.
+    """
+
+    text: str
+    tokens: tuple[int, ...] = ()
+
+
+def segments(result: Attribution) -> list[Segment]:
+    """The prompt from beginning to end, every token in exactly one segment.
+
+    Tokens that are not in the text (added by the tokenizer, or ids without a text) stand for
+    themselves.
+    """
+    if result.offsets is None or result.prompt_text is None:
+        return [Segment(token, (index,)) for index, token in enumerate(result.tokens)]
+    found: list[Segment] = []
+    done = 0
+    last: int | None = None  # the segment that the next piece of a character belongs to
+    for index, (start, end) in enumerate(result.offsets):
+        if start == end:  # added by the tokenizer, not in the text
+            found.append(Segment(result.tokens[index], (index,)))
+            continue
+        if end <= done and last is not None:  # another piece of a character already shown
+            found[last] = Segment(found[last].text, (*found[last].tokens, index))
+            continue
+        if start > done:
+            found.append(Segment(result.prompt_text[done:start]))
+        last = len(found)
+        found.append(Segment(result.prompt_text[max(start, done) : end], (index,)))
+        done = end
+    if done < len(result.prompt_text):
+        found.append(Segment(result.prompt_text[done:]))
+    return found
+
+
+def colour_step(value: float, highest: float, steps: int) -> int:
+    """0 (no colour) to `steps`. The square root keeps middling values visible beside a large one.
+
+    >>> colour_step(0.25, 1.0, 8)
+    4
+    """
+    if highest <= 0 or value <= 0:
+        return 0
+    return round(steps * math.sqrt(value / highest))
+
+
+def number(value: float) -> str:
+    """Three significant digits, in plain notation where that stays short.
+
+    >>> number(0.0123456), number(12345.6), number(1e-7)
+    ('0.0123', '12,346', '1.00e-07')
+    """
+    value += 0.0  # no negative zero
+    if value == 0 or 1e-4 <= abs(value) < 1e5:
+        return f"{value:#.3g}".rstrip(".") if abs(value) < 999.5 else f"{value:,.0f}"
+    return f"{value:.2e}"
+
+
+def escape(text: str, ascii_only: bool = False) -> str:
+    """Control characters, lone surrogates and reordering marks as escapes; \\n and \\t stay."""
+    escaped = "".join(
+        character
+        if character in "\n\t" or not _is_dangerous(character)
+        else character.encode("unicode_escape").decode("ascii")
+        for character in text
+    )
+    return escaped.encode("ascii", "backslashreplace").decode() if ascii_only else escaped
+
+
+def _is_dangerous(character: str) -> bool:
+    return unicodedata.category(character) in ("Cc", "Cs") or character in _BIDIRECTIONAL_CONTROLS
+
+
+def visible(token: str, ascii_only: bool = False) -> str:
+    """A token on one line, its white space and control characters visible."""
+    space, newline, tab = (" ", r"\n", r"\t") if ascii_only else ("·", "↵", "⇥")
+    shown = escape(token, ascii_only).replace("\n", newline).replace("\t", tab)
+    body = shown.strip(" ")
+    if not ascii_only:
+        start = len(shown) - len(shown.lstrip(" "))
+        return space * start + body + space * (len(shown) - start - len(body))
+    # ASCII has no unobtrusive visible space, so quotes show where the token begins and ends.
+    return f"'{shown}'" if body != shown or not body else shown
+
+
+def approximations(result: Attribution) -> list[str]:
+    """What was taken from a part of the model or of the prompt, where that was asked for.
+
+    One line for each: the last blocks alone, windows, and what screening left out.
+    """
+    return [*_parts(result), *_screening(result)]
+
+
+def _parts(result: Attribution) -> list[str]:
+    metadata: Any = result.metadata
+    lines = []
+    if metadata.get("config", {}).get("layers") is not None and "layers" in metadata:
+        used, of = metadata["layers"]["used"], metadata["layers"]["of"]
+        lines.append(f"gate and curvature through the last {used} of {of} blocks")
+    if "windows" in metadata:
+        windows = metadata["windows"]
+        count, leakage = len(windows["stretches"]), windows["leakage"]
+        lines.append(
+            f"{count} {'window' if count == 1 else 'windows'} of {windows['tokens']:,} tokens"
+        )
+        if leakage is not None:
+            lines[-1] += f" (leakage {leakage:.1%}: how far windows disagree on what they share)"
+    return lines
+
+
+def _screening(result: Attribution) -> list[str]:
+    metadata: Any = result.metadata
+    config, screening = metadata.get("config", {}), metadata.get("screening", {})
+    lines = []
+    if "coverage" in screening:
+        facts = screening["coverage"]
+        audit = facts["audit"]
+        lines.append(
+            f"information skipped for {facts['skipped']:,} of {facts['tokens']:,} tokens "
+            f"(coverage {config.get('coverage')})"
+        )
+        if audit["tokens"]:
+            lines[-1] += (
+                f"; audit of {audit['tokens']}: at most "
+                f"{number(audit['largest_information'])} nats, an estimated "
+                f"{audit['score_share_lost']:.2%} of the score lost"
+            )
+    if "branch_tolerance" in screening:
+        facts = screening["branch_tolerance"]
+        audit, order = facts["audit"], facts["audit"]["rank_correlation"]
+        lines.append(
+            f"{facts['frozen'] / facts['rows']:.1%} of the branches' rows frozen "
+            f"(tolerance {config.get('branch_tolerance')}); audit of {audit['branches']}: relative "
+            f"error {audit['median_relative_error']:.2%} (median), "
+            f"{audit['largest_relative_error']:.2%} (largest)"
+            + ("" if order is None else f", rank correlation {order:.3f}")
+        )
+    return lines

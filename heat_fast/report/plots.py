@@ -1,0 +1,141 @@
+"""Figures of a result: its highest tokens with their components, and targets against tokens.
+
+They are made without pyplot, so that nothing is registered or shown by itself: save a figure, or
+leave it at the end of a notebook's cell. Needs matplotlib, the optional extra ``plot``.
+"""
+
+from __future__ import annotations
+
+import io
+import unicodedata
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from heat_fast.errors import MissingPackageError
+from heat_fast.reading import visible
+from heat_fast.report import palette
+from heat_fast.report.page import shorten
+from heat_fast.result import Attribution
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["plot_targets", "plot_top"]
+
+_LABEL_LENGTH = 18
+_COMPONENTS = ("gate", "curvature", "information")
+_MUTED = "#6a6257"
+
+
+def plot_top(result: Attribution, k: int = 15) -> Figure:
+    """The k highest tokens: their scores as bars, and each component on a scale of its own.
+
+    Raises InputError where k is no whole number of at least 1, MissingPackageError without
+    matplotlib.
+    """
+    top = result.top(k)
+    figure = _figure(width=9.0, height=1.3 + 0.27 * len(top))
+    axes: Any = figure.subplots(1, 4, sharey=True, width_ratios=(2, 1, 1, 1))
+    labels = [_label(row.token, row.index) for row in top]
+    colour = palette.HEAT["light"][5]
+    for axis, name in zip(axes, ("score", *_COMPONENTS), strict=True):
+        axis.barh(
+            range(len(top)),
+            [getattr(row, name) for row in top],
+            color=colour if name == "score" else palette.HEAT["light"][3],
+            height=0.7,
+        )
+        _plain(axis)
+        axis.set_title(name, fontsize=10, loc="left")
+        axis.locator_params(axis="x", nbins=5 if name == "score" else 3)
+        axis.set_xlim(left=0)
+    axes[0].set_yticks(range(len(top)), labels=labels)
+    axes[0].invert_yaxis()
+    figure.suptitle(f"What led to {_targets(result)}", x=0.01, ha="left", fontsize=11)
+    return figure
+
+
+def plot_targets(result: Attribution, k: int = 40) -> Figure:
+    """The score of prompt tokens (columns) for every target token (rows), as colours.
+
+    Of a longer prompt, the k tokens with the highest aggregated scores, in their order in the
+    prompt. The square root of the score is coloured, as on the page; the colour bar tells scores.
+    Raises InputError where k is no whole number of at least 1, MissingPackageError without
+    matplotlib.
+    """
+    columns = sorted(row.index for row in result.top(k))
+    scores = result.target_scores[:, torch.tensor(columns)].numpy()
+    n_targets = len(result.target_ids)
+    figure = _figure(width=2.6 + 0.24 * len(columns), height=1.9 + 0.24 * n_targets)
+    from matplotlib.colors import LinearSegmentedColormap, PowerNorm
+
+    axis: Any = figure.subplots()
+    image = axis.imshow(
+        scores,
+        cmap=LinearSegmentedColormap.from_list("heat", ["#ffffff", *palette.HEAT["light"]]),
+        norm=PowerNorm(0.5, vmin=0, vmax=max(float(scores.max()), torch.finfo(torch.float32).tiny)),
+        aspect="auto",
+        interpolation="nearest",
+    )
+    axis.set_xticks(
+        range(len(columns)),
+        labels=[_label(result.tokens[index], index) for index in columns],
+        rotation=90,
+    )
+    axis.set_yticks(
+        range(n_targets),
+        labels=[_label(token, number) for number, token in enumerate(result.target_tokens)],
+    )
+    _plain(axis)
+    whole = len(columns) == len(result)
+    axis.set_xlabel("prompt token" if whole else f"the {len(columns)} highest prompt tokens")
+    axis.set_ylabel("target token")
+    figure.colorbar(image, ax=axis, label="score", shrink=0.9).outline.set_visible(False)
+    return figure
+
+
+def _figure(width: float, height: float) -> Figure:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingPackageError(
+            "matplotlib is not installed: expected it for figures. Install it with "
+            "pip install 'heat-fast[plot]'."
+        ) from error
+
+    class Plot(Figure):
+        """A figure that notebooks show although pyplot does not know of it."""
+
+        def _repr_png_(self) -> bytes:
+            data = io.BytesIO()
+            self.savefig(data, format="png", dpi=110)
+            return data.getvalue()
+
+    return Plot(figsize=(width, height), layout="constrained")
+
+
+def _plain(axis: Axes) -> None:
+    """Quiet axes: no frame, small labels."""
+    axis.spines[:].set_visible(False)
+    axis.tick_params(length=0, labelsize=9, labelcolor=_MUTED)
+
+
+def _label(token: str, index: int) -> str:
+    """A token and its position, as a label that matplotlib takes literally.
+
+    A dollar sign would begin a formula; characters without a shape of their own would be boxes.
+    """
+    shown = "".join(
+        f"\\u{ord(character):04x}"
+        if unicodedata.category(character) in ("Cf", "Co", "Cn")
+        else character
+        for character in visible(token)
+    )
+    return f"{shorten(shown, _LABEL_LENGTH)}  {index}".replace("$", r"\$")
+
+
+def _targets(result: Attribution) -> str:
+    text = "".join(result.target_tokens)
+    return shorten(visible(text.strip(" ") or text), 60).replace("$", r"\$")
