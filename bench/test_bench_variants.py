@@ -1,10 +1,10 @@
 """Every preset's time, memory and counts at growing lengths, and its fidelity to `full`.
 
 Costs are those of a random-weight Llama small enough for `full` with the block estimator at 2,048
-tokens (2 blocks, width 96, three heads), each run in a process of its own; `ls` keeps one of its two
-blocks. All presets use 2 probes, so that what differs is the preset. Two blocks keep so little that
-the sketch of `lr` outweighs it; what a model of usual depth takes is measured with 16 blocks of
-width 256, by runs that hold as much as whole ones and stop early. Fidelity is measured on the
+tokens (2 blocks, width 96, three heads), each run in a process of its own; `ls` keeps one of its
+two blocks. All presets use 2 probes, so that what differs is the preset. Two blocks keep so little
+that the sketch of `lr` outweighs it; what a model of usual depth takes is measured with 16 blocks
+of width 256, by runs that hold as much as whole ones and stop early. Fidelity is measured on the
 3M-parameter story model, where that is on disk, against `full` with 32 block probes.
 
     make bench JSON=variants-cpu PYTEST_ARGS="-k variants"

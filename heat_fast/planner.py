@@ -1,9 +1,10 @@
 """How much to run at once: token rows per batch, and what happens when memory runs out.
 
 On a CPU batches are fastest whose temporaries just fit the cache: 512 token rows of a model of
-width 288 or more, up to twice as many of a narrower one (`cpu_rows`). Several batches run side by side, each on its own share of torch's threads. On a GPU the budget follows
-from the memory that is free and the model's shape. When an allocation fails the budget is halved
-and the batch tried again; nothing that was computed is lost.
+width 288 or more, up to twice as many of a narrower one (`cpu_rows`). Several batches run side by
+side, each on its own share of torch's threads. On a GPU the budget follows from the memory that is
+free and the model's shape. When an allocation fails the budget is halved and the batch tried again;
+nothing that was computed is lost.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ import torch
 # The C library that this process runs on, where it can be asked.
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
-# Rows of a batch on a CPU, at least, and numbers in one of its tensors `[rows, width]`. Timed: up to
-# width 128 twice as many rows take 0.5 to 0.7 times as long, at 288 more rows gain nothing.
+# Rows of a batch on a CPU, at least, and numbers in one of its tensors `[rows, width]`. Timed: up
+# to width 128 twice as many rows take 0.5 to 0.7 times as long, at 288 more rows gain nothing.
 CPU_ROWS = 512
 _CPU_NUMBERS = 512 * 288
 # Python itself takes a few milliseconds of each batch, one thread at a time.
