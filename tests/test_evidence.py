@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from conftest import Figures
     from heat_fast.demo import Demo
 
-PROMPTS = 100
+PROMPTS = 40
 
 
 @pytest.mark.slow
