@@ -105,7 +105,7 @@ bench-gpu: $(STAMP) ## Time the GPU kernels against PyTorch (writes bench/result
 docs: $(STAMP) ## Build the documentation into site/, warnings as errors
 	@$(BIN)/python -c 'import mkdocs, material, mkdocstrings' 2>/dev/null || { \
 	  echo "make: the documentation is built with Python 3.11 or newer; $(VENV) holds $$($(BIN)/python --version 2>&1)." >&2; exit 1; }
-	@$(BIN)/python -m mkdocs build --strict --quiet
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 	@echo "site/index.html is ready; '$(BIN)/python -m http.server --directory site' serves it with its search"
 
 screenshots: $(STAMP) ## Picture the report page into docs/images/ (needs chromium and its driver)
