@@ -1,0 +1,224 @@
+"""Attribution from what the model says of changed prompts; and at random."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from heat_fast.attributor import Attributor
+from heat_fast.baselines.base import Baseline, check_choice, check_count, register
+from heat_fast.baselines.case import Case
+from heat_fast.config import HeatConfig
+from heat_fast.errors import ConfigError, InputError, MissingPackageError
+from heat_fast.prompt import readable_tokens
+from heat_fast.result import COMPONENTS, Attribution
+
+
+@register("random")
+@dataclass(frozen=True, kw_only=True)
+class Random(Baseline):
+    """Uniform random scores in [0, 1): what any method has to beat. Cost: none."""
+
+    def scores(self, case: Case) -> Tensor:
+        """See `Baseline.scores`."""
+        return torch.rand(len(case.targets), case.tokens, generator=self._generator())
+
+
+@register("leave_one_out")
+@dataclass(frozen=True, kw_only=True)
+class LeaveOneOut(Baseline):
+    """Divergence when one token is masked: HEAT's information component by itself.
+
+        score[i] = KL( P || P with token i's embedding replaced )
+
+    `masking`: `"zero"` or `"mean"`, as in `HeatConfig`. Cost: 1 forward and N forwards of the
+    tokens from i on, half of N whole ones.
+    """
+
+    masking: str = "zero"
+
+    def __post_init__(self) -> None:
+        check_choice("masking", self.masking, ("zero", "mean"))
+
+    def scores(self, case: Case) -> dict[str, Tensor]:
+        """See `Baseline.scores`."""
+        config = HeatConfig(
+            curvature="none", masking=self.masking, beta=0.0, gamma=1.0, seed=self.seed
+        )
+        attributor = Attributor(case.model, None, config)
+        result = attributor.attribute(list(case.prompt.token_ids), list(case.targets))
+        case.counts["forward"] += case.tokens + 1
+        return {
+            "target_scores": result.information,
+            "information": result.information,
+            "log_prob_drop": result.log_prob_drop,
+        }
+
+
+@register("context_cite")
+@dataclass(frozen=True, kw_only=True)
+class ContextCite(Baseline):
+    """A sparse linear surrogate of random ablations (Cohen-Wang et al. 2024).
+
+        logit p(target | sources v) ~ b + w . v,   w by the Lasso,   v[s] ~ Bernoulli(keep)
+
+    `logit p = log p - log(1 - p)`; each target token has a surrogate of its own. As in the
+    authors' code, v and the outputs are standardised, the penalty is `alpha` = 0.01 and w is scaled
+    back. `sources`: `"token"` or `"sentence"` (needs `heat-fast[sentences]`; a sentence's weight
+    is shared out evenly among its tokens, so that their sum is the weight). Ablated sources are
+    deleted from the sequence. The paper never ablates the question: here special tokens, those of
+    a chat template and the last token, from which the prediction is made, always stay and score
+    0. Signed. Needs scikit-learn (`heat-fast[evaluation]`). Cost: `ablations` forwards.
+    """
+
+    ablations: int = 64
+    sources: str = "token"
+    keep: float = 0.5
+    alpha: float = 0.01
+
+    def __post_init__(self) -> None:
+        check_count("ablations", self.ablations, 2)
+        check_choice("sources", self.sources, ("token", "sentence"))
+        if not 0 < self.keep < 1:
+            raise ConfigError(f"keep={self.keep!r}: expected a share between 0 and 1. Pass 0.5.")
+        if not self.alpha > 0:
+            raise ConfigError(f"alpha={self.alpha!r}: expected a positive number. Pass 0.01.")
+
+    def scores(self, case: Case) -> Tensor:
+        """See `Baseline.scores`."""
+        fit = _lasso()
+        groups = self._sources(case)
+        kept = torch.rand(self.ablations, len(groups), generator=self._generator()) < self.keep
+        removable = {token for group in groups for token in group}
+        fixed = set(range(case.tokens)) - removable
+        subsets = []
+        for row in kept.tolist():
+            chosen = [group for group, stays in zip(groups, row, strict=True) if stays]
+            subsets.append(sorted(fixed.union(*map(set, chosen))))
+        log_p = case.pick(case.subsets(subsets)).double().cpu()
+        outputs = log_p - torch.log(-torch.expm1(log_p.clamp(max=-1e-12)))
+        scores = torch.zeros(len(case.targets), case.tokens, dtype=torch.double)
+        for target in range(len(case.targets)):
+            weights = fit(kept.double(), outputs[:, target], self.alpha)
+            for group, weight in zip(groups, weights.tolist(), strict=True):
+                scores[target, group] = weight / len(group)
+        return scores
+
+    def _sources(self, case: Case) -> list[list[int]]:
+        prompt, last = case.prompt, case.tokens - 1
+        template = [role is None for role in prompt.roles or ("",) * len(prompt)]
+        fixed = {
+            token
+            for token in range(case.tokens)
+            if prompt.special[token] or template[token] or token == last
+        }
+        if self.sources == "token":
+            groups = [[token] for token in range(case.tokens)]
+        else:
+            sentences = _bare(case).by_sentence()
+            groups = [list(range(sentence.start, sentence.stop)) for sentence in sentences]
+        groups = [[token for token in group if token not in fixed] for group in groups]
+        groups = [group for group in groups if group]
+        if not groups:
+            raise InputError(
+                f"a prompt of {case.tokens} tokens has nothing that ContextCite may ablate: "
+                "expected tokens beside special ones and the last. Pass a longer prompt."
+            )
+        return groups
+
+
+@register("reagent")
+@dataclass(frozen=True, kw_only=True)
+class ReAGent(Baseline):
+    """Random replacements, accumulated as logits (Zhao and Shan 2024).
+
+        D = P(target | x) - P(target | x with a random subset R replaced)
+        logits[i] += logit((D + 1) / 2) for i in R, -= for the others;   score = softmax(logits)
+
+    `share` of the tokens are replaced in each of `steps` updates. The paper draws replacements
+    from RoBERTa and stops once the top tokens alone keep the prediction; here they come from the
+    model's own distribution after the tokens before (uniform for the first token), so that no
+    other model is needed, and all steps are taken. Cost: `steps` + 2 forwards.
+    """
+
+    steps: int = 64
+    share: float = 0.3
+
+    def __post_init__(self) -> None:
+        check_count("steps", self.steps)
+        if not 0 < self.share <= 1:
+            raise ConfigError(f"share={self.share!r}: expected a share in (0, 1]. Pass 0.3.")
+
+    def scores(self, case: Case) -> Tensor:
+        """See `Baseline.scores`."""
+        x, count, generator = case.embeddings, case.tokens, self._generator()
+        embed = case.model.get_input_embeddings()
+        size = max(1, round(self.share * count))
+        order = torch.rand(self.steps, count, generator=generator).argsort(-1)
+        replaced = torch.zeros(self.steps, count, dtype=torch.bool)
+        replaced.scatter_(1, order[:, :size], True)
+        draws = _draw(case, self.steps, generator)
+
+        def contexts(first: int, stop: int) -> Tensor:
+            batch = x.repeat(stop - first, 1, 1)
+            where = replaced[first:stop].to(x.device)
+            batch[:, :count][where] = embed(draws[first:stop].to(x.device)[where]).detach()
+            return batch
+
+        found = case.target_log_probs(contexts, self.steps).exp().double().cpu()
+        whole = case.pick(case.log_probs()).exp().double().cpu()
+        update = torch.logit((whole - found + 1) / 2, eps=1e-6)  # [steps, T]
+        sign = torch.where(replaced, 1.0, -1.0).double()
+        return torch.einsum("st,sn->tn", update, sign).softmax(-1)
+
+
+def _draw(case: Case, steps: int, generator: torch.Generator) -> Tensor:
+    """Replacement ids `[steps, N]` from the model's distribution before each token."""
+    before = case.forward(case.embeddings[None, : case.tokens], case.tokens)[0].exp().cpu()
+    rows = int(case.model.get_input_embeddings().weight.shape[0])
+    probabilities = before.roll(1, 0)[:, :rows]
+    probabilities[0] = 1
+    return torch.multinomial(probabilities, steps, replacement=True, generator=generator).T
+
+
+def _bare(case: Case) -> Attribution:
+    """The prompt as a result without scores, for its sentences."""
+    zeros = torch.zeros(1, case.tokens)
+    prompt = case.prompt
+    return Attribution(
+        **dict.fromkeys(COMPONENTS, zeros),
+        token_ids=prompt.token_ids,
+        tokens=prompt.tokens,
+        offsets=prompt.offsets,
+        prompt_text=prompt.text,
+        special=prompt.special,
+        roles=prompt.roles,
+        target_ids=case.targets[:1],
+        target_tokens=readable_tokens(case.targets[:1], case.tokenizer),
+        target_log_probs=torch.zeros(1),
+        metadata={},
+    )
+
+
+def _lasso() -> Any:
+    """`fit(v [B, S], outputs [B], alpha) -> w [S]`: the Lasso on standardised data."""
+    try:
+        from sklearn.linear_model import Lasso
+    except ImportError as error:
+        raise MissingPackageError(
+            "context_cite fits a Lasso and scikit-learn is not installed: expected it beside "
+            "heat_fast. Install it with pip install 'heat-fast[evaluation]'."
+        ) from error
+
+    def fit(v: Tensor, outputs: Tensor, alpha: float) -> Tensor:
+        scale = v.std(0, correction=0)
+        scale = torch.where(scale > 0, scale, 1.0)
+        spread = float(outputs.std(correction=0)) or 1.0
+        x, y = (v - v.mean(0)) / scale, (outputs - outputs.mean()) / spread
+        lasso = Lasso(alpha=alpha, fit_intercept=False).fit(x.numpy(), y.numpy())
+        return torch.from_numpy(lasso.coef_) / scale * spread
+
+    return fit
