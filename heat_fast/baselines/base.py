@@ -62,21 +62,8 @@ class Baseline(ABC):
             log_probs = case.pick(case.log_probs())[0]
             found = self.scores(case)
         arrays = found if isinstance(found, dict) else {"target_scores": found}
-        zeros = torch.zeros(len(case.targets), case.tokens)
-        encoded = case.prompt
-        return Attribution(
-            **{**dict.fromkeys(COMPONENTS, zeros), **arrays},
-            token_ids=encoded.token_ids,
-            tokens=encoded.tokens,
-            offsets=encoded.offsets,
-            prompt_text=encoded.text,
-            special=encoded.special,
-            roles=encoded.roles,
-            target_ids=case.targets,
-            target_tokens=readable_tokens(case.targets, tokenizer),
-            target_log_probs=log_probs,
-            metadata=self._metadata(case, sorted(arrays), time.perf_counter() - started),
-        )
+        metadata = self._metadata(case, sorted(arrays), time.perf_counter() - started)
+        return as_result(case, case.targets, arrays, log_probs, metadata)
 
     def _metadata(self, case: Case, measured: list[str], seconds: float) -> dict[str, Any]:
         import transformers
@@ -159,3 +146,28 @@ def check_count(setting: str, value: Any, minimum: int = 1) -> None:
         raise ConfigError(
             f"{setting}={value!r}: expected a whole number of at least {minimum}. Pass one."
         )
+
+
+def as_result(
+    case: Case,
+    targets: tuple[int, ...],
+    arrays: dict[str, Tensor],
+    log_probs: Tensor,
+    metadata: dict[str, Any],
+) -> Attribution:
+    """A result with these arrays; the components that are not among them are 0."""
+    zeros, encoded = torch.zeros(len(targets), case.tokens), case.prompt
+    components: dict[str, Any] = {**dict.fromkeys(COMPONENTS, zeros), **arrays}
+    return Attribution(
+        **components,
+        token_ids=encoded.token_ids,
+        tokens=encoded.tokens,
+        offsets=encoded.offsets,
+        prompt_text=encoded.text,
+        special=encoded.special,
+        roles=encoded.roles,
+        target_ids=targets,
+        target_tokens=readable_tokens(targets, case.tokenizer),
+        target_log_probs=log_probs,
+        metadata=metadata,
+    )

@@ -1,7 +1,8 @@
 """One prompt and its targets, and the ways in which a baseline asks the model about them.
 
-Everything but attention goes through the model's own forward, as `inputs_embeds`. Sequences of
-different lengths are padded on the right: in a causal model padding there changes nothing.
+Predictions and gradients come from the model's own forward, as `inputs_embeds`; attention and
+hidden states from the decoder's view, which puts no hooks on the model. Sequences of different
+lengths are padded on the right: in a causal model padding there changes nothing.
 """
 
 from __future__ import annotations
@@ -15,11 +16,12 @@ import torch
 from torch import Tensor
 
 from heat_fast.attributor import _context_length, _embedding_device
-from heat_fast.decoder import view
+from heat_fast.decoder import Rows, view
 from heat_fast.decoder.norm import wide
+from heat_fast.forward import check_faithful
 from heat_fast.planner import Budget, cpu_rows, run_batches
 from heat_fast.prompt import EncodedPrompt, check_length, encode_prompt, encode_target
-from heat_fast.trunk import Trunk, run_trunk
+from heat_fast.trunk import Trunk, require_finite, run_trunk
 
 GPU_ROWS = 1 << 13
 # Logits of one batch: at most this many numbers, 256 MB in float32.
@@ -138,16 +140,17 @@ class Case:
         return both[:, :, 0, -1], both[..., :-1]
 
     def hidden_states(self, layer: int) -> Tensor:
-        """Residual stream `[N + T, d]` leaving block `layer - 1` of the prompt and all targets."""
+        """Residual stream `[N + T, d]` of the prompt and all targets, after `layer` blocks."""
         check_length(self.tokens, len(self.targets) + 1, _context_length(self.model))
         embed = self.model.get_input_embeddings()
         whole = torch.cat((self.embeddings, embed(self.target_ids[-1:]).detach()))
-        output = self.model(
-            inputs_embeds=whole[None], use_cache=False, output_hidden_states=True, logits_to_keep=1
-        )
+        decoder, length = view(self.model, len(whole)), len(whole)
+        x = decoder.enter(whole[None], 0)
+        for block in decoder.blocks[:layer]:
+            x = block.forward(x, Rows(0, 0, length))[0]
         self.counts["forward"] += 1
-        states: Tensor = output.hidden_states[layer][0]
-        return states.to(wide(states.dtype))
+        require_finite(x, f"the hidden states after {layer} blocks")
+        return x[0].to(wide(x.dtype))
 
     def prefixes(self, embeddings: Tensor, ids: Sequence[int]) -> Tensor:
         """Log-probabilities `[B, M, n]` of n tokens after every prefix of contexts `[B, M, d]`."""
@@ -160,8 +163,10 @@ class Case:
 
     def trunk(self) -> Trunk:
         """The context with what every block keeps of it, attention included."""
-        self.counts["forward"] += 1
-        return run_trunk(view(self.model, len(self.embeddings)), self.embeddings, self.targets)
+        trunk = run_trunk(view(self.model, len(self.embeddings)), self.embeddings, self.targets)
+        check_faithful(self.model, trunk)
+        self.counts["forward"] += 2
+        return trunk
 
     def forward(self, embeddings: Tensor, kept: int) -> Tensor:
         """`log P [B, kept, V]` at the last positions of one batch of contexts."""

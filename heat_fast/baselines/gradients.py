@@ -31,7 +31,7 @@ class TokenGradients(Baseline):
     def scores(self, case: Case) -> Tensor:
         """See `Baseline.scores`."""
         _, gradients = case.gradients(case.embeddings[None])
-        return gradients[0].norm(p=2 if self.norm == "l2" else 1, dim=-1)
+        return torch.linalg.vector_norm(gradients[0], 2 if self.norm == "l2" else 1, dim=-1)
 
 
 @register("input_x_gradient")

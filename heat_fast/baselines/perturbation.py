@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from heat_fast.attributor import Attributor
-from heat_fast.baselines.base import Baseline, check_choice, check_count, register
+from heat_fast.baselines.base import Baseline, as_result, check_choice, check_count, register
 from heat_fast.baselines.case import Case
 from heat_fast.config import HeatConfig
 from heat_fast.errors import ConfigError, InputError, MissingPackageError
-from heat_fast.prompt import readable_tokens
-from heat_fast.result import COMPONENTS, Attribution
 
 
 @register("random")
@@ -38,7 +36,7 @@ class LeaveOneOut(Baseline):
     tokens from i on, half of N whole ones.
     """
 
-    masking: str = "zero"
+    masking: Literal["zero", "mean"] = "zero"
 
     def __post_init__(self) -> None:
         check_choice("masking", self.masking, ("zero", "mean"))
@@ -118,7 +116,7 @@ class ContextCite(Baseline):
         if self.sources == "token":
             groups = [[token] for token in range(case.tokens)]
         else:
-            sentences = _bare(case).by_sentence()
+            sentences = as_result(case, (0,), {}, torch.zeros(1), {}).by_sentence()
             groups = [list(range(sentence.start, sentence.stop)) for sentence in sentences]
         groups = [[token for token in group if token not in fixed] for group in groups]
         groups = [group for group in groups if group]
@@ -182,25 +180,6 @@ def _draw(case: Case, steps: int, generator: torch.Generator) -> Tensor:
     probabilities = before.roll(1, 0)[:, :rows]
     probabilities[0] = 1
     return torch.multinomial(probabilities, steps, replacement=True, generator=generator).T
-
-
-def _bare(case: Case) -> Attribution:
-    """The prompt as a result without scores, for its sentences."""
-    zeros = torch.zeros(1, case.tokens)
-    prompt = case.prompt
-    return Attribution(
-        **dict.fromkeys(COMPONENTS, zeros),
-        token_ids=prompt.token_ids,
-        tokens=prompt.tokens,
-        offsets=prompt.offsets,
-        prompt_text=prompt.text,
-        special=prompt.special,
-        roles=prompt.roles,
-        target_ids=case.targets[:1],
-        target_tokens=readable_tokens(case.targets[:1], case.tokenizer),
-        target_log_probs=torch.zeros(1),
-        metadata={},
-    )
 
 
 def _lasso() -> Any:

@@ -184,7 +184,8 @@ class ProgressiveInference(Baseline):
         solution = torch.linalg.lstsq(
             root * torch.cat((design, empty)), root * torch.cat((values, uniform)), driver="gelsd"
         ).solution
-        return solution[1:].T
+        scores: Tensor = solution[1:].T
+        return scores
 
 
 def _steps(values: Tensor, before: float = 0.0) -> Tensor:
