@@ -31,7 +31,10 @@ class TokenGradients(Baseline):
     def scores(self, case: Case) -> Tensor:
         """See `Baseline.scores`."""
         _, gradients = case.gradients(case.embeddings[None])
-        return torch.linalg.vector_norm(gradients[0], 2 if self.norm == "l2" else 1, dim=-1)
+        norms: Tensor = torch.linalg.vector_norm(
+            gradients[0], 2 if self.norm == "l2" else 1, dim=-1
+        )
+        return norms
 
 
 @register("input_x_gradient")
@@ -60,7 +63,10 @@ class IntegratedGradients(Baseline):
         score[i] = (X_i - B_i) . integral_0^1 d g / d X_i (B + a (X - B)) da
 
     Signed; sums to `g(X) - g(B)` (completeness), up to the error of the sum that stands for the
-    integral: `metadata["completeness_gap"]` holds it for each target, nats. The integral is taken
+    integral: `metadata["completeness_gap"]` holds it for each target, nats. A model whose first
+    operation is a norm hardly knows the length of its embeddings, so that from the zero baseline g
+    changes almost wholly within the first steps and the gap may stay at nats; `"mean"` is milder.
+    The integral is taken
     by Gauss-Legendre quadrature with `steps` points, as Captum does. `baseline`, which the paper
     leaves open: `"zero"` or `"mean"`, the mean embedding of the vocabulary. Earlier target tokens
     are context and stay as they are. Cost: `steps` + 2 forwards, `steps` T backwards.

@@ -64,8 +64,7 @@ class ContextCite(Baseline):
         logit p(target | sources v) ~ b + w . v,   w by the Lasso,   v[s] ~ Bernoulli(keep)
 
     `logit p = log p - log(1 - p)`; each target token has a surrogate of its own. As in the
-    authors' code, v and the outputs are standardised, the penalty is `alpha` = 0.01 and w is scaled
-    back. `sources`: `"token"` or `"sentence"` (needs `heat-fast[sentences]`; a sentence's weight
+    authors' code, v is standardised, the penalty is `alpha` = 0.01 and w is scaled back. `sources`: `"token"` or `"sentence"` (needs `heat-fast[sentences]`; a sentence's weight
     is shared out evenly among its tokens, so that their sum is the weight). Ablated sources are
     deleted from the sequence. The paper never ablates the question: here special tokens, those of
     a chat template and the last token, from which the prediction is made, always stay and score
@@ -183,7 +182,7 @@ def _draw(case: Case, steps: int, generator: torch.Generator) -> Tensor:
 
 
 def _lasso() -> Any:
-    """`fit(v [B, S], outputs [B], alpha) -> w [S]`: the Lasso on standardised data."""
+    """`fit(v [B, S], outputs [B], alpha) -> w [S]`: the Lasso on standardised masks."""
     try:
         from sklearn.linear_model import Lasso
     except ImportError as error:
@@ -195,9 +194,8 @@ def _lasso() -> Any:
     def fit(v: Tensor, outputs: Tensor, alpha: float) -> Tensor:
         scale = v.std(0, correction=0)
         scale = torch.where(scale > 0, scale, 1.0)
-        spread = float(outputs.std(correction=0)) or 1.0
-        x, y = (v - v.mean(0)) / scale, (outputs - outputs.mean()) / spread
-        lasso = Lasso(alpha=alpha, fit_intercept=False).fit(x.numpy(), y.numpy())
-        return torch.from_numpy(lasso.coef_) / scale * spread
+        x = (v - v.mean(0)) / scale
+        lasso = Lasso(alpha=alpha).fit(x.numpy(), outputs.numpy())
+        return torch.from_numpy(lasso.coef_) / scale
 
     return fit
