@@ -24,6 +24,7 @@ QUICK: dict[str, dict[str, Any]] = {
     "context_cite": {"ablations": 5},
     "progressive_inference": {"passes": 3, "mode": "masked"},
     "reagent": {"steps": 3},
+    "causal_tracing": {"samples": 1},
 }
 TARGETS = [5, 9, 4]
 
@@ -205,6 +206,26 @@ def test_peering_is_the_cosine_at_a_layer() -> None:
     assert_close("cosine", expected, result.target_scores, rtol=1e-5)
 
 
+def test_causal_tracing_restores_one_state() -> None:
+    model, ids = build("llama", torch.float64), prompt_ids("llama", 6)
+    with torch.no_grad():
+        case = Case.read(model, None, ids, TARGETS)
+        other = case.embeddings + torch.randn_like(case.embeddings)
+        streams, last = case.streams(other)
+        assert_close("run", log_probs(model, other, 3), last[0], rtol=1e-6)
+        found = case.patched(0, streams[0], case.embeddings)
+        for token in range(6):
+            mixed = other.clone()
+            mixed[token] = case.embeddings[token]
+            expected = log_probs(model, mixed, 3)[range(3), TARGETS]
+            assert_close("restored", expected, found[token], rtol=1e-6)
+        deeper = case.patched(2, streams[2], streams[2])
+        assert_close("same", case.pick(last).expand(6, -1), deeper, rtol=1e-9)
+    # Without noise worth the name nothing is left to restore.
+    result = baselines.CausalTracing(noise=1e-9)(model, None, ids, TARGETS)
+    assert float(result.scores.abs().max()) < 1e-7
+
+
 def test_leave_one_out_is_the_information_component() -> None:
     model, ids = build("qwen2"), prompt_ids("qwen2", 8)
     result = baselines.LeaveOneOut()(model, None, ids, TARGETS)
@@ -247,7 +268,7 @@ def test_batches_do_not_matter_and_seeds_do(name: str, monkeypatch: pytest.Monke
     again = quick(name)(model, None, ids, TARGETS)
     assert_close(name, result.target_scores, again.target_scores, rtol=1e-3, atol=1e-6)
     other = quick(name, seed=1)(model, None, ids, TARGETS)
-    drawn = name in ("random", "context_cite", "progressive_inference", "reagent")
+    drawn = name in ("random", "context_cite", "progressive_inference", "reagent", "causal_tracing")
     assert torch.allclose(again.target_scores, other.target_scores) is not drawn
 
 

@@ -13,7 +13,13 @@ from typing import Any
 
 from heat_fast.baselines.base import Baseline, get, names
 from heat_fast.baselines.gradients import InputXGradient, IntegratedGradients, TokenGradients
-from heat_fast.baselines.perturbation import ContextCite, LeaveOneOut, Random, ReAGent
+from heat_fast.baselines.perturbation import (
+    CausalTracing,
+    ContextCite,
+    LeaveOneOut,
+    Random,
+    ReAGent,
+)
 from heat_fast.baselines.states import (
     AttentionRollout,
     Peering,
@@ -25,6 +31,7 @@ from heat_fast.result import Attribution
 __all__ = [
     "AttentionRollout",
     "Baseline",
+    "CausalTracing",
     "ContextCite",
     "InputXGradient",
     "IntegratedGradients",

@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from heat_fast.attributor import _context_length, _embedding_device
-from heat_fast.decoder import Rows, view
+from heat_fast.decoder import Decoder, Rows, view
 from heat_fast.decoder.norm import wide
 from heat_fast.forward import check_faithful
 from heat_fast.planner import Budget, cpu_rows, run_batches
@@ -152,6 +153,39 @@ class Case:
         require_finite(x, f"the hidden states after {layer} blocks")
         return x[0].to(wide(x.dtype))
 
+    def streams(self, embeddings: Tensor) -> tuple[list[Tensor], Tensor]:
+        """What enters each block of a context `[M, d]`, and `log P [1, T, V]`."""
+        decoder, length = self._decoder, len(embeddings)
+        x, entering = decoder.enter(embeddings[None], 0), []
+        for block in decoder.blocks:
+            entering.append(x[0])
+            x = block.forward(x, Rows(0, 0, length))[0]
+        self.counts["forward"] += 1
+        return entering, self._end(x)
+
+    def patched(self, layer: int, stream: Tensor, other: Tensor) -> Tensor:
+        """`g [N, T]` with, one after the other, each prompt token's row of what enters a block
+        (`stream [M, d]`) taken from `other`."""
+        length = len(stream)
+
+        def run(first: int, stop: int) -> Tensor:
+            x = stream.repeat(stop - first, 1, 1)
+            x[range(stop - first), range(first, stop)] = other[first:stop]
+            for block in self._decoder.blocks[layer:]:
+                x = block.forward(x, Rows(0, 0, length))[0]
+            self.counts["forward"] += stop - first
+            return self.pick(self._end(x))
+
+        return self._batches(self.tokens, length, len(self.targets), run)
+
+    @cached_property
+    def _decoder(self) -> Decoder:
+        return view(self.model, len(self.embeddings))
+
+    def _end(self, x: Tensor) -> Tensor:
+        logits = self._decoder.head.logits(x[:, -len(self.targets) :])
+        return torch.log_softmax(logits, dim=-1)
+
     def prefixes(self, embeddings: Tensor, ids: Sequence[int]) -> Tensor:
         """Log-probabilities `[B, M, n]` of n tokens after every prefix of contexts `[B, M, d]`."""
 
@@ -163,7 +197,7 @@ class Case:
 
     def trunk(self) -> Trunk:
         """The context with what every block keeps of it, attention included."""
-        trunk = run_trunk(view(self.model, len(self.embeddings)), self.embeddings, self.targets)
+        trunk = run_trunk(self._decoder, self.embeddings, self.targets)
         check_faithful(self.model, trunk)
         self.counts["forward"] += 2
         return trunk
