@@ -285,6 +285,15 @@ def test_a_result_can_be_read_saved_and_reported(demo: Any, tmp_path: Any) -> No
     assert "input_x_gradient" in repr(result)
 
 
+def test_half_precision_is_served() -> None:
+    model = build("llama", torch.bfloat16)
+    for name in baselines.names():
+        if name != "context_cite":
+            result = quick(name)(model, None, prompt_ids("llama", 8))
+            assert result.target_scores.shape == (1, 8), name
+            assert result.metadata["dtype"] == "bfloat16"
+
+
 def test_sentences_are_sources(demo: Any) -> None:
     pytest.importorskip("sklearn")
     pytest.importorskip("sentencex")
@@ -305,6 +314,10 @@ def test_errors_say_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
         baselines.get("integrated_gradients", steps=0)
     with pytest.raises(ConfigError, match=r"direction='up'.*'forward'"):
         baselines.get("tdd", direction="up")
+    with pytest.raises(ConfigError, match=r"share=2: expected a number above 0 and at most 1"):
+        baselines.get("reagent", share=2)
+    with pytest.raises(ConfigError, match=r"noise='a'.*above 0"):
+        baselines.get("causal_tracing", noise="a")
     model = build("llama")
     with pytest.raises(ConfigError, match=r"layer=9 of a model of 3 blocks"):
         baselines.Peering(layer=9)(model, None, [3, 4])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import platform
 import time
 from abc import ABC, abstractmethod
@@ -171,3 +172,11 @@ def as_result(
         target_log_probs=log_probs,
         metadata=metadata,
     )
+
+
+def check_number(setting: str, value: Any, most: float = math.inf) -> None:
+    """Raise `ConfigError` unless the value is a number above 0 and not above `most`."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not 0 < value <= most or math.isinf(value):
+        limit = "" if math.isinf(most) else f" and at most {most:g}"
+        raise ConfigError(f"{setting}={value!r}: expected a number above 0{limit}. Pass one.")

@@ -9,10 +9,17 @@ import torch
 from torch import Tensor
 
 from heat_fast.attributor import Attributor
-from heat_fast.baselines.base import Baseline, as_result, check_choice, check_count, register
+from heat_fast.baselines.base import (
+    Baseline,
+    as_result,
+    check_choice,
+    check_count,
+    check_number,
+    register,
+)
 from heat_fast.baselines.case import Case
 from heat_fast.config import HeatConfig
-from heat_fast.errors import ConfigError, InputError, MissingPackageError
+from heat_fast.errors import InputError, MissingPackageError
 
 
 @register("random")
@@ -80,10 +87,8 @@ class ContextCite(Baseline):
     def __post_init__(self) -> None:
         check_count("ablations", self.ablations, 2)
         check_choice("sources", self.sources, ("token", "sentence"))
-        if not 0 < self.keep < 1:
-            raise ConfigError(f"keep={self.keep!r}: expected a share between 0 and 1. Pass 0.5.")
-        if not self.alpha > 0:
-            raise ConfigError(f"alpha={self.alpha!r}: expected a positive number. Pass 0.01.")
+        check_number("keep", self.keep, 1)
+        check_number("alpha", self.alpha)
 
     def scores(self, case: Case) -> Tensor:
         """See `Baseline.scores`."""
@@ -147,8 +152,7 @@ class ReAGent(Baseline):
 
     def __post_init__(self) -> None:
         check_count("steps", self.steps)
-        if not 0 < self.share <= 1:
-            raise ConfigError(f"share={self.share!r}: expected a share in (0, 1]. Pass 0.3.")
+        check_number("share", self.share, 1)
 
     def scores(self, case: Case) -> Tensor:
         """See `Baseline.scores`."""
@@ -192,8 +196,7 @@ class CausalTracing(Baseline):
 
     def __post_init__(self) -> None:
         check_count("samples", self.samples)
-        if not self.noise > 0:
-            raise ConfigError(f"noise={self.noise!r}: expected a positive number. Pass 3.0.")
+        check_number("noise", self.noise)
 
     def scores(self, case: Case) -> Tensor:
         """See `Baseline.scores`."""
