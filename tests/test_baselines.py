@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -294,15 +295,44 @@ def test_half_precision_is_served() -> None:
             assert result.metadata["dtype"] == "bfloat16"
 
 
-def test_sentences_are_sources(demo: Any) -> None:
-    pytest.importorskip("sklearn")
+def test_sentences_are_sources(demo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("sentencex")
-    prompt = demo.examples[0].prompt
-    method = baselines.ContextCite(sources="sentence", ablations=16)
-    result = method(demo.model, demo.tokenizer, prompt)
-    for sentence in result.by_sentence():
-        inside = result.scores[sentence.start : sentence.stop]
-        assert len({round(float(each), 6) for each in inside if each}) <= 1
+    seen = []
+
+    def fit(kept: Tensor, outputs: Tensor, alpha: float) -> Tensor:
+        seen.append(torch.arange(1.0, kept.shape[1] + 1))
+        return seen[-1]
+
+    monkeypatch.setattr(perturbation, "_lasso", lambda: fit)
+    method = baselines.ContextCite(sources="sentence", ablations=4)
+    result = method(demo.model, demo.tokenizer, demo.examples[0].prompt)
+    sums = [each.score for each in result.by_sentence() if each.score]
+    assert_close("sums", seen[0], sums, rtol=1e-5)
+    assert float(result.scores[-1]) == 0
+
+
+def test_reagent_finds_the_token_that_matters(monkeypatch: pytest.MonkeyPatch) -> None:
+    values, slopes = torch.full((5, 1), 0.1).double(), torch.zeros(5, 1).double()
+    slopes[2] = -1  # log p = -0.1, and -5 with token 2 replaced
+    case = linear_case(values, slopes)
+
+    def embed(ids: Tensor) -> Tensor:
+        return torch.full((len(ids), 1), 5.0, dtype=torch.float64)
+
+    monkeypatch.setattr(type(case.model), "get_input_embeddings", lambda _: embed)
+    monkeypatch.setattr(
+        perturbation, "_draw", lambda _, steps, generator: torch.zeros(steps, 5, dtype=torch.long)
+    )
+    found = baselines.ReAGent(steps=1, share=0.2, seed=0).scores(case)
+    assert_close("sum", 1.0, found.sum(), rtol=1e-12)
+    many = baselines.ReAGent(steps=40).scores(case)[0]
+    assert int(many.argmax()) == 2
+    # One step in which token 2 alone is replaced, by hand.
+    drop = math.exp(-0.1) - math.exp(-5.0)
+    update = math.log((1 + drop) / (1 - drop))
+    expected = math.exp(update) / (math.exp(update) + 4 * math.exp(-update))
+    hits = [baselines.ReAGent(steps=1, share=0.2, seed=seed).scores(case) for seed in range(20)]
+    assert_close("score", expected, max(float(each.max()) for each in hits), rtol=1e-9)
 
 
 def test_errors_say_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
