@@ -145,7 +145,8 @@ class ReAGent(Baseline):
     from RoBERTa and stops once the top tokens alone keep the prediction; here they come from the
     model's own distribution after the tokens before (uniform for the first token), so that no
     other model is needed, and all steps are taken. The logits are averaged over the steps, not
-    summed: the order is the same, and small scores do not vanish in float32. Cost: `steps` + 2 forwards.
+    summed: the order is the same, and small scores do not vanish in float32. Cost: `steps` + 2
+    forwards.
     """
 
     steps: int = 64
