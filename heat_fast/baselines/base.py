@@ -1,0 +1,182 @@
+"""What the baselines share: one call, one result, one registry by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import platform
+import time
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor
+
+from heat_fast._version import __version__
+from heat_fast.attributor import Attributor, _embedding_device
+from heat_fast.baselines.case import Case
+from heat_fast.config import suggest
+from heat_fast.errors import ConfigError
+from heat_fast.forward import unchanged
+from heat_fast.kernels.dispatch import using
+from heat_fast.prompt import readable_tokens
+from heat_fast.result import COMPONENTS, Attribution
+
+_METHODS: dict[str, type[Baseline]] = {}
+Method = TypeVar("Method", bound="type[Baseline]")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Baseline(ABC):
+    """A method with its settings; calling it attributes one prompt.
+
+    `seed`: of what is drawn at random; methods that draw nothing ignore it. The global random
+    state is neither read nor changed.
+    """
+
+    name: ClassVar[str]
+
+    seed: int = 0
+
+    @abstractmethod
+    def scores(self, case: Case) -> Tensor | dict[str, Tensor]:
+        """The scores `[T, N]`, or named `[T, N]` arrays of the result with `target_scores`."""
+
+    def __call__(self, model: Any, tokenizer: Any, prompt: Any, target: Any = None) -> Attribution:
+        """Attribute one prompt; arguments are those of `heat_fast.attribute`.
+
+        In the result `scores` and `target_scores` are this method's; components of HEAT that it
+        does not measure are 0, and `metadata["measured"]` names those that it does. Scores may be
+        negative. Raises `InputError`, `ConfigError`, `UnsupportedModelError`, `NumericalError`.
+        """
+        Attributor(model, tokenizer)  # refuses what is no supported model or no tokenizer
+        device = _embedding_device(model.get_input_embeddings())
+        started = time.perf_counter()
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+            torch.autocast(device.type, enabled=False),
+            unchanged(model),
+            using("auto", device),
+        ):
+            case = Case.read(model, tokenizer, prompt, target)
+            log_probs = case.pick(case.log_probs())[0]
+            found = self.scores(case)
+        arrays = found if isinstance(found, dict) else {"target_scores": found}
+        metadata = self._metadata(case, sorted(arrays), time.perf_counter() - started)
+        return as_result(case, case.targets, arrays, log_probs, metadata)
+
+    def _metadata(self, case: Case, measured: list[str], seconds: float) -> dict[str, Any]:
+        import transformers
+
+        return {
+            "config": {"variant": self.name, "aggregate": "mean", **dataclasses.asdict(self)},
+            "measured": measured,
+            "seed": self.seed,
+            "model": type(case.model).__name__,
+            "name": str(getattr(case.model, "name_or_path", "") or ""),
+            "device": str(case.embeddings.device),
+            "dtype": str(case.embeddings.dtype).removeprefix("torch."),
+            "versions": {
+                "heat_fast": __version__,
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+                "python": platform.python_version(),
+            },
+            "seconds": {"total": round(seconds, 6)},
+            "counts": dict(case.counts),
+            **case.notes,
+        }
+
+    def _generator(self) -> torch.Generator:
+        """Random numbers of its own, on the CPU: the same on every device."""
+        return torch.Generator().manual_seed(self.seed)
+
+
+def register(name: str) -> Any:
+    """Put a method into the registry under `name`."""
+
+    def add(method: Method) -> Method:
+        method.name = name
+        _METHODS[name] = method
+        return method
+
+    return add
+
+
+def names() -> tuple[str, ...]:
+    """Names of all baselines, sorted."""
+    return tuple(sorted(_METHODS))
+
+
+def get(name: str, **settings: Any) -> Baseline:
+    """The baseline of that name with these settings.
+
+    Raises `ConfigError` for an unknown name or setting, or a value that is not allowed.
+
+    >>> get("integrated_gradients", steps=20).steps
+    20
+    """
+    if name not in _METHODS:
+        raise ConfigError(
+            f"unknown baseline {name!r}: expected one of {', '.join(names())}. "
+            + suggest(name, names())
+        )
+    method = _METHODS[name]
+    known = [each.name for each in dataclasses.fields(method)]
+    for setting in settings:
+        if setting not in known:
+            raise ConfigError(
+                f"unknown setting {setting!r} of {name}: expected one of {', '.join(known)}. "
+                + suggest(setting, known)
+            )
+    return method(**settings)
+
+
+def check_choice(setting: str, value: Any, known: tuple[str, ...]) -> None:
+    """Raise `ConfigError` unless the value is one of those known."""
+    if value not in known:
+        raise ConfigError(
+            f"{setting}={value!r}: expected one of {', '.join(map(repr, known))}. Choose one."
+        )
+
+
+def check_count(setting: str, value: Any, minimum: int = 1) -> None:
+    """Raise `ConfigError` unless the value is a whole number of at least `minimum`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise ConfigError(
+            f"{setting}={value!r}: expected a whole number of at least {minimum}. Pass one."
+        )
+
+
+def as_result(
+    case: Case,
+    targets: tuple[int, ...],
+    arrays: dict[str, Tensor],
+    log_probs: Tensor,
+    metadata: dict[str, Any],
+) -> Attribution:
+    """A result with these arrays; the components that are not among them are 0."""
+    zeros, encoded = torch.zeros(len(targets), case.tokens), case.prompt
+    components: dict[str, Any] = {**dict.fromkeys(COMPONENTS, zeros), **arrays}
+    return Attribution(
+        **components,
+        token_ids=encoded.token_ids,
+        tokens=encoded.tokens,
+        offsets=encoded.offsets,
+        prompt_text=encoded.text,
+        special=encoded.special,
+        roles=encoded.roles,
+        target_ids=targets,
+        target_tokens=readable_tokens(targets, case.tokenizer),
+        target_log_probs=log_probs,
+        metadata=metadata,
+    )
+
+
+def check_number(setting: str, value: Any, most: float = math.inf) -> None:
+    """Raise `ConfigError` unless the value is a number above 0 and not above `most`."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not 0 < value <= most or math.isinf(value):
+        limit = "" if math.isinf(most) else f" and at most {most:g}"
+        raise ConfigError(f"{setting}={value!r}: expected a number above 0{limit}. Pass one.")
