@@ -14,11 +14,12 @@ only, each once. With `P` weights per block, `H` query heads of size `D`, a run 
 (a product with a key or value tangent touches own keys only; the primal adjoint and the gate make
 the scores anew). In a branch's first block only the replaced row is projected to queries, keys and
 values, for the others' are the trunk's. The last block makes queries, and with them the output and
-the feed-forward layer, for the target rows alone. Windows shorter than the context are counted as
-if they were the whole context. Gate, adjoints and products go through the blocks from `first` on
-alone (`layers`); trunk and branches through all. Element-wise work is left out: it grows with the
-same rows and
-pairs.
+the feed-forward layer, for the target rows alone, unless one matrix makes queries, keys and values
+at once. Windows shorter than the context are counted as if they were the whole context. Gate,
+adjoints and products go through the blocks from `first` on alone (`layers`); trunk and branches
+through all. Left out: element-wise work, which grows with the same rows and pairs; the one plain
+run of the model that checks its view; and what a sweep makes anew to need no memory of order `M^2`,
+the scores and their adjoint once per batch of products and the tangent scores once per product.
 """
 
 from __future__ import annotations
@@ -40,8 +41,9 @@ from heat_fast.decoder.norm import Norm
 class Shape:
     """Sizes of one block, or the sums of several; all that is counted is linear in them."""
 
-    shared: int  # weights met by every row: keys and values
-    queried: int  # weights met by query rows: queries, output projection, feed-forward layer
+    projected: int  # weights of queries, keys and values
+    shared: int  # weights met by every row: keys and values, and queries where all are one matrix
+    queried: int  # weights met by query rows: the other queries, output, feed-forward layer
     count: int  # H
     heads: int  # H * D
     key_heads: int  # Hk * D
@@ -69,9 +71,12 @@ def shape(block: Block, row: Tensor) -> Shape:
     normed = sum(width for norm in norms if isinstance(norm, Norm))
     normed += query if isinstance(attention.query_norm, Norm) else 0
     normed += keys if isinstance(attention.key_norm, Norm) else 0
+    projected = (query + 2 * keys) * width
+    shared = 2 * keys * width if isinstance(projection, SeparateProjection) else projected
     return Shape(
-        shared=2 * keys * width,
-        queried=(2 * query + hidden + inner) * width,
+        projected=projected,
+        shared=shared,
+        queried=projected - shared + (query + hidden + inner) * width,
         count=query // projection.head_dim,
         heads=query,
         key_heads=keys,
@@ -130,8 +135,7 @@ class Work:
         total = self._run(start)
         if self._body is None:
             return total
-        projected = self.shapes[0].shared + self.shapes[0].heads * self.width
-        return total - 2 * projected * (self.length - start - 1)
+        return total - 2 * self.shapes[0].projected * (self.length - start - 1)
 
     def _run(self, start: int) -> int:
         total = self._forward(self.shapes[-1], start, self.targets)
