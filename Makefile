@@ -22,7 +22,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test lint types format sanitize bench wheel kernels gpu bench-gpu docs screenshots notebook clean distclean
+.PHONY: help setup demo test lint types format sanitize bench bench-smoke wheel kernels gpu bench-gpu docs screenshots notebook clean distclean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -77,6 +77,9 @@ bench: $(STAMP) ## Run the benchmarks (JSON=name writes bench/results/name.json)
 	@ls bench/test_*.py >/dev/null 2>&1 || { echo "bench/ holds no benchmark yet." >&2; exit 1; }
 	@$(if $(JSON),mkdir -p bench/results)
 	@$(BIN)/pytest bench --benchmark-only $(if $(JSON),--benchmark-json=bench/results/$(JSON).json) $(PYTEST_ARGS)
+
+bench-smoke: $(STAMP) ## Run every benchmark once, small, to see that it runs
+	@HEAT_FAST_BENCH=small $(BIN)/pytest bench --quiet --benchmark-only --benchmark-columns=median $(PYTEST_ARGS)
 
 DIST = dist$(if $(filter 1,$(HEAT_FAST_CUDA)),/cuda)
 

@@ -20,6 +20,7 @@ import torch
 from baselines import authors
 from measures import spearman
 from models import story_ids
+from sizes import size
 
 from heat_fast import Attribution, Attributor, HeatConfig
 from heat_fast.combine import Components, combine
@@ -36,9 +37,10 @@ if TYPE_CHECKING:
 HERE = Path(__file__).resolve().parent
 TARGET = 7
 SAMPLED_TOKENS = 4
-STORY = 256
+SHORT, LENGTH, LONG = size(64), size(256), size(1024)
+STORY = size(256)
 # The spread of one probe is about 0.15 of S, so these leave 0.3 % in the value compared with.
-CONVERGED_PROBES = 4096
+CONVERGED_PROBES = size(4096)
 
 Prompt = Callable[[int], list[int]]
 Rate = Callable[[], float]
@@ -95,7 +97,7 @@ def test_information(
     benchmark: Any, random_llama: Any, prompt_ids: Prompt, matmul_rate: Rate, summary: Summary
 ) -> None:
     """N = 256: one full forward with all logits per token, against suffixes on the trunk."""
-    ids = prompt_ids(256)
+    ids = prompt_ids(LENGTH)
     config = HeatConfig(curvature="none")
     result = median_run(benchmark, lambda: run(random_llama, ids, curvature="none"), 5)
     mine = benchmark.stats.stats.median
@@ -103,14 +105,14 @@ def test_information(
         lambda: authors.information(random_llama, embeddings_of(random_llama, ids))
     )
     error = float((values - result.information[0]).abs().max() / values.max())
-    floor = flops(view(random_llama, 256), 256, 1, config)["information"] / matmul_rate()
+    floor = flops(view(random_llama, LENGTH), LENGTH, 1, config)["information"] / matmul_rate()
     benchmark.extra_info.update(ratio=theirs / mine, share_of_floor=floor / mine, error=error)
-    summary.add("information, N=256: ratio to the authors'", f"{theirs / mine:.1f}")
-    summary.add("information, N=256: share of the FLOP floor", f"{floor / mine:.0%}")
+    summary.add(f"information, N={LENGTH}: ratio to the authors'", f"{theirs / mine:.1f}")
+    summary.add(f"information, N={LENGTH}: share of the FLOP floor", f"{floor / mine:.0%}")
     assert error < 1e-3
 
 
-@pytest.mark.parametrize(("length", "sampled"), [(64, None), (256, SAMPLED_TOKENS)])
+@pytest.mark.parametrize(("length", "sampled"), [(SHORT, None), (LENGTH, SAMPLED_TOKENS)])
 def test_full_block(
     benchmark: Any,
     random_llama: Any,
@@ -121,7 +123,7 @@ def test_full_block(
     sampled: int | None,
 ) -> None:
     """`full`, block estimator, the same 10 (N = 256: 2) probes on both sides."""
-    ids, probes = prompt_ids(length), 10 if length == 64 else 2
+    ids, probes = prompt_ids(length), 10 if length == SHORT else 2
     result = median_run(benchmark, lambda: run(random_llama, ids, probes=probes), 3)
     mine = benchmark.stats.stats.median
     curved, values = authors_curvature_seconds(random_llama, ids, probes, sampled)
@@ -146,14 +148,15 @@ def test_full_block(
 
 def test_coded(benchmark: Any, random_llama: Any, prompt_ids: Prompt, summary: Summary) -> None:
     """`coded` with 64 products at N = 256, against the authors' curvature with 10 probes."""
-    ids = prompt_ids(256)
+    ids = prompt_ids(LENGTH)
     settings: dict[str, Any] = {"estimator": "coded", "codes": 8, "probes": 8}
     result = median_run(benchmark, lambda: run(random_llama, ids, **settings), 5)
     mine = result.metadata["seconds"]["curvature"]
     theirs, _ = authors_curvature_seconds(random_llama, ids, 1, SAMPLED_TOKENS)
     ratio = 10 * theirs / mine
     benchmark.extra_info.update(ratio=ratio)
-    summary.add("coded, 64 products, N=256: ratio to the authors' curvature, m=10", f"{ratio:.0f}")
+    what = f"coded, 64 products, N={LENGTH}: ratio to the authors' curvature, m=10"
+    summary.add(what, f"{ratio:.0f}")
 
 
 def converged_curvature(model: Any, ids: list[int], target: int) -> Callable[[int], torch.Tensor]:
@@ -206,7 +209,7 @@ def test_coded_fidelity(
     score = spearman(result.scores, scores)
     level = float((result.curvature[0] / converged).median())
     benchmark.extra_info.update(spearman=curvature, spearman_score=score, level=level)
-    what = f"coded, {8 * probes} products, stories3M, N=256"
+    what = f"coded, {8 * probes} products, stories3M, N={STORY}"
     summary.add(f"{what}: Spearman of S", f"{curvature:.3f}")
     summary.add(f"{what}: Spearman of the score", f"{score:.3f}")
     summary.add(f"{what}: level of S", f"{level:.2f}")
@@ -214,19 +217,21 @@ def test_coded_fidelity(
 
 def test_response(benchmark: Any, random_llama: Any, prompt_ids: Prompt, summary: Summary) -> None:
     """A 32-token response over a 128-token prompt, against 32 single runs of the authors'."""
-    ids = prompt_ids(160)
-    prompt, response = ids[:128], ids[128:]
+    response_length = size(32)
+    ids = prompt_ids(size(128) + response_length)
+    prompt, response = ids[:-response_length], ids[-response_length:]
     settings: dict[str, Any] = {"estimator": "coded", "codes": 8, "probes": 8}
     median_run(benchmark, lambda: run(random_llama, prompt, response, **settings), 2)
     mine = benchmark.stats.stats.median
-    middle = ids[:144]  # a single run's average context
+    middle = ids[: len(prompt) + response_length // 2]  # a single run's average context
     embeddings = embeddings_of(random_llama, middle)
     curved, _ = authors_curvature_seconds(random_llama, middle, 1, SAMPLED_TOKENS)
     lost, _ = timed(lambda: authors.information(random_llama, embeddings))
     gated, _ = timed(lambda: authors.gate(random_llama, embeddings))
-    ratio = 32 * (10 * curved + lost + gated) / mine
+    ratio = response_length * (10 * curved + lost + gated) / mine
     benchmark.extra_info.update(ratio=ratio)
-    summary.add("32-token response, coded: ratio to 32 single runs of the authors'", f"{ratio:.0f}")
+    what = f"{response_length}-token response, coded: ratio to as many single runs of the authors'"
+    summary.add(what, f"{ratio:.0f}")
 
 
 def test_peak_memory(benchmark: Any, summary: Summary) -> None:
@@ -235,7 +240,7 @@ def test_peak_memory(benchmark: Any, summary: Summary) -> None:
     Measured in a process of its own; the time is that of the whole process and says nothing.
     """
     settings = {"estimator": "coded", "codes": 8, "probes": 4}
-    command = [sys.executable, str(HERE / "peak_memory.py"), "1024", json.dumps(settings)]
+    command = [sys.executable, str(HERE / "peak_memory.py"), str(LONG), json.dumps(settings)]
     outcome = benchmark.pedantic(
         lambda: subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True), rounds=1
     )
@@ -244,7 +249,7 @@ def test_peak_memory(benchmark: Any, summary: Summary) -> None:
     beyond = (told["peak"] - told["model"]) / told["estimated"]
     benchmark.extra_info.update(told, ratio=told["peak"] / unit, of_the_estimate=beyond)
     summary.add(
-        "full coded, N=1024: peak memory, MB (model and one trunk)",
+        f"full coded, N={LONG}: peak memory, MB (model and one trunk)",
         f"{told['peak'] / 1e6:.0f} ({unit / 1e6:.0f}): {told['peak'] / unit:.2f} times",
     )
-    summary.add("full coded, N=1024: peak beyond the model, of the estimate", f"{beyond:.0%}")
+    summary.add(f"full coded, N={LONG}: peak beyond the model, of the estimate", f"{beyond:.0%}")

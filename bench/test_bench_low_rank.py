@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from sizes import size
 from torch import Tensor
 
 from heat_fast import native
@@ -24,7 +25,7 @@ from heat_fast.kernels.rademacher import rademacher
 if TYPE_CHECKING:
     from conftest import Summary
 
-ROWS, COLUMNS, RANK = 500_000, 128, 64
+ROWS, COLUMNS, RANK = size(500_000), 128, 64
 ROUNDS = 3
 SLICE = 1 << 16
 

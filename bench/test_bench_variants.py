@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from measures import overlap, relative_error, spearman
 from models import story_ids
+from sizes import SMALL, size
 
 from heat_fast import Attribution, Attributor, HeatConfig
 from heat_fast.config import PRESETS
@@ -30,10 +31,10 @@ if TYPE_CHECKING:
     from conftest import Summary
 
 HERE = Path(__file__).resolve().parent
-LENGTHS = (512, 1024, 2048)
+LENGTHS = (32,) if SMALL else (512, 1024, 2048)
 PROBES = 2
-STORY = 256
-REFERENCE_PROBES = 32
+STORY = size(256)
+REFERENCE_PROBES = size(32)
 FIDELITY: dict[str, dict[str, Any]] = {
     "full, 2 probes": {"variant": "full", "probes": 2},
     "full, coded": {"variant": "full", "estimator": "coded", "codes": 16, "probes": 4},
@@ -88,8 +89,8 @@ def test_cost(
 # same in the next ones.
 SAMPLED = {"probes": 1, "coverage": 0.01}
 DEEP: dict[str, tuple[int, dict[str, Any]]] = {
-    "full": (2048, {"variant": "full", "estimator": "coded", "codes": 2, **SAMPLED}),
-    "lr+win": (512, {"variant": "lr+win", **SAMPLED}),
+    "full": (size(2048), {"variant": "full", "estimator": "coded", "codes": 2, **SAMPLED}),
+    "lr+win": (size(512), {"variant": "lr+win", **SAMPLED}),
 }
 
 
