@@ -99,7 +99,7 @@ def check_vector(
 ) -> Tensor:
     """Scores as float64 `[N]` on the CPU: finite, of the right length and not below `least`."""
     try:
-        found = torch.as_tensor(values).detach().to("cpu", torch.float64)
+        found = torch.as_tensor(values, dtype=torch.float64, device="cpu").detach()
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(
             f"the scores of {where} are {type(values).__name__}: expected N numbers. Pass a "

@@ -220,11 +220,10 @@ def _retention(scores: Tensor, normalize: str, number: int) -> Tensor:
         )
     least, most, total = float(scores.min()), float(scores.max()), float(scores.sum())
     if least < 0 or (normalize == "none" and most > 1) or (normalize == "sum" and total == 0):
+        wanted = "scores from 0 to 1" if normalize == "none" else "a positive mass"
         raise InputError(
-            f"the scores of case {number} run from {least:g} to {most:g}: normalize={normalize!r} "
-            "takes "
-            + ("scores from 0 to 1" if normalize == "none" else "a positive mass")
-            + ". Pass normalize='minmax'."
+            f"the scores of case {number} run from {least:g} to {most:g}: expected {wanted} with "
+            f"normalize={normalize!r}. Pass normalize='minmax'."
         )
     return scores / total if normalize == "sum" else scores
 
