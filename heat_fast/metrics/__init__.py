@@ -1,0 +1,53 @@
+"""Measures of attributions, of any method: faithfulness, alignment with evidence, robustness.
+
+Every one gives a `Measurement`: value, standard error over examples, value of each example.
+"""
+
+from heat_fast.metrics._estimate import Measurement
+from heat_fast.metrics._model import Case
+from heat_fast.metrics.alignment import SpanScores, dsa, span_scores, token_f1
+from heat_fast.metrics.faithfulness import (
+    FRACTIONS,
+    aopc_counterfactual,
+    aopc_fractions,
+    aopc_order,
+    comprehensiveness,
+    log_ratio,
+    random_cases,
+    soft_nc,
+    soft_ns,
+    sufficiency,
+)
+from heat_fast.metrics.robustness import (
+    DECODING_GRID,
+    active_passive,
+    align_tokens,
+    decoding_stability,
+    sensitivity,
+    window_leakage,
+)
+
+__all__ = [
+    "DECODING_GRID",
+    "FRACTIONS",
+    "Case",
+    "Measurement",
+    "SpanScores",
+    "active_passive",
+    "align_tokens",
+    "aopc_counterfactual",
+    "aopc_fractions",
+    "aopc_order",
+    "comprehensiveness",
+    "decoding_stability",
+    "dsa",
+    "log_ratio",
+    "random_cases",
+    "sensitivity",
+    "soft_nc",
+    "soft_ns",
+    "span_scores",
+    "sufficiency",
+    "token_f1",
+    "window_leakage",
+]

@@ -1,0 +1,150 @@
+"""How the metrics ask a model: perturbed contexts in batches; the model stays as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from heat_fast.decoder.norm import wide
+from heat_fast.errors import InputError
+from heat_fast.forward import unchanged
+from heat_fast.metrics._estimate import check_count, check_vector
+from heat_fast.planner import Budget, cpu_rows, run_batches
+from heat_fast.trunk import require_finite
+
+if TYPE_CHECKING:
+    from heat_fast.result import Attribution
+
+GPU_ROWS = 1 << 13
+# Logits of one batch: at most this many numbers, 256 MB in float32.
+LOGIT_ELEMENTS = 1 << 26
+
+
+@dataclass(frozen=True)
+class Case:
+    """A prompt, the next token that was explained, and a score for every prompt token.
+
+    token_ids: N ids; target: an id; scores: `[N]`, of any method.
+
+    Example:
+        >>> Case([5, 6, 7], 9, [0.1, 0.7, 0.2]).target
+        9
+    """
+
+    token_ids: Sequence[int]
+    target: int
+    scores: Any
+
+    @classmethod
+    def of(cls, result: Attribution) -> Case:
+        """That of an attribution, for its first target: the one that follows the prompt."""
+        return cls(result.token_ids, result.target_ids[0], result.target_scores[0])
+
+
+class Asker:
+    """Probabilities of the token after a prompt, for many perturbed prompts.
+
+    `rows`: token rows in a batch; None for a choice that suits the device.
+    """
+
+    def __init__(self, model: Any, rows: int | None) -> None:
+        self.model = model
+        self.embed = model.get_input_embeddings()
+        weight = self.embed.weight
+        self.vocabulary = int(weight.shape[0])
+        on_gpu = weight.device.type == "cuda"
+        asked = None if rows is None else check_count("rows", rows)
+        self.budget = Budget(asked or (GPU_ROWS if on_gpu else cpu_rows(weight.shape[-1])))
+
+    def embeddings(self, token_ids: Sequence[int]) -> Tensor:
+        """The input embeddings `[N, d]`."""
+        ids: Tensor = torch.tensor(list(token_ids), device=self.embed.weight.device)
+        found: Tensor = self.embed(ids)
+        return found.detach()
+
+    def after(
+        self,
+        lengths: Sequence[int],
+        make: Callable[[int], Tensor],
+        keep: Callable[[Tensor], Tensor],
+    ) -> Tensor:
+        """`keep(log P [B, V]) [B]` after every context `make(k) [lengths[k], d]`, on the CPU.
+
+        Shorter ones of a batch are padded on the right, which a causal model does not see.
+        """
+        parts: list[Tensor] = []
+        longest, spread = max(lengths), max(lengths) - min(lengths) + 1
+        most = max(1, LOGIT_ELEMENTS // (spread * self.vocabulary))
+
+        def run(first: int, stop: int) -> Tensor:
+            sizes = lengths[first:stop]
+            padded = torch.nn.utils.rnn.pad_sequence(
+                [make(which) for which in range(first, stop)], batch_first=True
+            )
+            kept = max(sizes) - min(sizes) + 1
+            output = self.model(inputs_embeds=padded, use_cache=False, logits_to_keep=kept)
+            logits = output.logits[:, -kept:]
+            last = torch.tensor(sizes, device=logits.device) - min(sizes)
+            rows = logits[torch.arange(len(sizes), device=logits.device), last]
+            found = torch.log_softmax(rows.to(wide(rows.dtype)), dim=-1)
+            require_finite(found, "the logits of a perturbed prompt")
+            return keep(found).double().cpu()
+
+        run_batches(
+            len(lengths),
+            self.budget,
+            lambda at: self.budget.batch(longest, min(most, len(lengths) - at)),
+            run,
+            lambda first, stop, found: parts.append(found),
+        )
+        return torch.cat(parts)
+
+
+@contextmanager
+def asking(model: Any, rows: int | None) -> Iterator[Asker]:
+    """Ask a model; its modes, gradients and the global random state stay as they are."""
+    if not hasattr(model, "get_input_embeddings"):
+        raise InputError(
+            f"model is {type(model).__name__}: expected a loaded Hugging Face causal language "
+            "model. Load one with AutoModelForCausalLM.from_pretrained(...)."
+        )
+    device = model.get_input_embeddings().weight.device
+    with (
+        torch.inference_mode(False),
+        torch.no_grad(),
+        torch.autocast(device.type, enabled=False),
+        unchanged(model),
+    ):
+        yield Asker(model, rows)
+
+
+def read(cases: Sequence[Case], vocabulary: int) -> list[tuple[Case, Tensor]]:
+    """The cases with their scores `[N]`, checked."""
+    if len(cases) == 0:
+        raise InputError("no case was given: expected at least one. Pass a list of Case.")
+    found = []
+    for number, case in enumerate(cases):
+        if not isinstance(case, Case):
+            raise InputError(
+                f"case {number} is {type(case).__name__}: expected a Case. Write "
+                "Case(token_ids, target, scores), or Case.of(result)."
+            )
+        for token in (*case.token_ids, case.target):
+            check_id(token, vocabulary, number)
+        where = f"case {number}"
+        found.append((case, check_vector(case.scores, where, tokens=len(case.token_ids))))
+    return found
+
+
+def check_id(token: Any, vocabulary: int, number: int) -> None:
+    """Raise an error unless this is the id of a token."""
+    if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocabulary:
+        raise InputError(
+            f"token id {token!r} of case {number} is not in the vocabulary: expected whole numbers "
+            f"from 0 to {vocabulary - 1}. Encode the prompt with the model's own tokenizer."
+        )
