@@ -24,7 +24,8 @@ class Example:
     Raises `InputError` for an empty prompt or target and for spans outside the prompt.
 
     Example:
-        >>> Example("1", "The sky is blue. The sky is", " blue", evidence=((11, 15),)).texts("evidence")
+        >>> example = Example("1", "The sky is blue. The sky is", " blue", evidence=((11, 15),))
+        >>> example.texts("evidence")
         ['blue']
     """
 
