@@ -10,6 +10,8 @@ PYTHON ?= python3
 PYTEST_ARGS ?=
 JOBS ?= auto
 JSON ?=
+BASE ?=
+ROUNDS ?= 5
 # Where no GPU is to be seen the CUDA kernels could not run, and nvcc takes as long as all the rest.
 export HEAT_FAST_CUDA ?= $(if $(wildcard /dev/nvidia[0-9]*),,0)
 KERNELS ?= --write kernels/COMPILED.md
@@ -22,10 +24,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test lint types format sanitize bench bench-smoke wheel kernels gpu bench-gpu docs screenshots notebook clean distclean
+.PHONY: help setup demo test lint types format sanitize bench bench-smoke bench-compare plots wheel kernels gpu bench-gpu docs screenshots notebook clean distclean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 setup: $(STAMP) ## Create .venv and install everything into it (the other targets do this too)
 
@@ -80,6 +82,14 @@ bench: $(STAMP) ## Run the benchmarks (JSON=name writes bench/results/name.json)
 
 bench-smoke: $(STAMP) ## Run every benchmark once, small, to see that it runs
 	@HEAT_FAST_BENCH=small $(BIN)/pytest bench --quiet --benchmark-only --benchmark-columns=median $(PYTEST_ARGS)
+
+bench-compare: $(STAMP) ## Time this tree against an earlier revision, in turns (BASE=<rev>)
+	@[ -n "$(BASE)" ] || { echo "make: name a revision: make bench-compare BASE=HEAD~1" >&2; exit 1; }
+	@$(BIN)/python bench/compare.py $(BASE) --rounds $(ROUNDS)
+
+plots: $(STAMP) ## Draw docs/images and write the tables of docs/performance.md from bench/results
+	@$(BIN)/python bench/plots.py
+	@$(BIN)/python bench/page.py
 
 DIST = dist$(if $(filter 1,$(HEAT_FAST_CUDA)),/cuda)
 

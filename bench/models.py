@@ -10,6 +10,7 @@ import torch
 SHAPES = {
     "llama": (6, 288, 768, 6, 32000),
     "small": (2, 96, 192, 3, 512),
+    "narrow": (2, 32, 64, 2, 512),
     "deep": (16, 256, 512, 4, 512),
 }
 
@@ -27,7 +28,7 @@ def random_llama(shape: str = "llama") -> Any:
         num_hidden_layers=blocks,
         num_attention_heads=heads,
         num_key_value_heads=heads,
-        max_position_embeddings=2048,
+        max_position_embeddings=8192,
     )
     return LlamaForCausalLM(config).eval()
 

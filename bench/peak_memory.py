@@ -1,11 +1,11 @@
 """Peak resident memory of one attribution of a random-weight Llama, in a process of its own.
 
-    python bench/peak_memory.py 1024 '{"estimator": "coded", "codes": 8, "probes": 4}' [llama]
+    python bench/peak_memory.py 1024 '{"estimator": "coded", "codes": 8, "probes": 4}' [llama [1]]
 
 prints, as JSON in bytes: what the process held before the model (interpreter, torch, and all that a
 first attribution of a tiny model loads); the model; the trunk as the engine counts it; the most
 that was resident during the attribution beyond the first; what `heat_fast.estimate` told; counts,
-FLOPs and seconds. The last argument names one of the shapes of `models.py`.
+FLOPs and seconds. The last two arguments: one of the shapes of `models.py`, and how many targets.
 """
 
 from __future__ import annotations
@@ -42,10 +42,9 @@ def forget_peak() -> bool:
 def main() -> None:
     settings = json.loads(sys.argv[2])
     shape = sys.argv[3] if len(sys.argv) > 3 else "llama"
-    tokens, config = (
-        int(sys.argv[1]),
-        HeatConfig.preset(settings.pop("variant", "full"), **settings),
-    )
+    targets = int(sys.argv[4]) if len(sys.argv) > 4 else 1
+    tokens = int(sys.argv[1])
+    config = HeatConfig.preset(settings.pop("variant", "full"), **settings)
     demo = load_demo_model(1)
     Attributor(demo.model, None, config.replace(layers=None)).attribute([5, 6, 7], 8)
     del demo
@@ -61,9 +60,9 @@ def main() -> None:
         return trunk
 
     with mock.patch.object(attributor, "run_trunk", run_trunk):
-        result = Attributor(model, None, config).attribute(prompt_ids(tokens, shape), 7)
+        result = Attributor(model, None, config).attribute(prompt_ids(tokens, shape), [7] * targets)
     peak = resident("VmHWM") if reset else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    told = estimate(model, tokens, 1, config, calibrate=False)
+    told = estimate(model, tokens, targets, config, calibrate=False)
     report = {
         "baseline": baseline,
         "model": sum(value.nbytes for value in model.parameters()),

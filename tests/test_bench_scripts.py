@@ -1,0 +1,77 @@
+"""The benchmarks' scripts run, and what is committed of them is what they make."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BENCH = Path(__file__).resolve().parent.parent / "bench"
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """`script(name)`: a module of bench/."""
+    monkeypatch.syspath_prepend(str(BENCH))
+    return importlib.import_module
+
+
+def test_the_performance_page_is_made_of_the_results(script: Any) -> None:
+    page = script("page")
+    text = page.PAGE.read_text()
+    assert len(page.PART.findall(text)) == len(page.PARTS)
+    assert page.page(text) == text, "run 'make plots'"
+
+
+def test_the_paper_is_under_the_floor(script: Any) -> None:
+    """Figures as committed; GPT-J-6B's information by hand, from its weights alone."""
+    found = script("paper_floor").rows()
+    kept = json.loads((BENCH / "results" / "paper-floor.json").read_text())
+    assert found == kept["rows"]
+    row = next(each for each in found if each["table"] == 15)
+    weights = 28 * 12 * 4096**2  # of one row through all blocks
+    suffixes = 1024 * 1025 // 2
+    assert row["flops"]["information"] > 2 * weights * suffixes * 0.9
+    assert min(each["times_under_information"] for each in found) > 5
+
+
+def test_slopes_are_those_of_powers(script: Any) -> None:
+    slope = script("scaling").slope
+    x = [1.0, 2.0, 4.0, 8.0, 16.0, 32.0]
+    assert slope(x, [3 * value**2 for value in x]) == pytest.approx(2)
+    assert slope(x, [value + 100 * (value < 8) for value in x]) == pytest.approx(1)
+
+
+def test_a_curve_is_measured() -> None:
+    environment = {**os.environ, "HEAT_FAST_BENCH": "small"}
+    command = [sys.executable, str(BENCH / "scaling.py"), "codes"]
+    outcome = subprocess.run(
+        command, check=True, capture_output=True, text=True, env=environment, timeout=300
+    )
+    assert outcome.stdout.splitlines()[-1].startswith("codes: slopes seconds ")
+
+
+def test_a_comparison_names_an_unknown_base() -> None:
+    command = [sys.executable, str(BENCH / "compare.py"), "no-such-revision"]
+    outcome = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert outcome.returncode == 1
+    assert "no-such-revision" in outcome.stderr
+
+
+def test_a_comparison_takes_turns(script: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    compare = script("compare")
+    order: list[str] = []
+
+    def run(who: str, seconds: float) -> dict[str, float]:
+        order.append(who)
+        return dict.fromkeys(compare.WORKLOADS, seconds)
+
+    ratios = compare.compare(lambda: run("base", 3.0), lambda: run("mine", 1.5), 2)
+    assert order == ["base", "mine", "mine", "base"]
+    assert all(values == [2.0, 2.0] for values in ratios.values())
