@@ -22,7 +22,7 @@ from assertions import assert_close
 from heat_fast import InputError, NumericalError, metrics
 from heat_fast.metrics import Case, Measurement
 
-MODULES = ["_estimate", "_model", "alignment", "faithfulness", "robustness"]
+MODULES = "_estimate _model alignment downstream faithfulness intervention robustness".split()
 
 
 class Bag(nn.Module):

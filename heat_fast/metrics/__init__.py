@@ -1,4 +1,4 @@
-"""Measures of attributions, of any method: faithfulness, alignment with evidence, robustness.
+"""Measures of attributions, of any method: faithfulness, alignment, robustness, interventions.
 
 Every one gives a `Measurement`: value, standard error over examples, value of each example.
 """
@@ -6,6 +6,7 @@ Every one gives a `Measurement`: value, standard error over examples, value of e
 from heat_fast.metrics._estimate import Measurement
 from heat_fast.metrics._model import Case
 from heat_fast.metrics.alignment import SpanScores, dsa, span_scores, token_f1
+from heat_fast.metrics.downstream import filter_delta, snippet, snippet_delta
 from heat_fast.metrics.faithfulness import (
     FRACTIONS,
     aopc_counterfactual,
@@ -17,6 +18,13 @@ from heat_fast.metrics.faithfulness import (
     soft_nc,
     soft_ns,
     sufficiency,
+)
+from heat_fast.metrics.intervention import (
+    causal_pass_at_k,
+    intervention_at_k,
+    misattribution,
+    patch_corr,
+    patch_effects,
 )
 from heat_fast.metrics.robustness import (
     DECODING_GRID,
@@ -38,12 +46,20 @@ __all__ = [
     "aopc_counterfactual",
     "aopc_fractions",
     "aopc_order",
+    "causal_pass_at_k",
     "comprehensiveness",
     "decoding_stability",
     "dsa",
+    "filter_delta",
+    "intervention_at_k",
     "log_ratio",
+    "misattribution",
+    "patch_corr",
+    "patch_effects",
     "random_cases",
     "sensitivity",
+    "snippet",
+    "snippet_delta",
     "soft_nc",
     "soft_ns",
     "span_scores",
