@@ -44,7 +44,7 @@ def patch_effects(
     effect is that of replacing its embedding. Scores of the cases are not looked at.
 
     Returns `[N]` in float64 for each case, on the CPU; above 0 where the token helps the target.
-    Cost: N prefix runs and N single rows on a cache of the prompt; `rows` as in `soft_ns`. Raises
+    Cost: N runs of the prompt and N single rows on a cache of it; `rows` as in `soft_ns`. Raises
     `InputError` for cases of a single token, an unknown reference, and ids outside the vocabulary.
 
     >>> import heat_fast
@@ -71,7 +71,7 @@ def _effects(asker: Asker, case: Case, reference: str, number: int) -> Tensor:
             "other. Leave the case out."
         )
     replaced = embeddings.mean(0) if reference == "mean" else torch.zeros_like(embeddings[0])
-    clean = _cache(asker.model, embeddings[None, :-1])
+    clean = _cache(asker.model, embeddings[None])
     whole = _log_prob(asker.model, embeddings[None, -1:], clean, case.target)
     parts: list[Tensor] = []
 
@@ -79,12 +79,12 @@ def _effects(asker: Asker, case: Case, reference: str, number: int) -> Tensor:
         tokens = range(first, stop)
         if first == length - 1:
             return _log_prob(asker.model, replaced[None, None], clean, case.target)
-        # A causal row does not see what follows it: one run serves prefixes of several lengths.
-        prefixes = embeddings[None, :stop].repeat(len(tokens), 1, 1)
+        # Whole contexts: rotary frequencies may depend on the length.
+        contexts = embeddings[None].repeat(len(tokens), 1, 1)
         at = torch.arange(len(tokens), device=embeddings.device)
-        prefixes[at, at + first] = replaced
+        contexts[at, at + first] = replaced
         patched = []
-        for layer, other in zip(clean, _cache(asker.model, prefixes), strict=True):
+        for layer, other in zip(clean, _cache(asker.model, contexts), strict=True):
             pair = []
             for kept, found in zip(layer, other, strict=True):
                 own = kept.repeat(len(tokens), 1, 1, 1)
@@ -106,14 +106,14 @@ Cache = list[tuple[Tensor, Tensor]]  # keys and values `[B, Hk, M, D]` of every 
 
 
 def _cache(model: Any, embeddings: Tensor) -> Cache:
-    """What a run of `[B, M, d]` leaves for later rows."""
+    """What the rows of `[B, M, d]` but the last leave for the last."""
     from transformers import DynamicCache
 
     # Without the model's configuration all layers keep all rows, sliding ones too; their masks hide
     # what is too far away.
     cache: Any = DynamicCache()
     model(inputs_embeds=embeddings, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    return [(layer.keys, layer.values) for layer in cache.layers]
+    return [(layer.keys[:, :, :-1], layer.values[:, :, :-1]) for layer in cache.layers]
 
 
 def _log_prob(model: Any, row: Tensor, cache: Cache, target: int) -> Tensor:
