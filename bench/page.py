@@ -1,4 +1,4 @@
-"""Write the tables of docs/performance.md from the JSON in results/: `make plots` runs it.
+"""Write the tables of docs/performance.md and docs/evaluation.md from results/; see `make plots`.
 
 What stands between `<!-- begin NAME -->` and `<!-- end -->` is made here and nowhere else.
 """
@@ -14,7 +14,7 @@ from typing import Any
 from variants_table import table
 
 BENCH = Path(__file__).resolve().parent
-PAGE = BENCH.parent / "docs" / "performance.md"
+PAGES = [BENCH.parent / "docs" / f"{name}.md" for name in ("performance", "evaluation")]
 PART = re.compile(r"(<!-- begin (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -104,7 +104,17 @@ def paper() -> list[str]:
     return table(head, rows)
 
 
-PARTS: dict[str, Callable[[], list[str]]] = {"peers": peers, "scaling": scaling, "paper": paper}
+def quick() -> list[str]:
+    """The tables of the evaluation's preset of that name."""
+    return (BENCH / "results" / "evaluation-quick" / "tables.md").read_text().splitlines()
+
+
+PARTS: dict[str, Callable[[], list[str]]] = {
+    "peers": peers,
+    "scaling": scaling,
+    "paper": paper,
+    "quick": quick,
+}
 
 
 def page(text: str) -> str:
@@ -113,4 +123,5 @@ def page(text: str) -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page(PAGE.read_text()))
+    for path in PAGES:
+        path.write_text(page(path.read_text()))

@@ -22,11 +22,11 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Any:
     return importlib.import_module
 
 
-def test_the_performance_page_is_made_of_the_results(script: Any) -> None:
+def test_pages_are_made_of_the_results(script: Any) -> None:
     page = script("page")
-    text = page.PAGE.read_text()
-    assert len(page.PART.findall(text)) == len(page.PARTS)
-    assert page.page(text) == text, "run 'make plots'"
+    texts = [path.read_text() for path in page.PAGES]
+    assert sum(len(page.PART.findall(text)) for text in texts) == len(page.PARTS)
+    assert [page.page(text) for text in texts] == texts, "run 'make plots'"
 
 
 def test_the_paper_is_under_the_floor(script: Any) -> None:

@@ -23,7 +23,7 @@ from heat_fast.errors import InputError
 from heat_fast.result import Attribution
 from test_result import make
 
-COMMANDS = ("attribute", "batch", "show", "compare", "estimate", "bench", "info")
+COMMANDS = ("attribute", "batch", "show", "compare", "estimate", "bench", "evaluate", "info")
 
 
 def run(*arguments: object, **keywords: Any) -> Any:

@@ -16,6 +16,7 @@ from heat_fast.cli.batch import batch
 from heat_fast.cli.bench import bench
 from heat_fast.cli.compare import compare
 from heat_fast.cli.estimate import estimate
+from heat_fast.cli.evaluate import evaluate
 from heat_fast.cli.info import info
 from heat_fast.cli.options import command
 from heat_fast.cli.show import show
@@ -54,5 +55,5 @@ def _root(
     pass
 
 
-for _function in (attribute, batch, show, compare, estimate, bench, info):
+for _function in (attribute, batch, show, compare, estimate, bench, evaluate, info):
     command(app)(_function)
