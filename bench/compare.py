@@ -24,12 +24,12 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parent.parent
 WORKLOADS: dict[str, tuple[int, int, dict[str, Any]]] = {
     # Prompt tokens, target tokens, settings.
-    "information, N=256": (256, 1, {"curvature": "none"}),
-    "coded, 64 products, N=256": (256, 1, {"estimator": "coded", "codes": 8, "probes": 8}),
-    "block, 4 probes, N=64": (64, 1, {"probes": 4}),
-    "low rank, N=256": (256, 1, {"variant": "lr"}),
-    "windows, N=512": (512, 1, {"variant": "win", "window": 128, "probes": 1}),
-    "response of 16, coded": (128, 16, {"estimator": "coded", "codes": 8, "probes": 2}),
+    "information, N=128": (128, 1, {"curvature": "none"}),
+    "coded, 64 products, N=128": (128, 1, {"estimator": "coded", "codes": 8, "probes": 8}),
+    "block, 1 probe, N=64": (64, 1, {"probes": 1}),
+    "low rank, N=64": (64, 1, {"variant": "lr", "rank": 32}),
+    "windows, N=192": (192, 1, {"variant": "win", "window": 96, "curvature": "none"}),
+    "response of 8, coded": (64, 8, {"estimator": "coded", "codes": 4, "probes": 2}),
 }
 
 
