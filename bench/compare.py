@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -122,6 +123,8 @@ def main() -> None:
         return
     if not arguments.base or arguments.rounds < 2:
         parser.error("expected a revision to compare with, and at least 2 rounds")
+    # Let `finally` remove the worktree when the run is stopped from outside.
+    signal.signal(signal.SIGTERM, lambda *received: sys.exit(143))
     revision = git("rev-parse", "--verify", f"{arguments.base}^{{commit}}")
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder).resolve() / "base"

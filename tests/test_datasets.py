@@ -72,8 +72,8 @@ def test_tellmewhy_marks_the_helpful_sentences(tmp_path: Path) -> None:
         "question_meta": "m1",
         "helpful_sentences": [1, 3],
     }
-    [example] = datasets.tellmewhy(write(tmp_path / "rows.jsonl", row))
-    assert example.id == "m1"
+    example, again = datasets.tellmewhy(write(tmp_path / "rows.jsonl", row, row))
+    assert (example.id, again.id) == ("m1", "m1-2")  # one of several answers
     assert example.texts("evidence") == ["Ann was cold.", "She lit a fire."]
     assert example.prompt.endswith("Question: Why did she light a fire?\nAnswer:")
 
@@ -147,8 +147,7 @@ def test_the_hub_is_asked_for_the_public_set(monkeypatch: pytest.MonkeyPatch) ->
             raise ValueError("Bad split: none")
         return [{"support": "Ice is cold.", "question": "What is cold?", "correct_answer": "ice"}]
 
-    module = types.ModuleType("datasets")
-    module.load_dataset = load_dataset  # type: ignore[attr-defined]
+    module = types.SimpleNamespace(load_dataset=load_dataset)
     monkeypatch.setitem(sys.modules, "datasets", module)
     assert len(datasets.sciq(limit=1)) == len(datasets.sciq(split="test")) == 1
     assert asked == [("allenai/sciq", "validation", True), ("allenai/sciq", "test", False)]
@@ -305,7 +304,7 @@ def test_synthetic_is_split_into_support_and_distractor() -> None:
     with pytest.raises(InputError, match="count is -1"):
         datasets.synthetic(-1)
     with pytest.raises(InputError, match="split is 'test'"):
-        datasets.synthetic(1, split="test")  # type: ignore[arg-type]
+        datasets.synthetic(1, **{"split": "test"})
 
 
 def test_bm25_finds_the_fact_of_synthetic_examples() -> None:

@@ -57,6 +57,7 @@ def test_presets_are_plans(name: str) -> None:
         ('name = "dsa"', 'name = "dsb"', "expected one of .*dsa"),
         ('name = "synthetic"', 'name = "syn"', "expected one of .*synthetic"),
         ("limit", "limits", "limits"),
+        ('name = "dsa"', 'name = "dsa"\nk = 3', "dsa has 'k': expected one of seed"),
         ("[[models]]", "[[model]]", "plan has 'model'"),
         ('name = "dsa"', 'name = "token_f1"', "two entries 'token_f1'"),
         ('[[models]]\nname = "embedded"', "", r"no \[\[models\]\]"),

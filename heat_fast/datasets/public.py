@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from itertools import islice
 from typing import Any, Final
 
@@ -53,7 +55,18 @@ def load(
         build(row, str(row.get("id") or f"{name}-{number}"))
         for number, row in enumerate(_rows(name, path, split, limit))
     )
-    return list(islice((each for each in found if each is not None), limit))
+    return _apart(list(islice((each for each in found if each is not None), limit)))
+
+
+def _apart(examples: list[Example]) -> list[Example]:
+    """The same with ids that differ: a question that has several answers comes several times."""
+    seen: Counter[str] = Counter()
+    found = []
+    for each in examples:
+        seen[each.id] += 1
+        again = seen[each.id]
+        found.append(each if again == 1 else replace(each, id=f"{each.id}-{again}"))
+    return found
 
 
 def _rows(name: str, path: PathLike | None, split: str | None, limit: int | None) -> Iterator[Row]:

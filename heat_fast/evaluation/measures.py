@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -42,26 +43,42 @@ class Asked:
         return found
 
 
+Better = Literal["higher", "lower"]
 #: `measure(asked, scores, settings)`.
 Measure = Callable[[Asked, Tensor, Mapping[str, Any]], Measurement]
 
 
 @dataclass(frozen=True)
 class Known:
-    """How a metric is taken, and which way is better."""
+    """A metric: its function, how it is taken of one example, and which way is better."""
 
+    function: Callable[..., Measurement]
     measure: Measure
-    better: Literal["higher", "lower"]
+    better: Better = "higher"
+
+    @property
+    def settings(self) -> list[str]:
+        """What a plan can set: the function's keywords."""
+        every = inspect.signature(self.function).parameters.values()
+        return [each.name for each in every if each.kind is each.KEYWORD_ONLY]
 
 
-def _perturbing(function: Any, positive: bool) -> Measure:
+def _perturbing(function: Any, better: Better = "higher", *, positive: bool = False) -> Known:
     def measure(asked: Asked, scores: Tensor, settings: Mapping[str, Any]) -> Measurement:
         encoded = asked.encoded
         case = Case(encoded.token_ids, encoded.target_id, scores.abs() if positive else scores)
         found: Measurement = function(asked.model, [case], **settings)
         return found
 
-    return measure
+    return Known(function, measure, better)
+
+
+def _patched(function: Any, better: Better = "higher") -> Known:
+    def measure(asked: Asked, scores: Tensor, settings: Mapping[str, Any]) -> Measurement:
+        found: Measurement = function([scores], [asked.effects], **settings)
+        return found
+
+    return Known(function, measure, better)
 
 
 def _dsa(asked: Asked, scores: Tensor, settings: Mapping[str, Any]) -> Measurement:
@@ -75,27 +92,19 @@ def _token_f1(asked: Asked, scores: Tensor, settings: Mapping[str, Any]) -> Meas
     return metrics.token_f1([scores], [asked.part("evidence")], **settings)
 
 
-def _patched(function: Any) -> Measure:
-    def measure(asked: Asked, scores: Tensor, settings: Mapping[str, Any]) -> Measurement:
-        found: Measurement = function([scores], [asked.effects], **settings)
-        return found
-
-    return measure
-
-
 #: By name. Shares of a total (soft_*, dsa, snippet_delta) are taken of absolute scores.
 MEASURES: Final[dict[str, Known]] = {
-    "soft_nc": Known(_perturbing(metrics.soft_nc, True), "higher"),
-    "soft_ns": Known(_perturbing(metrics.soft_ns, True), "higher"),
-    "comprehensiveness": Known(_perturbing(metrics.comprehensiveness, False), "higher"),
-    "sufficiency": Known(_perturbing(metrics.sufficiency, False), "lower"),
-    "aopc_fractions": Known(_perturbing(metrics.aopc_fractions, False), "higher"),
-    "aopc_order": Known(_perturbing(metrics.aopc_order, False), "higher"),
-    "dsa": Known(_dsa, "higher"),
-    "token_f1": Known(_token_f1, "higher"),
-    "patch_corr": Known(_patched(metrics.patch_corr), "higher"),
-    "intervention_at_k": Known(_patched(metrics.intervention_at_k), "higher"),
-    "misattribution": Known(_patched(metrics.misattribution), "lower"),
-    "filter_delta": Known(_perturbing(metrics.filter_delta, False), "higher"),
-    "snippet_delta": Known(_perturbing(metrics.snippet_delta, True), "higher"),
+    "soft_nc": _perturbing(metrics.soft_nc, positive=True),
+    "soft_ns": _perturbing(metrics.soft_ns, positive=True),
+    "comprehensiveness": _perturbing(metrics.comprehensiveness),
+    "sufficiency": _perturbing(metrics.sufficiency, "lower"),
+    "aopc_fractions": _perturbing(metrics.aopc_fractions),
+    "aopc_order": _perturbing(metrics.aopc_order),
+    "dsa": Known(metrics.dsa, _dsa),
+    "token_f1": Known(metrics.token_f1, _token_f1),
+    "patch_corr": _patched(metrics.patch_corr),
+    "intervention_at_k": _patched(metrics.intervention_at_k),
+    "misattribution": _patched(metrics.misattribution, "lower"),
+    "filter_delta": _perturbing(metrics.filter_delta),
+    "snippet_delta": _perturbing(metrics.snippet_delta, positive=True),
 }

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,11 @@ from heat_fast import baselines, datasets
 from heat_fast.config import PRESETS, HeatConfig, suggest
 from heat_fast.errors import InputError
 from heat_fast.evaluation.measures import MEASURES
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 HEAT = "heat-"
 _PRESETS = Path(__file__).parent / "presets"
@@ -49,8 +54,7 @@ class Plan:
 
     def resolved(self) -> dict[str, Any]:
         """What a run keeps beside its results, and compares when it goes on."""
-        parts = {name: [asdict(each) for each in getattr(self, name)] for name in _KEYS}
-        return {name: [dict(each) for each in entries] for name, entries in parts.items()}
+        return {name: [asdict(each) for each in getattr(self, name)] for name in _KEYS}
 
 
 def presets() -> dict[str, Path]:
@@ -66,10 +70,9 @@ def load_plan(path: str | os.PathLike[str]) -> Plan:
     >>> [each.name for each in load_plan("quick").models]
     ['embedded']
     """
-    toml = import_module("tomllib" if _has_tomllib() else "tomli")
     place = presets().get(str(path), Path(path))
     try:
-        found = toml.loads(place.read_text(encoding="utf-8"))
+        found = tomllib.loads(place.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(
             f"cannot read the plan {str(path)!r}: {error}. Expected a TOML file, or one of "
@@ -81,15 +84,10 @@ def load_plan(path: str | os.PathLike[str]) -> Plan:
         make_method(each)
     for each in parts["metrics"]:
         _known("metrics", [each.name], MEASURES)
+        _known(f"[[metrics]] {each.name}", each.settings, MEASURES[each.name].settings)
     for each in parts["data"]:
         _known("data", [each.name], (*_FILES, "synthetic", "curated"))
     return Plan(**parts, folder=place.resolve().parent)
-
-
-def _has_tomllib() -> bool:
-    from importlib.util import find_spec
-
-    return find_spec("tomllib") is not None
 
 
 def _known(what: str, names: Any, known: Any) -> None:

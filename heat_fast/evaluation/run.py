@@ -16,7 +16,7 @@ from heat_fast._version import __version__
 from heat_fast.datasets import encode
 from heat_fast.errors import HeatError, InputError
 from heat_fast.evaluation.measures import MEASURES, Asked, Inapplicable
-from heat_fast.evaluation.plan import Plan, make_method, read_data, read_model
+from heat_fast.evaluation.plan import Method, Plan, make_method, read_data, read_model
 
 ROWS, PLAN = "rows.jsonl", "plan.json"
 #: `progress(done, total)`.
@@ -38,6 +38,7 @@ def evaluate(
     folder = Path(output)
     _claim(folder, plan)
     known = {_key(row): row for row in _rows(folder / ROWS)}
+    methods = {each.label: make_method(each) for each in plan.methods}
     data = {each.label: list(read_data(each, plan.folder)) for each in plan.data}
     total = len(plan.models) * len(plan.methods) * sum(map(len, data.values()))
     done, found = 0, []
@@ -47,14 +48,14 @@ def evaluate(
             for label, examples in data.items():
                 for example in examples:
                     asked: Asked | None = None
-                    for method in plan.methods:
-                        key = (model.label, label, method.label, example.id)
+                    for method, run in methods.items():
+                        key = (model.label, label, method, example.id)
                         if key not in known:
                             loaded = loaded or read_model(model, plan.folder)
                             row: dict[str, Any] = dict(zip(_FIELDS, key, strict=True))
                             try:
                                 asked = asked or Asked(loaded[0], encode(example, loaded[1]))
-                                row.update(_measure(plan, asked, method, loaded[1]))
+                                row.update(_measure(plan, asked, run, loaded[1]))
                             except HeatError as error:
                                 row.update(values={}, skipped={}, error=str(error))
                             append(row)
@@ -65,11 +66,9 @@ def evaluate(
     return found
 
 
-def _measure(plan: Plan, asked: Asked, method: Any, tokenizer: Any) -> dict[str, Any]:
+def _measure(plan: Plan, asked: Asked, run: Method, tokenizer: Any) -> dict[str, Any]:
     encoded = asked.encoded
-    result = make_method(method)(
-        asked.model, tokenizer, list(encoded.token_ids), [encoded.target_id]
-    )
+    result = run(asked.model, tokenizer, list(encoded.token_ids), [encoded.target_id])
     values: dict[str, float] = {}
     skipped: dict[str, str] = {}
     for metric in plan.metrics:

@@ -67,25 +67,24 @@ def summarise(plan: Plan, rows: Sequence[dict[str, Any]]) -> list[Cell]:
         if method != first and any(apart):
             tests[key] = _wilcoxon(apart)
     corrected = dict(zip(tests, holm(list(tests.values())), strict=True))
-    means = {key: sum(found.values()) / len(found) for key, found in values.items()}
+    measured = {key: Measurement.of(list(found.values())) for key, found in values.items()}
     cells = []
-    for key, found in values.items():
+    for key, own in measured.items():
         model, data, method, metric = key
         column = [
-            mean
-            for other, mean in means.items()
+            each.value
+            for other, each in measured.items()
             if (other[0], other[1], other[3]) == (model, data, metric)
         ]
         best = max(column) if better[metric] == "higher" else min(column)
-        measured = Measurement.of(list(found.values()))
         cells.append(
             Cell(
                 *key,
-                count=len(found),
-                mean=measured.value,
-                stderr=measured.stderr,
+                count=len(own),
+                mean=own.value,
+                stderr=own.stderr,
                 p=corrected.get(key),
-                best=means[key] == best,
+                best=own.value == best,
             )
         )
     return cells
@@ -192,15 +191,21 @@ def write_tables(
     Raises `HeatError` where scipy is not installed.
     """
     folder, cells = Path(output), summarise(plan, rows)
-    (folder / "tables.md").write_text(
-        f"{markdown(plan, cells)}\n\n{notes(plan, rows)}\n", encoding="utf-8"
-    )
+    below = notes(plan, rows) + _write_parquet(rows, cells, folder)
+    (folder / "tables.md").write_text(f"{markdown(plan, cells)}\n\n{below}\n", encoding="utf-8")
     (folder / "tables.tex").write_text(latex(plan, cells), encoding="utf-8")
+    return cells
+
+
+def _write_parquet(rows: Sequence[dict[str, Any]], cells: Sequence[Cell], folder: Path) -> str:
+    """All values and all cells; without pandas and pyarrow, a note that they are not there."""
     try:
         import pandas
         import pyarrow  # noqa: F401
-    except ImportError:
-        return cells
+    except ImportError as error:
+        return (
+            f"\n- No Parquet files: {error}. pip install 'heat-fast[files]' brings what they need."
+        )
     names = ("model", "data", "method", "example")
     values = [
         {**{name: row[name] for name in names}, "metric": metric, "value": value}
@@ -209,4 +214,4 @@ def write_tables(
     ]
     pandas.DataFrame(values).to_parquet(folder / "values.parquet")
     pandas.DataFrame([vars(cell) for cell in cells]).to_parquet(folder / "cells.parquet")
-    return cells
+    return ""

@@ -81,14 +81,15 @@ def _effects(asker: Asker, case: Case, reference: str, number: int) -> Tensor:
             return _log_prob(asker.model, replaced[None, None], clean, case.target)
         # Whole contexts: rotary frequencies may depend on the length.
         contexts = embeddings[None].repeat(len(tokens), 1, 1)
-        at = torch.arange(len(tokens), device=embeddings.device)
-        contexts[at, at + first] = replaced
+        for row, token in enumerate(tokens):
+            contexts[row, token] = replaced
         patched = []
         for layer, other in zip(clean, _cache(asker.model, contexts), strict=True):
             pair = []
             for kept, found in zip(layer, other, strict=True):
                 own = kept.repeat(len(tokens), 1, 1, 1)
-                own[at, :, at + first] = found[at, :, at + first]
+                for row, token in enumerate(tokens):
+                    own[row, :, token] = found[row, :, token]
                 pair.append(own)
             patched.append((pair[0], pair[1]))
         last = embeddings[None, -1:].repeat(len(tokens), 1, 1)
