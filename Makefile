@@ -112,8 +112,12 @@ gpu: $(STAMP) ## Run the GPU tests and benchmarks on this machine's GPU
 	else echo "compute-sanitizer is not installed: races were not looked for."; fi
 	@$(MAKE) --no-print-directory bench-gpu
 
-bench-gpu: $(STAMP) ## Time the GPU kernels against PyTorch (writes bench/results/<gpu>/)
-	@for file in bench/gpu/*.py; do $(BIN)/python $$file $(BENCH_GPU) || failed=1; done; exit $${failed:-0}
+# Whole attributions keep a row for every case, and rows that are there are not measured again.
+bench-gpu: $(STAMP) ## Time kernels and attributions on this GPU (writes bench/results/<gpu>/)
+	@for part in $(PARTS); do case $$part in \
+	  attribution|paper) $(BIN)/pytest bench/gpu/test_bench_$$part.py --benchmark-only $(PYTEST_ARGS) ;; \
+	  *) $(BIN)/python bench/gpu/$$part.py $(BENCH_GPU) ;; \
+	esac || failed=1; done; exit $${failed:-0}
 
 docs: $(STAMP) ## Build the documentation into site/, warnings as errors
 	@$(BIN)/python -c 'import mkdocs, material, mkdocstrings' 2>/dev/null || { \

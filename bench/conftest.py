@@ -10,13 +10,14 @@ import os
 import platform
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+from heat_fast import ceilings
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 MODELS = Path(os.environ.get("HEAT_FAST_MODELS", REPOSITORY.parent / "shared" / "data" / "models"))
@@ -101,17 +102,10 @@ def prompt_ids() -> Callable[[int], list[int]]:
 def matmul_rate() -> Callable[[], float]:
     """FLOP/s of this process' matrix products, 512 rows by the random model's weights, right now.
 
-    The best of several short runs: a ceiling, measured with the threads the benchmarks use.
+    The best of many runs: a ceiling, measured with the threads the benchmarks use.
     """
 
     def measure() -> float:
-        x, weight = torch.randn(512, 288), torch.randn(768, 288)
-        best = 0.0
-        for _ in range(10):
-            begin = time.perf_counter()
-            for _ in range(50):
-                x @ weight.t()
-            best = max(best, 50 * 2 * 512 * 288 * 768 / (time.perf_counter() - begin))
-        return best
+        return ceilings.matmul_rate(torch.device("cpu"), torch.float32, (512, 288, 768))
 
     return measure

@@ -38,7 +38,7 @@ HERE = Path(__file__).resolve().parent
 TARGET = 7
 SAMPLED_TOKENS = 4
 SHORT, LENGTH, LONG = size(64), size(256), size(1024)
-STORY = size(256)
+STORY = size(96)
 # The spread of one probe is about 0.15 of S, so these leave 0.3 % in the value compared with.
 CONVERGED_PROBES = size(4096)
 
@@ -83,7 +83,7 @@ def median_run(benchmark: Any, function: Callable[[], Attribution], rounds: int)
 
 @pytest.fixture(scope="session")
 def story(stories: tuple[Any, Any]) -> tuple[Any, list[int], Attribution, torch.Tensor]:
-    """A story of 256 tokens: model, ids, its run with one block probe, and the converged S."""
+    """A story: model, ids, its run with one block probe, and the converged S."""
     model, tokenizer = stories
     ids = story_ids(model, tokenizer, STORY)
     exact = run(model, ids, None, probes=1)
@@ -122,8 +122,8 @@ def test_full_block(
     length: int,
     sampled: int | None,
 ) -> None:
-    """`full`, block estimator, the same 10 (N = 256: 2) probes on both sides."""
-    ids, probes = prompt_ids(length), 10 if length == SHORT else 2
+    """`full`, block estimator, the same 4 (N = 256: 2) probes on both sides."""
+    ids, probes = prompt_ids(length), 4 if length == SHORT else 2
     result = median_run(benchmark, lambda: run(random_llama, ids, probes=probes), 3)
     mine = benchmark.stats.stats.median
     curved, values = authors_curvature_seconds(random_llama, ids, probes, sampled)
@@ -197,7 +197,7 @@ def test_coded_fidelity(
     probes: int,
     summary: Summary,
 ) -> None:
-    """Rank order of `coded` against converged block curvature on a real model, N = 256."""
+    """Rank order of `coded` against converged block curvature on a real model."""
     model, ids, exact, converged = story
     settings: dict[str, Any] = {"estimator": "coded", "codes": 8, "probes": probes, "seed": 1}
     result = median_run(benchmark, lambda: run(model, ids, None, **settings), 3)

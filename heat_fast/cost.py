@@ -1,14 +1,15 @@
 """What an attribution costs, before it is run: products, rows, FLOPs, bytes, seconds.
 
-FLOPs are the floor of the definition (`heat_fast.work`). Where `probes` or `codes` is "auto" all of
-it is an upper bound: an attribution stops earlier.
+FLOPs and bytes are the floor of the definition (`heat_fast.work`). Where `probes` or `codes` is
+"auto" all of it is an upper bound: an attribution stops earlier.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from heat_fast.information import GPU_LOGIT_ELEMENTS, LOGIT_ELEMENTS
 from heat_fast.lowrank import HELD_OUT, factor_sizes
 from heat_fast.planner import Budget, runs_alone, slices, targets_at_once, token_budget
 from heat_fast.windows import plan_windows
-from heat_fast.work import Shape, Work
+from heat_fast.work import Shape, Traffic, Work
 
 
 @dataclass(frozen=True)
@@ -31,14 +32,16 @@ class Estimate:
     """The cost of one attribution; the most it can be where `probes` or `codes` is "auto".
 
     `hvp`, `branches`, `branch_tokens`: counts as in a result's metadata (branch tokens without the
-    rows that batching adds); `flops`: per component; `trunk_bytes`, `peak_bytes`: what the trunk
-    keeps, and the most that is alive at once beyond the model; `seconds`: None without calibration.
+    rows that batching adds); `flops`, `bytes_moved`: per component, the floor of both;
+    `trunk_bytes`, `peak_bytes`: what the trunk keeps, and the most that is alive at once beyond the
+    model; `seconds`: None without calibration.
     """
 
     hvp: int
     branches: int
     branch_tokens: int
     flops: Mapping[str, int]
+    bytes_moved: Mapping[str, int]
     trunk_bytes: int
     peak_bytes: int
     seconds: float | None
@@ -51,25 +54,47 @@ class Estimate:
 
 def flops(decoder: Decoder, tokens: int, targets: int, config: HeatConfig) -> dict[str, int]:
     """Floor FLOPs per component for `tokens` prompt and `targets` target tokens, all windows."""
+    return _components(decoder, tokens, targets, config, Work)
+
+
+def bytes_moved(
+    decoder: Decoder, tokens: int, targets: int, config: HeatConfig, rows: int
+) -> dict[str, int]:
+    """Floor bytes per component to and from memory, in batches of `rows` token rows."""
+    return _components(decoder, tokens, targets, config, partial(Traffic, rows=rows))
+
+
+def _components(
+    decoder: Decoder, tokens: int, targets: int, config: HeatConfig, kind: Callable[..., Work]
+) -> dict[str, int]:
+    """The costs of `kind`, per component."""
     plan = plan_windows(tokens, config)
     total = dict.fromkeys(("trunk", "gate", "information", "curvature"), 0)
-    for work in _chunks(decoder, plan.length, targets, config):
-        branches = sum(work.branch(start) for start in range(work.tokens))
-        swept = _trunk_bytes(work, work.swept, decoder.embeddings_weight.element_size())
-        at_once = slices(work.targets, targets_at_once(swept))
+    item = decoder.embeddings_weight.element_size()
+    sizes = _chunks(decoder, plan.length, targets, config)
+    costs = _chunks(decoder, plan.length, targets, config, kind)
+    for work, cost in zip(sizes, costs, strict=True):
+        at_once = slices(work.targets, targets_at_once(_trunk_bytes(work, work.swept, item)))
         groups = [len(range(work.targets)[part]) for part in at_once]
-        total["trunk"] += work.trunk()
-        total["gate"] += sum(work.gate(config.rollout))
-        total["information"] += branches + work.tokens * work.targets * work.logits
-        total["curvature"] += curvature_work(work, groups, config)
-    return {component: len(plan) * cost for component, cost in total.items()}
+        branches = sum(cost.branch(start) for start in range(work.tokens))
+        total["trunk"] += cost.trunk()
+        total["gate"] += sum(cost.gate(config.rollout))
+        total["information"] += branches + work.tokens * work.targets * cost.logits
+        total["curvature"] += curvature_work(cost, groups, config)
+    return {component: len(plan) * count for component, count in total.items()}
 
 
-def _chunks(decoder: Decoder, tokens: int, targets: int, config: HeatConfig) -> list[Work]:
+def _chunks(
+    decoder: Decoder,
+    tokens: int,
+    targets: int,
+    config: HeatConfig,
+    kind: Callable[..., Work] = Work,
+) -> list[Work]:
     """The work of each part of the response that is explained at a time, first to last."""
     first = decoder.first_of(config.layers)
     parts = [range(targets)[part] for part in slices(targets, config.response_chunk or targets)]
-    return [Work(decoder, tokens, len(part), first, part.start) for part in parts]
+    return [kind(decoder, tokens, len(part), first, part.start) for part in parts]
 
 
 def curvature_work(work: Work, groups: Sequence[int], config: HeatConfig) -> int:
@@ -172,6 +197,7 @@ def estimate(
         branch_tokens=windows
         * sum(each.length - start for each in chunks for start in range(tokens)),
         flops=costs,
+        bytes_moved=bytes_moved(decoder, n_tokens, n_targets, config, budget.rows),
         trunk_bytes=kept,
         peak_bytes=_peak_bytes(work, item, config, budget, device) + factors,
         seconds=seconds,

@@ -16,8 +16,9 @@ from torch.utils.flop_counter import flop_registry
 import families
 import heat_fast
 from heat_fast import Attribution, Attributor, HeatConfig
+from heat_fast.ceilings import Ceilings, measure
 from heat_fast.combine import Components
-from heat_fast.cost import flops
+from heat_fast.cost import bytes_moved, flops
 from heat_fast.curvature import _Coded, code_length
 from heat_fast.decoder import view
 from heat_fast.errors import InputError
@@ -213,6 +214,62 @@ def test_counted_flops_are_what_torch_counts(
     elif curvature in ("coded", "row", "low_rank"):
         expected += result.metadata["counts"]["hvp"] * made_anew(work, 0)
     assert abs(counter.total / expected - 1) < 0.03
+
+
+class TrafficCounter(TorchDispatchMode):
+    """Bytes of the operands and results of every product with one of the model's parameters."""
+
+    products = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm)
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.weights = {each.untyped_storage().data_ptr() for each in model.parameters()}
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if func.overloadpacket in self.products:
+            operands = args[-2:]
+            if any(each.untyped_storage().data_ptr() in self.weights for each in operands):
+                self.total += sum(each.nbytes for each in (*operands, output))
+        return output
+
+
+@pytest.mark.parametrize("name", families.FAMILIES)
+@pytest.mark.parametrize("curvature", ["none", "block", "coded", "low_rank"])
+def test_counted_bytes_are_what_products_with_weights_move(
+    name: str, curvature: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To 5 %, of every family; one sequence per batch, so that none shares its weights."""
+    monkeypatch.setattr("heat_fast.attributor.check_faithful", lambda *_: None)
+    model = families.build(name)
+    settings: dict[str, Any] = {"token_budget": 1, "kernels": "reference"}
+    if curvature == "none":
+        config = HeatConfig(curvature="none", **settings)
+    else:
+        config = HeatConfig(estimator=curvature, probes=1, codes=4, rank=4, **settings)
+    with TrafficCounter(model) as counter:
+        Attributor(model, None, config).attribute(families.prompt_ids(name, 8), 5)
+    told = sum(bytes_moved(view(model, 8), 8, 1, config, rows=1).values())
+    assert abs(counter.total / told - 1) < 0.05
+
+
+def test_larger_batches_move_fewer_bytes() -> None:
+    decoder = view(families.build("llama"), 16)
+    config = HeatConfig(probes=2)
+    moved = [sum(bytes_moved(decoder, 16, 1, config, rows).values()) for rows in (1, 32, 512)]
+    assert moved == sorted(set(moved), reverse=True)
+
+
+def test_floor_is_the_longer_of_operations_and_bytes() -> None:
+    floor = Ceilings(100.0, 10.0).floor({"a": 200, "b": 200}, {"a": 10, "b": 50})
+    assert floor == {"a": 2.0, "b": 5.0}
+
+
+def test_ceilings_are_measured() -> None:
+    found = measure(torch.device("cpu"), torch.float32)
+    assert 1e8 < found.flop_rate < 1e15
+    assert 1e8 < found.byte_rate < 1e13
 
 
 def test_estimate_counts_what_a_run_counts() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -31,7 +32,10 @@ def bench(
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
 ) -> None:
-    """Attribute random tokens and tell seconds, FLOPs and memory, measured and estimated.
+    """Attribute random tokens and tell seconds, FLOPs, bytes and memory, beside what they must be.
+
+    A component's floor is the longer of the times that its FLOPs and its bytes take at the rates of
+    a large matrix product and a copy, measured in the same process.
 
     Example: heat-fast bench --model ./my-model --tokens 256 --estimator coded --probes 4
     """
@@ -51,6 +55,7 @@ def _measure(
     import torch
 
     from heat_fast.attributor import Attributor
+    from heat_fast.ceilings import measure
     from heat_fast.cost import estimate
 
     told = estimate(model, tokens, targets, config)
@@ -69,18 +74,25 @@ def _measure(
         metadata: Any = attributor.attribute(ids[:tokens], goals).metadata
         runs.append((metadata["seconds"], _peak(embed.device, before)))
     seconds = min((each for each, _ in runs), key=lambda each: float(each["total"]))
+    ceilings = measure(embed.device, embed.dtype)
+    floor = ceilings.floor(told.flops, told.bytes_moved)
     peaks = [peak for _, peak in runs if peak is not None]
     return {
         "tokens": tokens,
         "targets": targets,
         "seconds": dict(seconds),
         "flops": dict(told.flops),
+        "bytes_moved": dict(told.bytes_moved),
+        "ceilings": asdict(ceilings),
+        "floor_seconds": {**floor, "total": sum(floor.values())},
         "estimated_seconds": told.seconds,
         "peak_bytes": max(peaks) if peaks else None,
         "estimated_peak_bytes": told.peak_bytes,
         "device": metadata["device"],
         "dtype": metadata["dtype"],
         "counts": dict(metadata["counts"]),
+        "implementation": dict(metadata["implementation"]),
+        "versions": dict(metadata["versions"]),
     }
 
 
@@ -125,22 +137,29 @@ def _print(values: dict[str, Any]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    seconds, flops = values["seconds"], values["flops"]
+    seconds, floor = values["seconds"], values["floor_seconds"]
+    flops, moved = (
+        {**values[name], "total": sum(values[name].values())} for name in ("flops", "bytes_moved")
+    )
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
-    for column in ("component", "seconds", "share", "FLOPs", "GFLOP/s"):
+    for column in ("component", "seconds", "share", "FLOPs", "bytes", "GFLOP/s", "of the floor"):
         table.add_column(column, justify="left" if column == "component" else "right")
-    rows = {**flops, "total": sum(flops.values())}
-    for name, count in rows.items():
+    for name, count in flops.items():
         took = seconds.get(name, 0.0)
         speed = f"{count / took / 1e9:.3g}" if took else "-"
         share = f"{took / seconds['total']:.0%}" if seconds["total"] else "-"
-        table.add_row(*map(Text, (name, f"{took:.3f}", share, f"{count:.3g}", speed)))
+        reached = f"{floor[name] / took:.0%}" if took else "-"
+        cells = (name, f"{took:.3f}", share, f"{count:.3g}", f"{moved[name]:.3g}", speed, reached)
+        table.add_row(*map(Text, cells))
     console = Console()
     console.print(table)
     peak, told = values["peak_bytes"], values["estimated_seconds"]
     console.print(
         f"\n{values['tokens']:,} prompt and {values['targets']:,} target tokens, "
         f"{values['device']} {values['dtype']}, {values['counts']['hvp']:,} products\n"
+        f"floor: {values['floor_seconds']['total']:.3g} s at "
+        f"{values['ceilings']['flop_rate'] / 1e9:,.0f} GFLOP/s and "
+        f"{values['ceilings']['byte_rate'] / 1e9:,.1f} GB/s, measured here\n"
         f"estimated beforehand: {told:.3g} s, {megabytes(values['estimated_peak_bytes'])} beyond "
         "the model\n"
         f"most memory beyond the model: {'unknown' if peak is None else megabytes(peak)}",

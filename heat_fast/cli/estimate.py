@@ -55,6 +55,7 @@ def _words(told: Estimate, config: HeatConfig) -> str:
         "masked prompts": f"{told.branches:,} of {told.branch_tokens:,} tokens",
         **{f"FLOPs, {name}": f"{value:.3g}" for name, value in told.flops.items()},
         "FLOPs in all": f"{most}{told.total_flops:.3g}",
+        "bytes moved, at least": f"{sum(told.bytes_moved.values()):.3g}",
         "memory beyond the model": megabytes(told.peak_bytes),
         "time": "not timed" if told.seconds is None else f"{most}about {told.seconds:.3g} s",
     }

@@ -1,0 +1,169 @@
+"""Benchmarks of whole attributions on a GPU: device clock, flushed cache, results row by row.
+
+Every benchmark that has run leaves a row in `bench/results/<gpu>/<file>.json`, where `<file>` is
+its test file without `test_bench_`. A row that is there is not measured again: a campaign that was
+cut off goes on where it stopped. Delete the file, or a row, to measure anew. After
+`HEAT_FAST_BENCH_SECONDS` (540 if not set) the rest is left for another run.
+
+Without a CUDA device they are skipped, or with `HEAT_FAST_BENCH=small` run on tiny models, so that
+none can rot; then nothing is kept.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from sizes import SMALL
+
+from heat_fast.ceilings import Ceilings, measure
+
+RESULTS = Path(__file__).resolve().parent.parent / "results"
+LIMIT = float(os.environ.get("HEAT_FAST_BENCH_SECONDS", "540"))
+_BEGAN = time.monotonic()
+
+
+class Instant:
+    """A point on the device's clock; the difference of two is seconds."""
+
+    def __init__(self) -> None:
+        self._event = torch.cuda.Event(enable_timing=True)
+        self._event.record()
+
+    def __sub__(self, earlier: Instant) -> float:
+        self._event.synchronize()
+        return float(earlier._event.elapsed_time(self._event)) / 1e3
+
+
+def clock() -> Any:
+    """Now: by CUDA events where there is a device, else by this process's clock."""
+    return Instant() if torch.cuda.is_available() else time.perf_counter()
+
+
+def rows_of(item: pytest.Item) -> Path | None:
+    """The file of a benchmark's row; None without a device."""
+    if not torch.cuda.is_available():
+        return None
+    gpu = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
+    return RESULTS / gpu / f"{item.path.stem.removeprefix('test_bench_')}.json"
+
+
+def read_rows(path: Path) -> dict[str, Any]:
+    """The rows that are there, by test."""
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    path = rows_of(item)
+    if path is None:
+        if not SMALL:
+            pytest.skip("no CUDA device")
+        return
+    if item.name in read_rows(path):
+        pytest.skip(f"measured before: its row is in {path}")
+    if time.monotonic() - _BEGAN > LIMIT:
+        pytest.skip(f"left for another run: {LIMIT:.0f} s are over (HEAT_FAST_BENCH_SECONDS)")
+
+
+@pytest.fixture
+def device() -> torch.device:
+    """Where the models are made."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(scope="session")
+def ceilings() -> Callable[[torch.dtype], Ceilings]:
+    """The device's ceilings in a dtype, measured once in this process."""
+    found: dict[torch.dtype, Ceilings] = {}
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    def of(dtype: torch.dtype) -> Ceilings:
+        if dtype not in found:
+            found[dtype] = measure(device, dtype)
+        return found[dtype]
+
+    return of
+
+
+@pytest.fixture
+def timed(benchmark: Any) -> Callable[..., Any]:
+    """`timed(call, rounds, warmup)`: the last value of a call timed on the device's clock.
+
+    The second-level cache is overwritten before every round.
+    """
+    benchmark._timer = clock
+    flush = None
+    if torch.cuda.is_available():
+        flush = torch.empty(256 << 20, dtype=torch.int8, device="cuda")
+
+    def run(call: Callable[[], Any], rounds: int = 3, warmup: int = 1) -> Any:
+        def setup() -> None:
+            if flush is not None:
+                flush.zero_()
+
+        return benchmark.pedantic(call, setup=setup, rounds=rounds, warmup_rounds=warmup)
+
+    return run
+
+
+@pytest.fixture
+def peak() -> Callable[[Callable[[], Any]], int | None]:
+    """`peak(call)`: bytes that a call allocates beyond what is held; None without a device."""
+
+    def measured(call: Callable[[], Any]) -> int | None:
+        if not torch.cuda.is_available():
+            call()
+            return None
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+
+    return measured
+
+
+@pytest.fixture
+def row(request: pytest.FixtureRequest, benchmark: Any) -> Any:
+    """A dictionary that is kept as this benchmark's row, with its statistics, where it succeeds."""
+    kept: dict[str, Any] = {}
+    yield kept
+    benchmark.extra_info.update(kept)
+    path = rows_of(request.node)
+    if path is None or not kept or benchmark.stats is None:
+        return
+    revision = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=RESULTS, capture_output=True, text=True, check=False
+    ).stdout.strip()
+    import transformers
+    import triton
+
+    stats = benchmark.stats.stats
+    told = {
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "triton": triton.__version__,
+        "revision": revision or None,
+        "date": datetime.now(UTC).date().isoformat(),
+        "clock": {
+            "rounds": stats.rounds,
+            "median": stats.median,
+            "quartiles": [stats.q1, stats.q3],
+        },
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = {**read_rows(path), request.node.name: {**kept, **told}}
+    fresh = path.with_suffix(".new")
+    fresh.write_text(json.dumps(rows, indent=1) + "\n")
+    fresh.replace(path)
