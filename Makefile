@@ -4,7 +4,8 @@
 #   make bench JSON=name           also write bench/results/name.json
 #   make wheel HEAT_FAST_CUDA=1    with the CUDA kernels, into dist/cuda
 #   make kernels KERNELS="--arch 90 --op masked_kl"     some of the GPU kernels
-#   make bench-gpu BENCH_GPU="--length 1024"            one length
+#   make bench-gpu PARTS="kernels paper"                some of kernels attention low_rank attribution paper
+#   make bench-gpu PARTS=kernels BENCH_GPU="--length 1024"             one length
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
@@ -15,6 +16,7 @@ ROUNDS ?= 5
 # Where no GPU is to be seen the CUDA kernels could not run, and nvcc takes as long as all the rest.
 export HEAT_FAST_CUDA ?= $(if $(wildcard /dev/nvidia[0-9]*),,0)
 KERNELS ?= --write kernels/COMPILED.md
+PARTS ?= kernels attention low_rank attribution paper
 BENCH_GPU ?=
 
 VENV := .venv

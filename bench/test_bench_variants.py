@@ -5,9 +5,10 @@ tokens (2 blocks, width 96, three heads), each run in a process of its own; `ls`
 two blocks. All presets use 2 probes, so that what differs is the preset. Two blocks keep so little
 that the sketch of `lr` outweighs it; what a model of usual depth takes is measured with 16 blocks
 of width 256, by runs that hold as much as whole ones and stop early. Fidelity is measured on the
-3M-parameter story model, where that is on disk, against `full` with 32 block probes.
+3M-parameter story model, where that is on disk, against `full` with
+32 block probes (16 unless HEAT_FAST_BENCH=full).
 
-    make bench JSON=variants-cpu PYTEST_ARGS="-k variants"
+    HEAT_FAST_BENCH=full make bench JSON=variants-cpu PYTEST_ARGS="-k variants"
     .venv/bin/python bench/variants_table.py variants-cpu      # writes the Markdown beside it
 """
 
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from measures import overlap, relative_error, spearman
 from models import story_ids
-from sizes import SMALL, size
+from sizes import FULL, SMALL, size
 
 from heat_fast import Attribution, Attributor, HeatConfig
 from heat_fast.config import PRESETS
@@ -31,10 +32,10 @@ if TYPE_CHECKING:
     from conftest import Summary
 
 HERE = Path(__file__).resolve().parent
-LENGTHS = (32,) if SMALL else (512, 1024, 2048)
+LENGTHS = (32,) if SMALL else (512, 1024, 2048) if FULL else (512, 1024)
 PROBES = 2
 STORY = size(256)
-REFERENCE_PROBES = size(32)
+REFERENCE_PROBES = 32 if FULL else size(16)
 FIDELITY: dict[str, dict[str, Any]] = {
     "full, 2 probes": {"variant": "full", "probes": 2},
     "full, coded": {"variant": "full", "estimator": "coded", "codes": 16, "probes": 4},
@@ -94,6 +95,7 @@ DEEP: dict[str, tuple[int, dict[str, Any]]] = {
 }
 
 
+@pytest.mark.skipif(not (FULL or SMALL), reason="takes minutes: HEAT_FAST_BENCH=full")
 def test_memory_of_a_deep_model(benchmark: Any, summary: Summary) -> None:
     """Peak memory at 2,048 tokens of `full` and of `lr+win`."""
     told = {}
