@@ -197,7 +197,8 @@ def test_batches_change_nothing_and_the_model_is_left_alone(name: str) -> None:
     states = torch.get_rng_state(), random.getstate()
     for metric in (metrics.soft_ns, metrics.soft_nc, metrics.aopc_order, metrics.aopc_fractions):
         one, many = metric(model, cases, rows=1), metric(model, cases, rows=1000)
-        assert_close(metric.__name__, one.per_example, many.per_example, rtol=1e-9)
+        # The norms of Hugging Face's Llama round to float32 whatever the model's dtype.
+        assert_close(metric.__name__, one.per_example, many.per_example, rtol=1e-6)
     assert all(module.training for module in model.modules())
     assert all(each.grad is None for each in model.parameters())
     assert all(bool((a == b).all()) for a, b in zip(parameters, model.parameters(), strict=True))
