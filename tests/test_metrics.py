@@ -190,15 +190,17 @@ def test_masking_by_the_mean_embedding() -> None:
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_batches_change_nothing_and_the_model_is_left_alone(name: str) -> None:
-    model = families.build(name, dtype=torch.float64).train()
+    # Eager attention of Hugging Face's Llama takes its softmax in float32 whatever the model's
+    # dtype, and its last bit depends on the padding.
+    attn = "sdpa" if name == "llama" else "eager"
+    model = families.build(name, dtype=torch.float64, attn=attn).train()
     ids = families.prompt_ids(name, 9)
     cases = [Case(ids, 4, torch.rand(9)), Case(ids[:5], 6, torch.rand(5))]
     parameters = [each.clone() for each in model.parameters()]
     states = torch.get_rng_state(), random.getstate()
     for metric in (metrics.soft_ns, metrics.soft_nc, metrics.aopc_order, metrics.aopc_fractions):
         one, many = metric(model, cases, rows=1), metric(model, cases, rows=1000)
-        # The norms of Hugging Face's Llama round to float32 whatever the model's dtype.
-        assert_close(metric.__name__, one.per_example, many.per_example, rtol=1e-6)
+        assert_close(metric.__name__, one.per_example, many.per_example, rtol=1e-9)
     assert all(module.training for module in model.modules())
     assert all(each.grad is None for each in model.parameters())
     assert all(bool((a == b).all()) for a, b in zip(parameters, model.parameters(), strict=True))

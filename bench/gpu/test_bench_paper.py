@@ -30,6 +30,8 @@ SAMPLE = 0.2 if SMALL else 4.0
 # Memory is the same in the next batches.
 GLANCE = SAMPLE / 8
 DTYPE = torch.bfloat16
+#: Token rows that share one reading of the weights, in the floor's bytes.
+ROWS_OF_A_BATCH = 4096
 #: The share of the device's free memory that a model may take.
 ROOM = 0.7
 
@@ -179,7 +181,7 @@ def test_row(
         whole = view(AutoModelForCausalLM.from_config(MODELS[name]), tokens)
     here = view(model, tokens)
     run, all_blocks = flops(here, tokens, 1, config), flops(whole, tokens, 1, config)
-    moved = bytes_moved(here, tokens, 1, config, 4096)
+    moved = bytes_moved(here, tokens, 1, config, ROWS_OF_A_BATCH)
     ceiling = ceilings(DTYPE)
     # Blocks that were left out are paid for in proportion to their FLOPs.
     shares = {part: 1.0 if SMALL else all_blocks[part] / max(1, run[part]) for part in parts}
