@@ -121,10 +121,10 @@ def generate(
                 "generate(). Correct them."
             ) from error
     response: list[int] = output[0, len(encoded) :].tolist()
-    return _without_end(response, model, attributor.tokenizer)
+    return without_end(response, model, attributor.tokenizer)
 
 
-def _without_end(response: list[int], model: Any, tokenizer: Any) -> list[int]:
+def without_end(response: list[int], model: Any, tokenizer: Any) -> list[int]:
     """Without the tokens that end a response, and what pads it; all of it where that is all."""
     ends: set[Any] = set()
     for source in (getattr(model, "generation_config", None), tokenizer):

@@ -26,6 +26,8 @@ QUICK: dict[str, dict[str, Any]] = {
     "progressive_inference": {"passes": 3, "mode": "masked"},
     "reagent": {"steps": 3},
     "causal_tracing": {"samples": 1},
+    "faml": {"steps": 3},
+    "sea_cot": {"chains": 4, "length": 24},
 }
 TARGETS = [5, 9, 4]
 
@@ -235,6 +237,32 @@ def test_leave_one_out_is_the_information_component() -> None:
     assert result.metadata["measured"] == ("information", "log_prob_drop", "target_scores")
 
 
+def test_the_first_step_of_a_mask_goes_where_both_aims_point() -> None:
+    """Of `log P = -3 m_0 + m_1` and its complement: m_0 down, m_1 up, by one step of Adam each."""
+    values = torch.tensor([[3.0], [1.0]], dtype=torch.float64)
+    slopes = torch.tensor([[-1.0], [1.0]], dtype=torch.float64)
+    method = baselines.get("faml", steps=1, rate=0.3)
+    found = method.scores(linear_case(values, slopes))
+    expected = torch.sigmoid(torch.tensor([[-0.3, 0.3]], dtype=torch.float64))
+    assert_close("mask", expected, found, rtol=1e-6)
+
+
+def test_chains_weigh_by_entailment_and_overlap(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = build("llama", torch.float64), [5, 6, 7, 5]
+    chains = [[5, 5, 9], [7, 6, 8], [11, 12, 13]]
+    method = baselines.get("sea_cot", chains=3, length=3)
+    monkeypatch.setattr(type(method), "_sample", lambda *_: chains)
+    found = method(model, None, ids, [4, 9])
+    weights = []
+    for chain, overlap in zip(chains, (1 / 3, 2 / 3, 0.0), strict=True):
+        context = model.get_input_embeddings()(torch.tensor([*chain, *ids, 4]))
+        after = log_probs(model, context, 2).exp()
+        weights.append(torch.stack((after[0, 4], after[1, 9])) * overlap)
+    first, second = weights[0] / (weights[0] + weights[1]), weights[1] / (weights[0] + weights[1])
+    expected = torch.stack((first, second, second, first), -1)
+    assert_close("scores", expected, found.target_scores, rtol=1e-6)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_method_serves_every_family_and_leaves_the_model(family: str) -> None:
     model, ids = build(family), prompt_ids(family, 8)
@@ -269,7 +297,10 @@ def test_batches_do_not_matter_and_seeds_do(name: str, monkeypatch: pytest.Monke
     again = quick(name)(model, None, ids, TARGETS)
     assert_close(name, result.target_scores, again.target_scores, rtol=1e-3, atol=1e-6)
     other = quick(name, seed=1)(model, None, ids, TARGETS)
-    drawn = name in ("random", "context_cite", "progressive_inference", "reagent", "causal_tracing")
+    drawn = name in (
+        *("random", "context_cite", "progressive_inference", "reagent", "causal_tracing"),
+        "sea_cot",
+    )
     assert torch.allclose(again.target_scores, other.target_scores) is not drawn
 
 

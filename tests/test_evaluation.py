@@ -3,15 +3,30 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
+import heat_fast
+from assertions import assert_close
 from heat_fast.cli import app
+from heat_fast.datasets import encode, synthetic
 from heat_fast.errors import InputError
-from heat_fast.evaluation import evaluate, holm, load_plan, presets, summarise, write_tables
+from heat_fast.evaluation import (
+    evaluate,
+    holm,
+    load_plan,
+    presets,
+    stability,
+    summarise,
+    write_plots,
+    write_tables,
+)
+from heat_fast.evaluation.measures import MEASURES, Asked, Attributed
+from heat_fast.evaluation.plan import PARTS, Entry, make_method, read_data
 
 PLAN = """
 [[models]]
@@ -178,3 +193,166 @@ def test_the_command_writes_tables(tmp_path: Path) -> None:
     assert values["value"][0] == kept[0]["values"][values["metric"][0]]
     wrong = CliRunner().invoke(app, ["evaluate", "no-such-plan", "--output", str(out)])
     assert wrong.exit_code == 2
+
+
+def test_a_plan_on_other_models_and_data(tmp_path: Path, monkeypatch: Any) -> None:
+    row = {"prompt": "Ann is a", "continuation": "painter.", "id": "1"}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    monkeypatch.chdir(tmp_path)
+    plan = load_plan("decoding", models=["org/name"], data=["wikibio=rows.jsonl"], limit=7)
+    assert [(each.label, each.settings) for each in plan.models] == [("name", {"path": "org/name"})]
+    assert len(plan.data) == 55
+    assert plan.data[0].settings["path"] == str(tmp_path / "rows.jsonl")
+    assert all(each.settings["limit"] == 7 for each in plan.data)
+    kept = load_plan("quick", data=["wikibio=$FOLDER/rows.jsonl"])
+    monkeypatch.setenv("FOLDER", str(tmp_path))
+    assert len(read_data(kept.data[0], kept.folder)) == 1
+    monkeypatch.delenv("FOLDER")
+    with pytest.raises(InputError, match="variable that is not set"):
+        read_data(kept.data[0], kept.folder)
+
+
+def test_parts_of_a_score() -> None:
+    """`gate * (curvature + information) / 2` of components that each sum to 1."""
+    demo = heat_fast.load_demo_model(1)
+    [example] = synthetic(1)
+    encoded = encode(example, demo.tokenizer)
+    found = {}
+    for part in PARTS:
+        settings = {"part": part, "probes": 1, "normalize": "sum"}
+        method = make_method(Entry("heat-full", part, settings))
+        result = method(demo.model, demo.tokenizer, list(encoded.token_ids), [encoded.target_id])
+        found[part] = result.scores
+    mixed = sum(found[name] / found[name].sum() for name in ("curvature", "information")) / 2
+    assert_close("without gate", mixed, found["ungated"], rtol=1e-5)
+    assert_close("with gate", found["gate"] * mixed, found["score"], rtol=1e-5)
+    with pytest.raises(InputError, match="part of x has 'gates': expected one of curvature, gate"):
+        make_method(Entry("heat-full", "x", {"part": "gates"}))
+
+
+def test_decodings_that_draw_the_same_token_are_measured_once(tmp_path: Path) -> None:
+    text = PLAN.replace("limit = 3", "limit = 1\ndecodings = [{ temperature = 0.01 }]")
+    (tmp_path / "plan.toml").write_text(text)
+    plan = load_plan(tmp_path / "plan.toml")
+    assert [each.label for each in plan.data] == ["synthetic", "synthetic: temperature 0.01"]
+    rows = evaluate(plan, tmp_path / "out")
+    assert [row["data"] for row in rows] == [each.label for each in plan.data for _ in range(2)]
+    greedy, drawn = rows[:2], rows[2:]
+    for one, other in zip(greedy, drawn, strict=True):
+        # Seconds would differ, were it measured again.
+        assert {**one, "data": ""} == {**other, "data": ""}
+    changes = stability(plan, rows)
+    assert {(cell.data, cell.method, cell.mean) for cell in changes} == {
+        ("synthetic", "heat-gs", 0.0),
+        ("synthetic", "random", 0.0),
+    }
+    assert {cell.data for cell in summarise(plan, rows)} == {"synthetic"}
+    write_tables(plan, rows, tmp_path / "out")
+    assert "Largest relative change" in (tmp_path / "out" / "tables.md").read_text()
+
+
+@pytest.mark.parametrize("chosen", ['"gird"', "[0.8]", "[{}]"])
+def test_bad_decodings(tmp_path: Path, chosen: str) -> None:
+    (tmp_path / "plan.toml").write_text(PLAN.replace("limit = 3", f"decodings = {chosen}"))
+    with pytest.raises(InputError, match="decodings of synthetic"):
+        load_plan(tmp_path / "plan.toml")
+
+
+def test_changes_by_hand(tmp_path: Path) -> None:
+    """A mean of 2 becomes 3 and 1.5: at most 50 %; an example without a value counts nowhere."""
+    text = PLAN.replace("limit = 3", 'limit = 3\ndecodings = "few"')
+    (tmp_path / "plan.toml").write_text(text)
+    plan = load_plan(tmp_path / "plan.toml")
+    values = {"a": (1.0, 2.0, 1.0), "b": (3.0, 4.0, 2.0), "c": (9.0, None, 9.0)}
+    rows = [
+        {
+            "model": "embedded",
+            "data": entry.label,
+            "method": "heat-gs",
+            "example": example,
+            "values": {} if found[at] is None else {"dsa": found[at]},
+        }
+        for at, entry in enumerate(plan.data)
+        for example, found in values.items()
+    ]
+    [cell] = stability(plan, rows)
+    assert (cell.metric, cell.mean, cell.count) == ("dsa", 50.0, 2)
+
+
+def test_log_ratios_by_hand(tmp_path: Path) -> None:
+    pytest.importorskip("scipy", reason="scipy is not installed")
+    (tmp_path / "plan.toml").write_text(PLAN.replace('"dsa"', '"soft_nc"'))
+    rows = [
+        {
+            "model": "embedded",
+            "data": "synthetic",
+            "method": method,
+            "example": str(number),
+            "values": {"soft_nc": value},
+        }
+        for method, values in (("heat-gs", (0.6, 0.8)), ("random", (0.2, 0.5)))
+        for number, value in enumerate(values)
+    ]
+    cells = summarise(load_plan(tmp_path / "plan.toml"), rows)
+    [ratio] = [cell for cell in cells if cell.metric == "log (soft_nc / random)"]
+    assert ratio.method == "heat-gs" and ratio.best
+    assert ratio.mean == pytest.approx(math.log(2))
+
+
+def test_metrics_that_ask_the_method_again() -> None:
+    """Every metric gives a finite value of a synthetic example, within its range."""
+    demo = heat_fast.load_demo_model(1)
+    [example] = synthetic(1)
+    encoded = encode(example, demo.tokenizer)
+    asked = Asked(demo.model, demo.tokenizer, example, encoded, (encoded.target_id,))
+    method = make_method(Entry("heat-win", "heat", {"window": 64, "tail": 8, "probes": 1}))
+    prompt = list(encoded.token_ids)
+    one = Attributed(asked, method, method(demo.model, demo.tokenizer, prompt, [encoded.target_id]))
+    found = {}
+    for name, known in MEASURES.items():
+        settings = {"samples": 2} if name == "sensitivity" else {}
+        settings |= {"masks": 2} if name.startswith("soft") else {}
+        found[name] = known.measure(one, settings).value
+    assert all(math.isfinite(value) for value in found.values()), found
+    assert 0 < found["sensitivity"] < 1 and 0 < found["window_leakage"] < 1
+    assert -1 <= found["rephrasing"] <= 1
+
+
+def test_forms_of_a_synthetic_prompt() -> None:
+    """Swapped: the evidence's tokens but the answer stay. Rephrased: every token has a partner."""
+    demo = heat_fast.load_demo_model(1)
+    for example in synthetic(10):
+        encoded = encode(example, demo.tokenizer)
+        asked = Asked(demo.model, demo.tokenizer, example, encoded, (encoded.target_id,))
+        other = asked.swapped
+        apart = [
+            at
+            for at, pair in enumerate(zip(encoded.token_ids, other.token_ids, strict=True))
+            if pair[0] != pair[1]
+        ]
+        assert len(apart) == 2 and len(set(apart) & set(encoded.evidence)) == 1
+        assert {encoded.token_ids[at] for at in apart} == {other.token_ids[at] for at in apart}
+        assert encoded.target_id != other.target_id
+        form, pairs = asked.rephrased
+        assert form.target_id == encoded.target_id
+        assert len(pairs) == len({at for at, _ in pairs}) == len({at for _, at in pairs})
+        assert len(encoded.token_ids) - len(pairs) <= 1  # the begin token
+        for at, there in pairs:
+            read = [
+                demo.tokenizer.decode([ids[place]]).strip()
+                for ids, place in ((encoded.token_ids, at), (form.token_ids, there))
+            ]
+            assert read[0] == read[1]
+
+
+def test_plots(plan: Any, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    pytest.importorskip("scipy", reason="scipy is not installed")
+    rows = evaluate(plan, tmp_path / "out")
+    files = write_plots(plan, summarise(plan, rows), tmp_path)
+    assert [path.name for path in files] == ["embedded-synthetic.png", "embedded-synthetic.svg"]
+    assert files[0].read_bytes().startswith(b"\x89PNG")
+    first = files[1].read_bytes()
+    assert b"token_f1" in first or b"<svg" in first
+    write_plots(plan, summarise(plan, rows), tmp_path)
+    assert files[1].read_bytes() == first, "the same numbers make another file"

@@ -12,7 +12,9 @@ from __future__ import annotations
 from typing import Any
 
 from heat_fast.baselines.base import Baseline, get, names
+from heat_fast.baselines.chains import SelfEntailedChains
 from heat_fast.baselines.gradients import InputXGradient, IntegratedGradients, TokenGradients
+from heat_fast.baselines.learned import LearnedMask
 from heat_fast.baselines.perturbation import (
     CausalTracing,
     ContextCite,
@@ -35,11 +37,13 @@ __all__ = [
     "ContextCite",
     "InputXGradient",
     "IntegratedGradients",
+    "LearnedMask",
     "LeaveOneOut",
     "Peering",
     "ProgressiveInference",
     "Random",
     "ReAGent",
+    "SelfEntailedChains",
     "TokenDistributionDynamics",
     "TokenGradients",
     "attribute",

@@ -16,25 +16,40 @@ def evaluate(
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="DIR", help="Folder of the results.")
     ],
+    model: Annotated[
+        list[str] | None,
+        typer.Option(metavar="MODEL", help="Folder or hub name, in place of the plan's models."),
+    ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=PATH", help="A data set, in place of the plan's."),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Most examples of each data set.")
+    ] = None,
     quiet: options.Quiet = False,
 ) -> None:
     """Evaluate attribution methods; a run that was stopped goes on where it was.
 
+    Writes rows.jsonl, tables.md, tables.tex, values.parquet, cells.parquet and figures.
+
     Example: heat-fast evaluate quick --output results
+
+    heat-fast evaluate baselines --model ./llama --data longra=longra.jsonl --output results
     """
     from rich.console import Console
     from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
     from heat_fast.evaluation import evaluate as run
-    from heat_fast.evaluation import load_plan, write_tables
+    from heat_fast.evaluation import load_plan, write_plots, write_tables
 
-    chosen = load_plan(plan)
+    chosen = load_plan(plan, models=model or (), data=data or (), limit=limit)
     columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), disable=quiet) as bar:
         task = bar.add_task("attributions", total=None)
         rows = run(
             chosen, output, lambda done, total: bar.update(task, completed=done, total=total)
         )
-    write_tables(chosen, rows, output)
+    write_plots(chosen, write_tables(chosen, rows, output), output)
     with standard_output():
         typer.echo((output / "tables.md").read_text(encoding="utf-8"), nl=False)

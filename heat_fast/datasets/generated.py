@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from heat_fast.datasets.example import Example
+from typing import Any
+
+from heat_fast.datasets.example import Example, Span
+from heat_fast.demo import corpus
 from heat_fast.demo.corpus import Split, make_example
 from heat_fast.errors import InputError
 
@@ -13,6 +16,11 @@ def synthetic(count: int, seed: int = 0, split: Split = "held_out") -> list[Exam
     Evidence: relation, entity and answer in the fact that bears the answer; support: the sentence
     of that fact; distractor: the narrative and the facts that compete with it, which share its
     relation or its entity. All of the passage is thus support or distractor.
+
+    `extra` has question and answer, and the prompt in two other forms. "swapped": the answer and
+    that of the fact of the same relation have changed places, so that `target` is now the other's.
+    "rephrased": the sentences in the reverse order, which leaves the answer as it is; `spans` pairs
+    a piece of the prompt with its place there. Both are `{"prompt": ..., "target": ...}`.
 
     split: "held_out", "validation" or "train", by what the embedded model has seen.
 
@@ -42,7 +50,31 @@ def synthetic(count: int, seed: int = 0, split: Split = "held_out") -> list[Exam
                 evidence=made.evidence,
                 distractor=tuple(sorted((*made.distractor, *made.competing))),
                 support=(made.fact,),
-                extra={"question": made.prompt[start:stop], "answer": made.answer.strip()},
+                extra={
+                    "question": made.prompt[start:stop],
+                    "answer": made.answer.strip(),
+                    "swapped": _swapped(made),
+                    "rephrased": _rephrased(made),
+                },
             )
         )
     return found
+
+
+def _swapped(made: corpus.Example) -> dict[str, Any]:
+    (start, stop), (other, end) = sorted((made.stated, made.rival))
+    text = made.prompt
+    moved = text[:start] + text[other:end] + text[stop:other] + text[start:stop] + text[end:]
+    return {"prompt": moved, "target": " " + text[slice(*made.rival)]}
+
+
+def _rephrased(made: corpus.Example) -> dict[str, Any]:
+    text, spans = "", []
+    passage: list[Span] = sorted((*made.distractor, *made.competing, made.fact))
+    for start, stop in reversed(passage):
+        text += " " * bool(text)
+        spans.append(((start, stop), (len(text), len(text) + stop - start)))
+        text += made.prompt[start:stop]
+    start = passage[-1][1]  # question and all after it
+    spans.append(((start, len(made.prompt)), (len(text), len(text) + len(made.prompt) - start)))
+    return {"prompt": text + made.prompt[start:], "target": made.answer, "spans": spans}

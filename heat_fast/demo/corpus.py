@@ -73,6 +73,8 @@ class Example:
         competing: spans of the other facts.
         distractor: spans of the narrative, one per unbroken run of sentences.
         question: span of the question sentence.
+        stated: span of the answer in the answer-bearing fact.
+        rival: span of the answer in the fact of the same relation, about another entity.
 
     Example:
         >>> from heat_fast.demo.corpus import make_example
@@ -93,6 +95,8 @@ class Example:
     competing: tuple[Span, ...]
     distractor: tuple[Span, ...]
     question: Span
+    stated: Span
+    rival: Span
 
 
 @dataclass(frozen=True)
@@ -217,6 +221,8 @@ def make_example(
         competing=tuple(sorted(passage.sentences[fact] for fact in passage.facts[1:])),
         distractor=tuple(passage.distractor),
         question=question,
+        stated=slots["answer"],
+        rival=passage.slots[passage.facts[1]]["answer"],
     )
 
 

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
+
+import torch
+from torch import Tensor
 
 from heat_fast import baselines, datasets
+from heat_fast.combine import Components, combine
 from heat_fast.config import PRESETS, HeatConfig, suggest
 from heat_fast.errors import InputError
-from heat_fast.evaluation.measures import MEASURES
+from heat_fast.evaluation.measures import MEASURES, Method
+from heat_fast.metrics import DECODING_GRID
+from heat_fast.result import Attribution
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -24,7 +30,7 @@ _PRESETS = Path(__file__).parent / "presets"
 #: Keys of the tables of a plan; methods and metrics take settings besides.
 _KEYS = {
     "models": {"name", "path"},
-    "data": {"name", "path", "limit", "seed", "label", "narratives"},
+    "data": {"name", "path", "limit", "seed", "label", "narratives", "targets", "decodings"},
     "methods": {"name", "label"},
     "metrics": {"name", "label"},
 }
@@ -37,6 +43,17 @@ class Entry:
     name: str
     label: str
     settings: Mapping[str, Any]
+
+
+#: What `decodings` of a data set can be called, instead of a list of settings: the HEAT paper's
+#: grid (Tables 3 and 11), and the two beside greedy decoding of its Table 14.
+DECODINGS: Final[dict[str, tuple[dict[str, Any], ...]]] = {
+    "grid": DECODING_GRID,
+    "few": ({"top_p": 0.9}, {"temperature": 0.8}),
+}
+#: Which part of an attribution by HEAT is evaluated: the score, a component by itself, or
+#: `beta * curvature + gamma * information` without the gate.
+PARTS: Final = ("score", "gate", "curvature", "information", "ungated")
 
 
 @dataclass(frozen=True)
@@ -62,8 +79,18 @@ def presets() -> dict[str, Path]:
     return {path.stem: path for path in sorted(_PRESETS.glob("*.toml"))}
 
 
-def load_plan(path: str | os.PathLike[str]) -> Plan:
+def load_plan(
+    path: str | os.PathLike[str],
+    *,
+    models: Sequence[str] = (),
+    data: Sequence[str] = (),
+    limit: int | None = None,
+) -> Plan:
     """Read and check a plan; a name of `presets()` stands for its file.
+
+    models, data: take the place of the plan's own; folders or hub names, and `name=path` of a data
+    set, or `synthetic`. limit: the most examples of each data set; without it that of the plan's
+    first.
 
     Raises `InputError` for a file that cannot be read, unknown keys, names and settings.
 
@@ -79,7 +106,18 @@ def load_plan(path: str | os.PathLike[str]) -> Plan:
             f"{', '.join(presets())}. Check the path."
         ) from error
     _known("plan", found, _KEYS)
+    if models:
+        found["models"] = [_model(each) for each in models]
+    if data:
+        # What is explained of every example stays as the plan has it.
+        own = _entries("data", found.get("data"))[0].settings
+        kept = {name: own[name] for name in ("targets", "decodings", "limit") if name in own}
+        found["data"] = [{**kept, **_data(each)} for each in data]
     parts = {name: _entries(name, found.get(name)) for name in _KEYS}
+    if limit is not None:
+        parts["data"] = tuple(
+            replace(each, settings={**each.settings, "limit": limit}) for each in parts["data"]
+        )
     for each in parts["methods"]:
         make_method(each)
     for each in parts["metrics"]:
@@ -87,7 +125,52 @@ def load_plan(path: str | os.PathLike[str]) -> Plan:
         _known(f"[[metrics]] {each.name}", each.settings, MEASURES[each.name].settings)
     for each in parts["data"]:
         _known("data", [each.name], (*_FILES, "synthetic", "curated"))
+        _known(f"targets of {each.label}", [each.settings.get("targets", "first")], _TARGETS)
+    parts["data"] = tuple(decoded for each in parts["data"] for decoded in _decoded(each))
     return Plan(**parts, folder=place.resolve().parent)
+
+
+def _model(given: str) -> dict[str, str]:
+    place = _absolute(given)
+    here = os.path.exists(os.path.expandvars(place))
+    return {"name": Path(given).name, "path": place if here else given}
+
+
+def _data(given: str) -> dict[str, str]:
+    name, _, path = given.partition("=")
+    return {"name": name, "path": _absolute(path)} if path else {"name": name}
+
+
+def _absolute(path: str) -> str:
+    """Relative to where the command runs, not to the plan; variables stay as they are."""
+    return path if path.startswith("$") else os.path.abspath(os.path.expanduser(path))
+
+
+def _decoded(entry: Entry) -> list[Entry]:
+    """A data set as often as its next tokens are decoded: greedily, then by each setting."""
+    settings = dict(entry.settings)
+    chosen = settings.pop("decodings", None)
+    if chosen is None:
+        return [entry]
+    if isinstance(chosen, str):
+        _known(f"decodings of {entry.label}", [chosen], DECODINGS)
+        chosen = DECODINGS[chosen]
+    found = [replace(entry, settings={**settings, "decoding": {}})]
+    for one in chosen:
+        if not isinstance(one, Mapping) or not one:
+            raise InputError(
+                f"decodings of {entry.label} hold {one!r}: expected {', '.join(DECODINGS)}, or a "
+                "list of settings such as { temperature = 0.8 }. Correct it."
+            )
+        told = ", ".join(f"{name} {value}" for name, value in one.items())
+        found.append(
+            replace(
+                entry,
+                label=f"{entry.label}: {told}",
+                settings={**settings, "decoding": dict(one), "reference": entry.label},
+            )
+        )
+    return found
 
 
 def _known(what: str, names: Any, known: Any) -> None:
@@ -123,25 +206,43 @@ def _entries(table: str, rows: Any) -> tuple[Entry, ...]:
 
 # --- what the entries stand for -------------------------------------------------------------------
 
-Method = Callable[[Any, Any, Any, Any], Any]
-
 
 def make_method(entry: Entry) -> Method:
     """A preset of HEAT or a baseline: `method(model, tokenizer, prompt, target)`."""
+    settings = dict(entry.settings)
     if not entry.name.startswith(HEAT):
         known = [*(HEAT + name for name in PRESETS), *baselines.names()]
         _known("methods", [entry.name], known)
-        return baselines.get(entry.name, **entry.settings)
-    config = HeatConfig.preset(entry.name.removeprefix(HEAT), **entry.settings)
+        return baselines.get(entry.name, **settings)
+    part = settings.pop("part", "score")
+    _known(f"part of {entry.label}", [part], PARTS)
+    config = HeatConfig.preset(entry.name.removeprefix(HEAT), **settings)
 
-    def run(model: Any, tokenizer: Any, prompt: Any, target: Any) -> Any:
+    def run(model: Any, tokenizer: Any, prompt: Any, target: Any) -> Attribution:
         from heat_fast.attributor import Attributor
 
-        return Attributor(model, tokenizer, config).attribute(prompt, target)
+        result = Attributor(model, tokenizer, config).attribute(prompt, target)
+        if part == "score":
+            return result
+        scores = _ungated(result, config) if part == "ungated" else getattr(result, part)
+        return replace(result, target_scores=scores)
 
     return run
 
 
+def _ungated(result: Attribution, config: HeatConfig) -> Tensor:
+    """The scores `[T, N]` with a gate of 1."""
+    parts = Components(
+        torch.ones_like(result.gate),
+        result.curvature,
+        result.information,
+        result.log_prob_drop,
+        result.gradient_norm,
+    )
+    return combine(parts, config)[0]
+
+
+_TARGETS = ("first", "all")
 _FILES = ("longra", "tellmewhy", "wikibio", "sciq", "narrativeqa", "authors")
 
 
@@ -170,10 +271,18 @@ def read_model(entry: Entry, folder: Path) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     place = _place(path, folder)
-    name = str(place) if place is not None and place.exists() else path
+    name = str(place) if place is not None and place.exists() else str(path)
     model = AutoModelForCausalLM.from_pretrained(name).eval()
     return model, AutoTokenizer.from_pretrained(name)
 
 
 def _place(path: str | None, folder: Path) -> Path | None:
-    return None if path is None else folder / os.path.expandvars(path)
+    if path is None:
+        return None
+    place = os.path.expandvars(path)
+    if "$" in place:
+        raise InputError(
+            f"the path {path!r} names an environment variable that is not set: expected the folder "
+            "of the data. Set the variable, or write the path out."
+        )
+    return folder / place

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from heat_fast._version import __version__
-from heat_fast.datasets import encode
+from heat_fast.datasets import Example, encode
 from heat_fast.errors import HeatError, InputError
-from heat_fast.evaluation.measures import MEASURES, Asked, Inapplicable
-from heat_fast.evaluation.plan import Method, Plan, make_method, read_data, read_model
+from heat_fast.evaluation.measures import MEASURES, Asked, Attributed, Inapplicable, Method
+from heat_fast.evaluation.plan import Entry, Plan, make_method, read_data, read_model
 
 ROWS, PLAN = "rows.jsonl", "plan.json"
 #: `progress(done, total)`.
@@ -28,16 +28,26 @@ def evaluate(
 ) -> list[dict[str, Any]]:
     """Run a plan into a folder; a run that was stopped goes on where it was.
 
-    Every example's first target token is explained. A row holds model, data, method, example,
-    `values` by metric, `skipped` (metric: reason), `seconds`, and `error` where the attribution
-    failed; rows are appended to `rows.jsonl` and flushed to the disk one by one. Returns all rows
-    in the order of the plan.
+    Of every example the first target token is explained, all of them where the data set has
+    `targets = "all"`, or the token that the model decodes. A row holds model, data, method,
+    example, `targets`, `values` by metric, `skipped` (metric: reason), `seconds`, and `error` where
+    the attribution failed; rows are appended to `rows.jsonl` and flushed to the disk one by one.
+    Where two decodings give the same token, its row is measured once. Returns all rows in the order
+    of the plan.
 
     Raises `InputError` where the folder holds the results of another plan.
     """
     folder = Path(output)
     _claim(folder, plan)
+    references = {each.label: each.settings.get("reference", each.label) for each in plan.data}
+
+    def explained(row: dict[str, Any]) -> tuple[Any, ...]:
+        """What rows of different decodings may have in common."""
+        of = row["model"], references[row["data"]], row["method"], row["example"]
+        return *of, tuple(row["targets"])
+
     known = {_key(row): row for row in _rows(folder / ROWS)}
+    measured = {explained(row): row for row in known.values()}
     methods = {each.label: make_method(each) for each in plan.methods}
     data = {each.label: list(read_data(each, plan.folder)) for each in plan.data}
     total = len(plan.models) * len(plan.methods) * sum(map(len, data.values()))
@@ -45,44 +55,77 @@ def evaluate(
     with _appending(folder / ROWS) as append:
         for model in plan.models:
             loaded: tuple[Any, Any] | None = None  # only where something is left to do
-            for label, examples in data.items():
-                for example in examples:
-                    asked: Asked | None = None
+            for entry in plan.data:
+                for example in data[entry.label]:
+                    asked: Asked | HeatError | None = None
                     for method, run in methods.items():
-                        key = (model.label, label, method, example.id)
+                        key = (model.label, entry.label, method, example.id)
                         if key not in known:
                             loaded = loaded or read_model(model, plan.folder)
+                            asked = asked or _ask(entry, example, *loaded)
                             row: dict[str, Any] = dict(zip(_FIELDS, key, strict=True))
-                            try:
-                                asked = asked or Asked(loaded[0], encode(example, loaded[1]))
-                                row.update(_measure(plan, asked, run, loaded[1]))
-                            except HeatError as error:
-                                row.update(values={}, skipped={}, error=str(error))
+                            row["targets"] = (
+                                [] if isinstance(asked, HeatError) else list(asked.targets)
+                            )
+                            same = measured.get(explained(row))
+                            row |= _taken(same) if same else _measure(plan, asked, run)
                             append(row)
-                            known[key] = row
+                            known[key] = measured[explained(row)] = row
                         found.append(known[key])
                         done += 1
                         progress(done, total)
     return found
 
 
-def _measure(plan: Plan, asked: Asked, run: Method, tokenizer: Any) -> dict[str, Any]:
-    encoded = asked.encoded
-    result = run(asked.model, tokenizer, list(encoded.token_ids), [encoded.target_id])
+def _taken(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: row[name] for name in ("values", "skipped", "seconds", "error")}
+
+
+def _ask(entry: Entry, example: Example, model: Any, tokenizer: Any) -> Asked | HeatError:
+    """An example with the tokens to be explained, or why there are none."""
+    try:
+        encoded = encode(example, tokenizer)
+        every, decoding = encoded.target_ids, entry.settings.get("decoding")
+        targets = every if entry.settings.get("targets") == "all" else every[:1]
+        if decoding is not None:
+            targets = _decode(model, tokenizer, encoded.token_ids, dict(decoding))
+    except HeatError as error:
+        return error
+    return Asked(model, tokenizer, example, encoded, targets)
+
+
+def _decode(model: Any, tokenizer: Any, prompt: Any, settings: dict[str, Any]) -> tuple[int, ...]:
+    """The model's next token, drawn as the settings say; the likeliest where they are empty."""
+    from heat_fast.attributor import Attributor
+    from heat_fast.generation import generate
+
+    seed = settings.pop("seed", 0)
+    arguments = {"do_sample": True, **settings} if settings else {}
+    attributor = Attributor(model, tokenizer)
+    return tuple(
+        generate(attributor, list(prompt), max_new_tokens=1, arguments=arguments, seed=seed)
+    )
+
+
+def _measure(plan: Plan, asked: Asked | HeatError, method: Method) -> dict[str, Any]:
     values: dict[str, float] = {}
     skipped: dict[str, str] = {}
+    try:
+        if isinstance(asked, HeatError):
+            raise asked
+        prompt = list(asked.encoded.token_ids)
+        result = method(asked.model, asked.tokenizer, prompt, list(asked.targets))
+    except HeatError as error:
+        return {"values": values, "skipped": skipped, "seconds": None, "error": str(error)}
+    one = Attributed(asked, method, result)
     for metric in plan.metrics:
         try:
-            measured = MEASURES[metric.name].measure(asked, result.scores, metric.settings)
+            measured = MEASURES[metric.name].measure(one, metric.settings)
             values[metric.label] = measured.value
-        except (Inapplicable, InputError) as reason:
+        except (Inapplicable, HeatError) as reason:
             skipped[metric.label] = str(reason)
-    return {
-        "values": values,
-        "skipped": skipped,
-        "seconds": result.metadata["seconds"]["total"],
-        "error": None,
-    }
+    seconds = result.metadata["seconds"]["total"]
+    return {"values": values, "skipped": skipped, "seconds": seconds, "error": None}
 
 
 _FIELDS = ("model", "data", "method", "example")
