@@ -26,7 +26,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test lint types format sanitize bench bench-smoke bench-compare evaluations plots wheel kernels gpu bench-gpu docs screenshots notebook clean distclean
+.PHONY: help setup demo test lint types format sanitize bench bench-smoke bench-compare agreement agreement-packages evaluations plots wheel kernels gpu bench-gpu docs screenshots notebook clean distclean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -88,6 +88,12 @@ bench-smoke: $(STAMP) ## Run every benchmark once, small, to see that it runs
 bench-compare: $(STAMP) ## Time this tree against an earlier revision, in turns (BASE=<rev>)
 	@[ -n "$(BASE)" ] || { echo "make: name a revision: make bench-compare BASE=HEAD~1" >&2; exit 1; }
 	@$(BIN)/python bench/compare.py $(BASE) --rounds $(ROUNDS)
+
+agreement-packages: $(STAMP)
+	@$(PIP) install -c constraints.txt "captum>=0.8" "context-cite>=0.0.4"
+
+agreement: agreement-packages ## Compare baselines with captum and context-cite (installs both)
+	@$(BIN)/pytest tests/test_baselines.py --quiet -k "captum or as_its_authors" $(PYTEST_ARGS)
 
 evaluations: $(STAMP) ## Run the presets of heat-fast evaluate (writes bench/results/evaluation-*/)
 	@$(BIN)/python bench/evaluations.py

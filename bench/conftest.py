@@ -21,7 +21,7 @@ from heat_fast import ceilings
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 MODELS = Path(os.environ.get("HEAT_FAST_MODELS", REPOSITORY.parent / "shared" / "data" / "models"))
-sys.path.insert(0, str(REPOSITORY / "bench"))
+sys.path[:0] = [str(REPOSITORY / "bench"), str(REPOSITORY / "bench" / "gpu")]
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 

@@ -1,8 +1,12 @@
-"""Draw `results/scaling-cpu.json` into docs/images/: `make plots`. Nothing is measured here."""
+"""Draw `results/scaling-cpu.json` into docs/images/: `make plots`. Nothing is measured here.
+
+Figures of evaluations, which `heat-fast evaluate` draws, are copied beside them.
+"""
 
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +65,8 @@ def main() -> None:
     IMAGES.mkdir(exist_ok=True)
     draw(curves, "seconds", "scaling-time")
     draw(curves, "bytes", "scaling-memory")
+    for path in sorted((BENCH / "results").glob("evaluation-*/*.png")):
+        shutil.copyfile(path, IMAGES / f"{path.parent.name}.png")
 
 
 if __name__ == "__main__":

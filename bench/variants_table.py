@@ -41,18 +41,24 @@ def fidelity_row(info: dict[str, Any]) -> list[str]:
     return [info["variant"], str(info["counts"]["hvp"]), *cells]
 
 
-def main() -> None:
-    name = sys.argv[1]
-    report = json.loads((RESULTS / f"{name}.json").read_text())
-    infos = [each["extra_info"] for each in report["benchmarks"]]
-    machine, versions = report["machine_info"], report["heat_fast"]
+def machine(report: dict[str, Any]) -> str:
+    """Where and with what a report was measured."""
+    where, versions = report["machine_info"], report["heat_fast"]
+    name = where["cpu"].get("brand_raw", where["processor"])
+    return (
+        f"{name}, {versions['threads']} threads, torch {versions['torch']}, "
+        f"transformers {versions['transformers']}, Python {versions['python']}, "
+        f"{report['datetime'][:10]}"
+    )
+
+
+def tables(report: dict[str, Any]) -> list[str]:
+    """Cost and fidelity of the presets."""
+    infos = [each["extra_info"] for each in report["benchmarks"] if "variant" in each["extra_info"]]
     cost_head = "preset,N,seconds,MB beyond the model,HVPs,branch tokens,GFLOP".split(",")
     cost_head += ["FLOPs: times cheaper", "times faster", "memory, of full"]
     parts = ["gate", "S", "I", "score"]
     lines = [
-        f"{machine['cpu'].get('brand_raw', machine['processor'])}, {versions['threads']} threads; "
-        f"torch {versions['torch']}, Python {versions['python']}; by `test_bench_variants.py`.",
-        "",
         "Cost on a random-weight Llama of 2 blocks, width 96 and three heads, 2 probes; ratios to "
         "`full`:",
         "",
@@ -74,6 +80,13 @@ def main() -> None:
             "",
             *table(["preset", "HVPs", *parts], close),
         ]
+    return lines
+
+
+def main() -> None:
+    name = sys.argv[1]
+    report = json.loads((RESULTS / f"{name}.json").read_text())
+    lines = [f"{machine(report)}; by `test_bench_variants.py`.", "", *tables(report)]
     (RESULTS / f"{name}.md").write_text("\n".join(lines) + "\n")
 
 

@@ -20,15 +20,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
-import statistics
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from measuring import folder, peak_bytes, seconds
 from torch import Tensor
 
 from heat_fast.kernels.branch_attention import Masking, branch_attention
@@ -39,7 +37,6 @@ from heat_fast.kernels.second_order_attention import (
     attention_tangent,
 )
 
-RESULTS = Path(__file__).resolve().parent.parent / "results"
 #: Name: query heads, key-value heads, head width.
 MODELS = {
     "GPT-J-6B": (16, 16, 256),
@@ -50,32 +47,6 @@ MODELS = {
 LENGTHS = (512, 1024, 2048)
 #: The math path keeps about this many matrices of scores for a head; it is given this much memory.
 MATRICES, BUDGET = 60, 24 << 30
-
-
-def seconds(call: Callable[[], Any], flush: Tensor, repetitions: int) -> float:
-    """Median time of a call, the cache flushed before each."""
-    call()
-    times = []
-    for _ in range(repetitions):
-        flush.zero_()
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        call()
-        stop.record()
-        stop.synchronize()
-        times.append(start.elapsed_time(stop) / 1e3)
-    return statistics.median(times)
-
-
-def peak(call: Callable[[], Any]) -> int:
-    """Bytes that a call allocates at its peak."""
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    kept = call()
-    torch.cuda.synchronize()
-    del kept
-    return torch.cuda.max_memory_allocated() - before
 
 
 def math_path(primal: Primal, dots: list[Tensor], bar: Tensor, bar_dot: Tensor) -> list[Tensor]:
@@ -104,7 +75,7 @@ def math_path(primal: Primal, dots: list[Tensor], bar: Tensor, bar_dot: Tensor) 
 
 
 def second_order(
-    shape: tuple[int, int, int], length: int, probes: int, dtype: torch.dtype, flush: Tensor
+    shape: tuple[int, int, int], length: int, probes: int, dtype: torch.dtype
 ) -> dict[str, Any]:
     """Tangent and tangent of the adjoint together, as one Hessian-vector product takes them."""
     heads, key_heads, width = shape
@@ -137,8 +108,8 @@ def second_order(
         return attention_adjoint_tangent(primal, *dots, moved, bar, bar_dot, impl="triton")
 
     pairs = heads * length * (length + 1) / 2
-    up, down = seconds(tangent, flush, 7), seconds(adjoint, flush, 7)
-    ours = max(peak(tangent), peak(adjoint))
+    up, down = seconds(tangent, 7), seconds(adjoint, 7)
+    ours = max(peak_bytes(tangent), peak_bytes(adjoint))
     found: dict[str, Any] = {
         "tangent_seconds": up,
         "adjoint_tangent_seconds": down,
@@ -169,8 +140,8 @@ def second_order(
         ]
         del theirs, mine
         share = key_heads // timed
-        math_seconds = seconds(lambda: math_path(*arguments), flush, 3) * share
-        math_peak = peak(lambda: math_path(*arguments)) * share
+        math_seconds = seconds(lambda: math_path(*arguments), 3) * share
+        math_peak = peak_bytes(lambda: math_path(*arguments)) * share
         found |= {
             "heads_timed": timed * group,
             "math_seconds": math_seconds,
@@ -185,7 +156,7 @@ def second_order(
 
 
 def branches(
-    shape: tuple[int, int, int], length: int, count: int, dtype: torch.dtype, flush: Tensor
+    shape: tuple[int, int, int], length: int, count: int, dtype: torch.dtype
 ) -> dict[str, Any]:
     """Branches that share the first half of the context."""
     heads, key_heads, width = shape
@@ -205,8 +176,8 @@ def branches(
         finally:
             branch_reference.TILE_ELEMENTS = before
 
-    taken = seconds(lambda: call("triton"), flush, 7)
-    ours = peak(lambda: call("triton"))
+    taken = seconds(lambda: call("triton"), 7)
+    ours = peak_bytes(lambda: call("triton"))
     seen = own * (length - own) + own * (own + 1) / 2
     found = {
         "tangent_seconds": taken,
@@ -214,7 +185,7 @@ def branches(
         "peak_bytes": ours,
     }
     try:
-        found |= {"math_seconds": seconds(whole, flush, 3), "math_peak_bytes": peak(whole)}
+        found |= {"math_seconds": seconds(whole, 3), "math_peak_bytes": peak_bytes(whole)}
         found["ratio"] = found["math_seconds"] / taken
         found["memory_ratio"] = found["math_peak_bytes"] / max(ours, 1)
     except torch.OutOfMemoryError:
@@ -270,9 +241,8 @@ def run(
 
     began = time.monotonic()
     torch.manual_seed(0)
-    flush = torch.empty(256 << 20, dtype=torch.int8, device="cuda")
     matrix = torch.randn(8192, 8192, device="cuda").to(dtype)
-    ceiling = 2 * 8192**3 / seconds(lambda: matrix @ matrix, flush, 7)
+    ceiling = 2 * 8192**3 / seconds(lambda: matrix @ matrix, 7)
     report: dict[str, Any] = {
         "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,
@@ -291,7 +261,7 @@ def run(
                     row["failure"] = "left out for lack of time"
                 else:
                     try:
-                        row |= measure(shape, length, probes, dtype, flush)
+                        row |= measure(shape, length, probes, dtype)
                     except Exception as error:  # the other cases are still wanted
                         row["failure"] = f"{type(error).__name__}: {str(error)[:160]}"
                     torch.cuda.empty_cache()
@@ -317,12 +287,11 @@ def main() -> int:
         tuple(chosen.length or LENGTHS),
         chosen.seconds,
     )
-    slug = re.sub(r"[^a-z0-9]+", "-", report["gpu"].lower()).strip("-")
-    folder = chosen.out or RESULTS / slug
-    folder.mkdir(parents=True, exist_ok=True)
+    place = chosen.out or folder()
+    place.mkdir(parents=True, exist_ok=True)
     name = "attention" if chosen.dtype == "bfloat16" else f"attention-{chosen.dtype}"
-    (folder / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
-    (folder / f"{name}.md").write_text(table(report))
+    (place / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
+    (place / f"{name}.md").write_text(table(report))
     print(table(report))
     return 1 if any("failure" in row for row in report["rows"]) else 0
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import time
 from collections.abc import Callable
@@ -23,38 +22,20 @@ from typing import Any
 
 import pytest
 import torch
+from measuring import RESULTS, clock, flush, folder, peak_bytes
 from sizes import SMALL
 
 from heat_fast.ceilings import Ceilings, measure
 
-RESULTS = Path(__file__).resolve().parent.parent / "results"
 LIMIT = float(os.environ.get("HEAT_FAST_BENCH_SECONDS", "540"))
 _BEGAN = time.monotonic()
-
-
-class Instant:
-    """A point on the device's clock; the difference of two is seconds."""
-
-    def __init__(self) -> None:
-        self._event = torch.cuda.Event(enable_timing=True)
-        self._event.record()
-
-    def __sub__(self, earlier: Instant) -> float:
-        self._event.synchronize()
-        return float(earlier._event.elapsed_time(self._event)) / 1e3
-
-
-def clock() -> Any:
-    """Now: by CUDA events where there is a device, else by this process's clock."""
-    return Instant() if torch.cuda.is_available() else time.perf_counter()
 
 
 def rows_of(item: pytest.Item) -> Path | None:
     """The file of a benchmark's row; None without a device."""
     if not torch.cuda.is_available():
         return None
-    gpu = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
-    return RESULTS / gpu / f"{item.path.stem.removeprefix('test_bench_')}.json"
+    return folder() / f"{item.path.stem.removeprefix('test_bench_')}.json"
 
 
 def read_rows(path: Path) -> dict[str, Any]:
@@ -101,16 +82,9 @@ def timed(benchmark: Any) -> Callable[..., Any]:
     The second-level cache is overwritten before every round.
     """
     benchmark._timer = clock
-    flush = None
-    if torch.cuda.is_available():
-        flush = torch.empty(256 << 20, dtype=torch.int8, device="cuda")
 
     def run(call: Callable[[], Any], rounds: int = 3, warmup: int = 1) -> Any:
-        def setup() -> None:
-            if flush is not None:
-                flush.zero_()
-
-        return benchmark.pedantic(call, setup=setup, rounds=rounds, warmup_rounds=warmup)
+        return benchmark.pedantic(call, setup=flush, rounds=rounds, warmup_rounds=warmup)
 
     return run
 
@@ -118,19 +92,7 @@ def timed(benchmark: Any) -> Callable[..., Any]:
 @pytest.fixture
 def peak() -> Callable[[Callable[[], Any]], int | None]:
     """`peak(call)`: bytes that a call allocates beyond what is held; None without a device."""
-
-    def measured(call: Callable[[], Any]) -> int | None:
-        if not torch.cuda.is_available():
-            call()
-            return None
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        call()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-
-    return measured
+    return peak_bytes
 
 
 @pytest.fixture

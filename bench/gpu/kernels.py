@@ -16,8 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
-import statistics
 import sys
 import time
 import traceback
@@ -27,13 +25,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from measuring import folder, peak_bytes, seconds
 from torch import Tensor
 
 from heat_fast.kernels import masked_kl, rademacher, value_norm_rollout
 from heat_fast.kernels.branch_attention import Masking
 from heat_fast.kernels.low_rank import block_norms
-
-RESULTS = Path(__file__).resolve().parent.parent / "results"
 
 
 @dataclass(frozen=True)
@@ -69,46 +66,15 @@ class Case:
     compiled: Callable[[], Any] | None = None
 
 
-class Bench:
-    """Timing with a flushed cache, and the ceilings of this GPU."""
-
-    def __init__(self, repetitions: int) -> None:
-        self.repetitions = repetitions
-        self.flush = torch.empty(256 << 20, dtype=torch.int8, device="cuda")
-
-    def seconds(self, call: Callable[[], Any], slow: bool = False) -> float:
-        """Median of a call's time."""
-        call()
-        times = []
-        for _ in range(max(3, self.repetitions // 3) if slow else self.repetitions):
-            self.flush.zero_()
-            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            call()
-            stop.record()
-            stop.synchronize()
-            times.append(start.elapsed_time(stop) / 1e3)
-        return statistics.median(times)
-
-    def memory(self, call: Callable[[], Any]) -> int:
-        """Bytes that a call allocates at its peak."""
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        result = call()
-        torch.cuda.synchronize()
-        del result
-        return torch.cuda.max_memory_allocated() - before
-
-    def ceilings(self) -> dict[str, float]:
-        """Bytes/s of a copy and FLOP/s of a large matrix product."""
-        pair = torch.zeros(2, 1 << 28, dtype=torch.float32, device="cuda")
-        found = {"bytes": pair.nbytes / self.seconds(lambda: pair[0].copy_(pair[1]))}
-        for dtype in (torch.bfloat16, torch.float32):
-            matrix = torch.randn(8192, 8192, device="cuda").to(dtype)
-            seconds = self.seconds(lambda matrix=matrix: matrix @ matrix)
-            found[str(dtype).removeprefix("torch.")] = 2 * 8192**3 / seconds
-        return found
+def ceilings_of(repetitions: int) -> dict[str, float]:
+    """Bytes/s of a copy and FLOP/s of a large matrix product."""
+    pair = torch.zeros(2, 1 << 28, dtype=torch.float32, device="cuda")
+    found = {"bytes": pair.nbytes / seconds(lambda: pair[0].copy_(pair[1]), repetitions)}
+    for dtype in (torch.bfloat16, torch.float32):
+        matrix = torch.randn(8192, 8192, device="cuda").to(dtype)
+        taken = seconds(lambda matrix=matrix: matrix @ matrix, repetitions)
+        found[str(dtype).removeprefix("torch.")] = 2 * 8192**3 / taken
+    return found
 
 
 def value_norms(model: Model, length: int, dtype: torch.dtype) -> Case:
@@ -263,26 +229,27 @@ def error(expected: Any, found: Any) -> float:
 
 
 def measured(
-    bench: Bench, case: Case, ceilings: dict[str, float], dtype: torch.dtype, compiled: bool
+    case: Case, ceilings: dict[str, float], dtype: torch.dtype, repetitions: int, compiled: bool
 ) -> dict[str, Any]:
     """Times, memory and rates of one case."""
     top = ceilings[str(dtype).removeprefix("torch.")]
-    seconds = bench.seconds(case.kernel)
+    few = max(3, repetitions // 3)
+    taken = seconds(case.kernel, repetitions)
     found: dict[str, Any] = {
-        "seconds": seconds,
+        "seconds": taken,
         "bytes": case.bytes,
         "flops": case.flops,
-        "share_of_bytes": case.bytes / seconds / ceilings["bytes"],
-        "share_of_flops": case.flops / seconds / top,
-        "peak_bytes": bench.memory(case.kernel),
+        "share_of_bytes": case.bytes / taken / ceilings["bytes"],
+        "share_of_flops": case.flops / taken / top,
+        "peak_bytes": peak_bytes(case.kernel),
     }
     try:
         differs = error(case.eager(), case.kernel())
-        eager = bench.seconds(case.eager, slow=True)
+        eager = seconds(case.eager, few)
         found |= {
             "eager_seconds": eager,
-            "ratio": eager / seconds,
-            "eager_peak_bytes": bench.memory(case.eager),
+            "ratio": eager / taken,
+            "eager_peak_bytes": peak_bytes(case.eager),
             "error": differs,
             "agrees": differs <= case.rtol,
         }
@@ -290,7 +257,7 @@ def measured(
         found["eager"] = "out of memory"
         torch.cuda.empty_cache()
     if compiled and case.compiled is not None:
-        found["compiled_seconds"] = bench.seconds(case.compiled, slow=True)
+        found["compiled_seconds"] = seconds(case.compiled, few)
     return found
 
 
@@ -352,9 +319,9 @@ def main() -> int:
 
     began = time.monotonic()
     torch.manual_seed(0)
-    bench = Bench(5 if chosen.quick else 15)
+    repetitions = 5 if chosen.quick else 15
     dtype = getattr(torch, chosen.dtype)
-    ceilings = bench.ceilings()
+    ceilings = ceilings_of(repetitions)
     if chosen.dtype == "float16":
         ceilings["float16"] = ceilings["bfloat16"]
     report: dict[str, Any] = {
@@ -365,9 +332,8 @@ def main() -> int:
         "rows": [],
     }
     print({name: f"{value:.3g}" for name, value in ceilings.items()}, flush=True)
-    slug = re.sub(r"[^a-z0-9]+", "-", report["gpu"].lower()).strip("-")
-    folder = chosen.out or RESULTS / slug
-    folder.mkdir(parents=True, exist_ok=True)
+    place = chosen.out or folder()
+    place.mkdir(parents=True, exist_ok=True)
     bad = 0
     for length in chosen.length or ((1024,) if chosen.quick else LENGTHS):
         for operation in chosen.op or OPERATIONS:
@@ -383,7 +349,7 @@ def main() -> int:
                 }
                 try:
                     case = OPERATIONS[operation](model, length, dtype)
-                    row |= measured(bench, case, ceilings, dtype, chosen.compile)
+                    row |= measured(case, ceilings, dtype, repetitions, chosen.compile)
                     bad += not row.get("agrees", True)
                     print(
                         f"{operation} {model.name} {length}: {1e3 * row['seconds']:.3f} ms, "
@@ -399,9 +365,9 @@ def main() -> int:
                 report["rows"].append(row)
                 case = None  # its tensors, before the next ones are made
                 torch.cuda.empty_cache()
-        (folder / "kernels.json").write_text(json.dumps(report, indent=1) + "\n")
-        (folder / "kernels.md").write_text(table(report))
-    print(f"{len(report['rows'])} cases, {bad} failed or disagree; written to {folder}")
+        (place / "kernels.json").write_text(json.dumps(report, indent=1) + "\n")
+        (place / "kernels.md").write_text(table(report))
+    print(f"{len(report['rows'])} cases, {bad} failed or disagree; written to {place}")
     return 1 if bad else 0
 
 

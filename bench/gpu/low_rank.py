@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
-import statistics
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -19,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from measuring import folder, seconds
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,29 +30,14 @@ from heat_fast.kernels.rademacher import rademacher  # noqa: E402
 RANK, COLUMNS, WIDTH, PROBES = 64, 128, 2048, 8
 
 
-def milliseconds(run: Callable[[], object], times: int) -> float:
-    """Median over runs, each between two events, after two for warm-up."""
-    for _ in range(2):
-        run()
-    found = []
-    for _ in range(times):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        run()
-        end.record()
-        end.synchronize()
-        found.append(begin.elapsed_time(end))
-    return statistics.median(found)
-
-
 def ceilings() -> dict[str, float]:
     """Bytes per second of a copy, read and written, and FLOP/s of float64 matrix products."""
     source = torch.zeros(1 << 28, device="cuda")
     target = torch.empty_like(source)
-    copied = 2 * source.numel() * 4 / milliseconds(lambda: target.copy_(source), 9) * 1e3
+    copied = 2 * source.numel() * 4 / seconds(lambda: target.copy_(source), 9)
     left = torch.randn(4096, 4096, dtype=torch.float64, device="cuda")
-    product = milliseconds(lambda: left @ left, 9)
-    return {"copy_bytes_per_s": copied, "float64_flops_per_s": 2 * 4096**3 / product * 1e3}
+    product = seconds(lambda: left @ left, 9)
+    return {"copy_bytes_per_s": copied, "float64_flops_per_s": 2 * 4096**3 / product}
 
 
 def matrices(rows: int) -> dict[str, Tensor]:
@@ -105,7 +89,7 @@ def compared(matrix: Tensor, times: int) -> dict[str, dict[str, float]]:
     """Every way with its time and its errors."""
     found = {}
     for name, run in ways(matrix).items():
-        found[name] = {**errors(matrix, *run()), "ms": milliseconds(run, times)}
+        found[name] = {**errors(matrix, *run()), "ms": 1e3 * seconds(run, times)}
     return found
 
 
@@ -135,7 +119,7 @@ def primitives(matrix: Tensor, times: int, limits: dict[str, float]) -> dict[str
     }
     found = {}
     for name, (run, operations, traffic) in counted.items():
-        time = milliseconds(run, times)
+        time = 1e3 * seconds(run, times)
         found[name] = {
             "ms": time,
             "share_of_float64": operations / limits["float64_flops_per_s"] / time * 1e3,
@@ -149,7 +133,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=500_000)
     parser.add_argument("--times", type=int, default=9)
-    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results")
+    parser.add_argument("--out", type=Path, help="folder to write to")
     given = parser.parse_args()
     torch.backends.cuda.matmul.allow_tf32 = False
     name = torch.cuda.get_device_name()
@@ -166,9 +150,9 @@ def main() -> None:
         "primitives": primitives(inputs["normal"], given.times, limits),
         "compared": {which: compared(matrix, given.times) for which, matrix in inputs.items()},
     }
-    folder = given.out / re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "low-rank.json").write_text(json.dumps(result, indent=2) + "\n")
+    place = given.out or folder()
+    place.mkdir(parents=True, exist_ok=True)
+    (place / "low-rank.json").write_text(json.dumps(result, indent=2) + "\n")
     copy, rate = limits["copy_bytes_per_s"] / 1e12, limits["float64_flops_per_s"] / 1e12
     print(f"{name}: copy {copy:.2f} TB/s, float64 {rate:.1f} TFLOP/s\n")
     print("| kernel | ms | of float64 rate | of bandwidth |\n|---|---|---|---|")

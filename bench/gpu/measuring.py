@@ -1,0 +1,76 @@
+"""Seconds by the device's own clock, peak memory of a call, and where this GPU's results lie."""
+
+from __future__ import annotations
+
+import functools
+import re
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+RESULTS = Path(__file__).resolve().parent.parent / "results"
+
+
+class Instant:
+    """A point on the device's clock; the difference of two is seconds."""
+
+    def __init__(self) -> None:
+        self._event = torch.cuda.Event(enable_timing=True)
+        self._event.record()
+
+    def __sub__(self, earlier: Instant) -> float:
+        self._event.synchronize()
+        return float(earlier._event.elapsed_time(self._event)) / 1e3
+
+
+def clock() -> Any:
+    """Now: by CUDA events where there is a device, else by this process's clock."""
+    return Instant() if torch.cuda.is_available() else time.perf_counter()
+
+
+@functools.cache
+def _scratch() -> Tensor:
+    return torch.empty(256 << 20, dtype=torch.int8, device="cuda")
+
+
+def flush() -> None:
+    """Overwrite the second-level cache, where there is a device."""
+    if torch.cuda.is_available():
+        _scratch().zero_()
+
+
+def seconds(call: Callable[[], Any], repetitions: int) -> float:
+    """Median time of a call, the cache flushed before each, after one for warm-up."""
+    call()
+    times = []
+    for _ in range(repetitions):
+        flush()
+        begin = clock()
+        call()
+        times.append(clock() - begin)
+    return statistics.median(times)
+
+
+def peak_bytes(call: Callable[[], Any]) -> int | None:
+    """Bytes that a call allocates at its peak beyond what is held; None without a device."""
+    if not torch.cuda.is_available():
+        call()
+        return None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    kept = call()
+    torch.cuda.synchronize()
+    del kept
+    return torch.cuda.max_memory_allocated() - before
+
+
+def folder() -> Path:
+    """`bench/results/<gpu>`."""
+    name = torch.cuda.get_device_name().lower()
+    return RESULTS / re.sub(r"[^a-z0-9]+", "-", name).strip("-")
