@@ -231,6 +231,18 @@ def test_prompt_from_file_and_standard_input(
     assert [call["prompt"] for call in recorder.calls] == [prompt, prompt]
 
 
+def test_messages_of_a_chat(run: Run, engine: Callable[[Any], Recorder], tmp_path: Path) -> None:
+    recorder = engine(NumericalError("stop here"))
+    messages = [{"role": "user", "content": "Why é?"}]
+    (tmp_path / "chat.json").write_text(json.dumps(messages))
+    run("--messages", str(tmp_path / "chat.json"))
+    run("--messages", "-", input=json.dumps(messages).encode())
+    assert [call["prompt"] for call in recorder.calls] == [messages, messages]
+    for wrong in (b"{}", b'["a"]', b'[{"role": "user"}]', b'[{"role": 1, "content": "a"}]'):
+        failed(run("--messages", "-", input=wrong), 2, "standard input holds no list of messages")
+    failed(run("--messages", "-", input=b"Hello"), 2, "standard input is not JSON", "line 1")
+
+
 def test_without_a_model_the_embedded_one_explains_its_example(demo: Any, tmp_path: Path) -> None:
     file = tmp_path / "r.json"
     outcome = CliRunner().invoke(app, ["attribute", "--probes", "1", "--json", str(file)])
@@ -258,6 +270,8 @@ def test_a_real_story_model(run: Run, local_model: Callable[[str], Path]) -> Non
     ("options", "words"),
     [
         (["--prompt", "a", "--prompt-file", "b"], ["both --prompt and --prompt-file"]),
+        (["--prompt", "a", "--messages", "b"], ["both --messages and a prompt"]),
+        (["--messages", "no-such-file"], ["no-such-file", "No such file"]),
         (["--prompt", ""], ["prompt is empty"]),
         ([], ["--model without a prompt"]),
         (["--prompt", "a", "--target", ""], ["--target is empty"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import stat
 import sys
@@ -41,6 +42,15 @@ def attribute(
             metavar="F",
             help="Read the prompt from a UTF-8 file, or from standard input (-). One newline at "
             "its end is not part of the prompt.",
+        ),
+    ] = None,
+    messages: Annotated[
+        str | None,
+        typer.Option(
+            "--messages",
+            metavar="F",
+            help="Read a chat from a JSON file, or from standard input (-): a list of messages "
+            "with role and content, put into words by the model's chat template.",
         ),
     ] = None,
     target: Annotated[
@@ -93,11 +103,15 @@ def attribute(
 
     Example: heat-fast attribute --model ./my-model --prompt "The capital of France is" --top 5
     """
-    text = read_prompt(prompt, prompt_file)
+    text: Any = read_prompt(prompt, prompt_file)
+    if messages is not None:
+        if text is not None:
+            raise UsageError("both --messages and a prompt: expected one of them. Drop the other.")
+        text = read_messages(messages)
     if text is None and model is not None:
         raise UsageError(
-            "--model without a prompt: expected --prompt TEXT or --prompt-file F (- for "
-            "standard input). Give one."
+            "--model without a prompt: expected --prompt TEXT, --prompt-file F or --messages F (- "
+            "for standard input). Give one."
         )
     if text is None and _is_piped(sys.stdin):
         note("note: standard input is ignored; --prompt-file - reads the prompt from it.", quiet)
@@ -126,29 +140,53 @@ def read_prompt(prompt: str | None, prompt_file: str | None) -> str | None:
     if prompt is not None and prompt_file is not None:
         raise UsageError("both --prompt and --prompt-file: expected one of them. Drop the other.")
     if prompt_file is not None:
-        name = "standard input" if prompt_file == STANDARD_STREAM else repr(prompt_file)
-        try:
-            data = (
-                sys.stdin.buffer.read()
-                if prompt_file == STANDARD_STREAM
-                else Path(prompt_file).read_bytes()
-            )
-            prompt = data.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise UsageError(
-                f"{name} is not UTF-8 ({error.reason} at byte {error.start}): expected UTF-8 text. "
-                "Convert it first."
-            ) from error
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise UsageError(
-                f"cannot read the prompt from {name}: {reason}. Expected a readable text file. "
-                "Check the path."
-            ) from error
-        prompt = prompt.removesuffix("\n").removesuffix("\r")
+        prompt = _read(prompt_file).removesuffix("\n").removesuffix("\r")
     if prompt == "":
         raise UsageError("the prompt is empty: expected at least one token. Give some text.")
     return prompt
+
+
+def read_messages(path: str) -> list[dict[str, str]]:
+    """The messages of a chat, from a JSON file."""
+    try:
+        found = json.loads(_read(path))
+    except json.JSONDecodeError as error:
+        raise UsageError(
+            f"{_name(path)} is not JSON ({error}): expected a list of messages, "
+            '[{"role": "user", "content": "..."}]. Correct it.'
+        ) from error
+    fields = ("role", "content")
+    if not isinstance(found, list) or not all(
+        isinstance(each, dict) and all(isinstance(each.get(field), str) for field in fields)
+        for each in found
+    ):
+        raise UsageError(
+            f"{_name(path)} holds no list of messages: expected each to be an object with role and "
+            'content, [{"role": "user", "content": "..."}]. Correct it.'
+        )
+    return found
+
+
+def _name(path: str) -> str:
+    return "standard input" if path == STANDARD_STREAM else repr(path)
+
+
+def _read(path: str) -> str:
+    """The text of a file, or of standard input."""
+    try:
+        data = sys.stdin.buffer.read() if path == STANDARD_STREAM else Path(path).read_bytes()
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"{_name(path)} is not UTF-8 ({error.reason} at byte {error.start}): expected UTF-8 "
+            "text. Convert it first."
+        ) from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UsageError(
+            f"cannot read the prompt from {_name(path)}: {reason}. Expected a readable text file. "
+            "Check the path."
+        ) from error
 
 
 def _is_piped(stream: Any) -> bool:

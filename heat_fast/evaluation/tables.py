@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -45,10 +46,13 @@ def _counts(cells: Sequence[Cell]) -> str:
 def _rows(plan: Plan, cells: Sequence[Cell], show: Any, left: str, middle: str, right: str) -> str:
     found = {(cell.method, cell.metric): cell for cell in cells}
     shown = [each for each in columns(plan) if any(each == one[1] for one in found)]
+    digits = {name: _digits([c.mean for c in cells if c.metric == name]) for name in shown}
     lines = [["", *shown], ["---"] * (len(shown) + 1)]
     for method in plan.methods:
         row = [found.get((method.label, metric)) for metric in shown]
-        lines.append([method.label, *(show(cell) if cell else "" for cell in row)])
+        lines.append(
+            [method.label, *(show(cell, digits[cell.metric]) if cell else "" for cell in row)]
+        )
     return "\n".join(left + middle.join(line) + right for line in lines)
 
 
@@ -57,14 +61,21 @@ def _mark(cell: Cell) -> str:
     return "*" if cell.p is not None and cell.p < 0.05 else ""
 
 
-def _plain(cell: Cell) -> str:
-    mean = f"**{cell.mean:.3f}**" if cell.best else f"{cell.mean:.3f}"
-    return mean + ("" if cell.stderr is None else f" ± {cell.stderr:.3f}") + _mark(cell)
+def _digits(means: Sequence[float]) -> int:
+    """Digits after the point: three of the largest value, and at least three in all."""
+    largest = max((abs(mean) for mean in means if math.isfinite(mean)), default=0.0)
+    return 3 if largest == 0 else max(3, 2 - math.floor(math.log10(largest)))
 
 
-def _tex(cell: Cell) -> str:
-    mean = rf"\mathbf{{{cell.mean:.3f}}}" if cell.best else f"{cell.mean:.3f}"
-    error = "" if cell.stderr is None else rf" \pm {cell.stderr:.3f}"
+def _plain(cell: Cell, digits: int) -> str:
+    mean = f"**{cell.mean:.{digits}f}**" if cell.best else f"{cell.mean:.{digits}f}"
+    return mean + ("" if cell.stderr is None else f" ± {cell.stderr:.{digits}f}") + _mark(cell)
+
+
+def _tex(cell: Cell, digits: int) -> str:
+    mean = f"{cell.mean:.{digits}f}"
+    mean = rf"\mathbf{{{mean}}}" if cell.best else mean
+    error = "" if cell.stderr is None else rf" \pm {cell.stderr:.{digits}f}"
     return f"${mean}{error}{'^*' if _mark(cell) else ''}$"
 
 
