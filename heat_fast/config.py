@@ -64,6 +64,12 @@ def _kind(value: Any) -> str:
     return f"a value of type {type(value).__name__}"
 
 
+def _nearest(name: object, known: Iterable[str]) -> str:
+    """As `suggest`, where the names are told already."""
+    found = suggest(name, known)
+    return "Choose one of them." if found.startswith("Known") else found
+
+
 def suggest(name: object, known: Iterable[str]) -> str:
     """A sentence naming the known names close to `name`, or all of them where none is close."""
     names = sorted(known)
@@ -79,7 +85,7 @@ def _one_of(literal: Any, also: str = "") -> _Check:
     def check(name: str, value: Any) -> Any:
         if not isinstance(value, str) or value not in choices:
             expected = "one of " + ", ".join(repr(choice) for choice in choices) + also
-            raise _error(name, value, expected, suggest(value, choices))
+            raise _error(name, value, expected, _nearest(value, choices))
         return value
 
     return check
@@ -160,7 +166,7 @@ def _variant(name: str, value: Any) -> str:
     if not isinstance(value, str) or value not in PRESETS:
         expected = "the name of a preset, " + " or ".join(repr(preset) for preset in PRESETS)
         raise ConfigError(
-            f"unknown variant {value!r}: expected {expected}. {suggest(value, PRESETS)}"
+            f"unknown variant {value!r}: expected {expected}. {_nearest(value, PRESETS)}"
         )
     return value
 

@@ -66,7 +66,7 @@ def test_presets_are_plans(name: str) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ('name = "heat-gs"', 'name = "heat-gx"', "Known names: full, gs"),
+        ('name = "heat-gs"', 'name = "heat-gx"', "'gs'. Choose one of them"),
         ('name = "heat-gs"', 'name = "heat-gs"\nbetta = 1', "betta"),
         ('name = "random"', 'name = "random"\nsteps = 1', "steps"),
         ('name = "dsa"', 'name = "dsb"', "expected one of .*dsa"),
