@@ -1,7 +1,7 @@
 """Run the presets of `heat-fast evaluate` into results/evaluation-*: `make evaluations`.
 
-Runs that were stopped go on, runs that are there are left alone. Those on a story model and on
-public data need HEAT_FAST_MODELS and HEAT_FAST_DATA, the folders that hold them.
+Runs that were stopped go on. Those on a story model and on public data need HEAT_FAST_MODELS and
+HEAT_FAST_DATA, the folders that hold them.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ RUNS: dict[str, list[str]] = {
     "interventions": ["interventions"],
     "decoding": ["decoding"],
     "windows": ["windows"],
-    "spans": ["spans", "--limit", "20"],
+    "spans": ["spans"],
     "baselines-stories3M": ["baselines", *AUTHORS],
     "components-stories3M": ["components", *AUTHORS, "--limit", "15"],
     "decoding-stories3M": ["decoding", *AUTHORS, "--limit", "5"],
-    "spans-stories3M": ["spans", *STORIES, "--limit", "20"],
+    "spans-stories3M": [
+        *("spans", *STORIES, "--data", "sciq=$HEAT_FAST_DATA/sciq/dev.jsonl", "--limit", "20"),
+    ],
 }
 
 
 def main() -> None:
     for name, arguments in RUNS.items():
         needed = {part.split("/")[0] for each in arguments for part in each.split("$")[1:]}
-        if arguments[0] == "spans":
-            needed.add("HEAT_FAST_DATA")
         missing = sorted(variable for variable in needed if variable not in os.environ)
         if missing:
             print(f"{name}: left out, {', '.join(missing)} is not set", flush=True)

@@ -18,6 +18,7 @@ from heat_fast.demo import (
     load_demo_model,
     load_files,
     make_example,
+    make_restatement,
     tokens_in_spans,
 )
 from heat_fast.demo.corpus import Difficulty, lexicon, make_document, split_of
@@ -69,6 +70,16 @@ def test_spans_point_at_the_right_text() -> None:
         assert example.entity in question
         assert example.relation in question
         assert prompt.endswith(f"{question}\nAnswer:")
+
+
+def test_a_restatement_is_the_fact_in_other_words() -> None:
+    example = make_restatement(3)
+    assert example == make_restatement(3)
+    assert example.prompt.endswith(".") and "Question" not in example.prompt
+    texts = [piece(example.prompt, span) for span in example.evidence]
+    assert set(texts) >= {example.entity, example.relation}
+    assert example.answer[0] == " " and all(text in example.answer for text in texts)
+    assert piece(example.prompt, example.question) == ""
 
 
 def test_answer_can_only_be_read_from_the_asked_fact() -> None:

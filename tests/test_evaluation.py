@@ -27,6 +27,7 @@ from heat_fast.evaluation import (
 )
 from heat_fast.evaluation.measures import MEASURES, Asked, Attributed
 from heat_fast.evaluation.plan import PARTS, Entry, make_method, read_data
+from heat_fast.evaluation.tables import notes
 
 PLAN = """
 [[models]]
@@ -145,6 +146,8 @@ def test_an_example_that_fails_stops_nothing(plan: Any, tmp_path: Path) -> None:
     rows = evaluate(load_plan(tmp_path / "plan.toml"), tmp_path / "out")
     assert rows[0]["error"] and not rows[0]["values"]
     assert rows[2]["error"] is None
+    told = notes(load_plan(tmp_path / "plan.toml"), rows)
+    assert "Left out on wikibio, example long, every method: the prompt has" in told
 
 
 def test_holm_by_hand() -> None:

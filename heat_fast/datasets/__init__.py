@@ -3,7 +3,7 @@
 from heat_fast.datasets.annotations import Agreement, agreement, intersection, read_annotations
 from heat_fast.datasets.encoding import EncodedExample, encode
 from heat_fast.datasets.example import Example, Span, tokens_in
-from heat_fast.datasets.generated import synthetic
+from heat_fast.datasets.generated import restated, synthetic
 from heat_fast.datasets.pairs import curated
 from heat_fast.datasets.public import (
     authors,
@@ -34,6 +34,7 @@ __all__ = [
     "narrativeqa",
     "narratives",
     "read_annotations",
+    "restated",
     "sciq",
     "synthetic",
     "tellmewhy",

@@ -6,7 +6,7 @@ from typing import Any
 
 from heat_fast.datasets.example import Example, Span
 from heat_fast.demo import corpus
-from heat_fast.demo.corpus import Split, make_example
+from heat_fast.demo.corpus import Split, make_example, make_restatement
 from heat_fast.errors import InputError
 
 
@@ -30,14 +30,7 @@ def synthetic(count: int, seed: int = 0, split: Split = "held_out") -> list[Exam
     >>> example.target.strip() in example.texts("evidence")
     True
     """
-    if count < 0 or seed < 0:
-        raise InputError(
-            f"count is {count} and seed {seed}: expected whole numbers of at least 0. Raise them."
-        )
-    if split not in ("train", "validation", "held_out"):
-        raise InputError(
-            f"split is {split!r}: expected 'held_out', 'validation' or 'train'. Choose one of them."
-        )
+    _check(count, seed, split)
     found = []
     for number in range(seed, seed + count):
         made = make_example(number, split)
@@ -59,6 +52,42 @@ def synthetic(count: int, seed: int = 0, split: Split = "held_out") -> list[Exam
             )
         )
     return found
+
+
+def restated(count: int, seed: int = 0, split: Split = "held_out") -> list[Example]:
+    """Passages whose target is a whole sentence: the fact of `synthetic` in other words.
+
+    Evidence, support and distractor as there; nothing is asked, and `extra` is empty. For the
+    attribution of several target tokens. Raises InputError as `synthetic` does.
+
+    >>> [example] = restated(1)
+    >>> all(text in example.target for text in example.texts("evidence"))
+    True
+    """
+    _check(count, seed, split)
+    return [
+        Example(
+            f"restated-{split}-{number}",
+            made.prompt,
+            made.answer,
+            evidence=made.evidence,
+            distractor=tuple(sorted((*made.distractor, *made.competing))),
+            support=(made.fact,),
+        )
+        for number in range(seed, seed + count)
+        for made in (make_restatement(number, split),)
+    ]
+
+
+def _check(count: int, seed: int, split: str) -> None:
+    if count < 0 or seed < 0:
+        raise InputError(
+            f"count is {count} and seed {seed}: expected whole numbers of at least 0. Raise them."
+        )
+    if split not in ("train", "validation", "held_out"):
+        raise InputError(
+            f"split is {split!r}: expected 'held_out', 'validation' or 'train'. Choose one of them."
+        )
 
 
 def _swapped(made: corpus.Example) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from heat_fast.demo.corpus import Example, make_example, tokens_in_spans
+from heat_fast.demo.corpus import Example, make_example, make_restatement, tokens_in_spans
 from heat_fast.errors import InputError
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ __all__ = [
     "load_demo_model",
     "load_files",
     "make_example",
+    "make_restatement",
     "tokens_in_spans",
 ]
 

@@ -64,7 +64,8 @@ class Example:
         seed: the number the example was generated from.
         split: ``"validation"`` or ``"held_out"`` (or ``"train"``).
         prompt: passage, question and ``Answer:``; the next token is the answer.
-        answer: the answer with its leading space, a single token of the demo tokenizer.
+        answer: the answer with its leading space, a single token of the demo tokenizer; of a
+            restatement the whole sentence.
         entity: the invented country the question asks about.
         relation: what the question asks about it.
         evidence: spans of the relation, the entity and the answer in the answer-bearing fact, in
@@ -208,12 +209,20 @@ def make_example(
     passage = _write_passage(rng, split, difficulty or Difficulty())
     asked = passage.facts[0]
     question = _ask(rng, passage.writer, asked, passage.templates)
+    return _example(passage, seed, split, passage.writer.text, f" {asked.answer}", question)
+
+
+def _example(
+    passage: _Passage, seed: int, split: Split, prompt: str, answer: str, question: Span
+) -> Example:
+    """The example whose answer the first fact of a passage bears."""
+    asked = passage.facts[0]
     slots = passage.slots[asked]
     return Example(
         seed=seed,
         split=split,
-        prompt=passage.writer.text,
-        answer=f" {asked.answer}",
+        prompt=prompt,
+        answer=answer,
         entity=asked.entity,
         relation=asked.relation,
         evidence=tuple(sorted(slots[name] for name in ("entity", "relation", "answer"))),
@@ -224,6 +233,27 @@ def make_example(
         stated=slots["answer"],
         rival=passage.slots[passage.facts[1]]["answer"],
     )
+
+
+def make_restatement(seed: int, split: Split = "held_out") -> Example:
+    """A passage alone, its answer a whole sentence: the answer-bearing fact in other words.
+
+    The model has been trained to go on like that. `question` is empty; the rest is as in
+    :func:`make_example`, from a random stream of its own.
+
+    Example:
+        >>> from heat_fast.demo.corpus import make_restatement
+        >>> example = make_restatement(0)
+        >>> all(word in example.answer for word in (example.entity, example.relation))
+        True
+    """
+    rng = random.Random(f"restated/{split}/{seed}")
+    passage = _write_passage(rng, split, Difficulty())
+    end = len(passage.writer.text)
+    passage.writer.write(" ")
+    _write_fact(rng, passage.writer, passage.facts[0], passage.templates)
+    text = passage.writer.text
+    return _example(passage, seed, split, text[:end], text[end:], (end, end))
 
 
 def make_document(

@@ -89,8 +89,8 @@ def load_plan(
     """Read and check a plan; a name of `presets()` stands for its file.
 
     models, data: take the place of the plan's own; folders or hub names, and `name=path` of a data
-    set, or `synthetic`. limit: the most examples of each data set; without it that of the plan's
-    first.
+    set, or `synthetic` or `restated`. limit: the most examples of each data set; without it that of
+    the plan's first.
 
     Raises `InputError` for a file that cannot be read, unknown keys, names and settings.
 
@@ -124,7 +124,7 @@ def load_plan(
         _known("metrics", [each.name], MEASURES)
         _known(f"[[metrics]] {each.name}", each.settings, MEASURES[each.name].settings)
     for each in parts["data"]:
-        _known("data", [each.name], (*_FILES, "synthetic", "curated"))
+        _known("data", [each.name], (*_FILES, *_GENERATED, "curated"))
         _known(f"targets of {each.label}", [each.settings.get("targets", "first")], _TARGETS)
     parts["data"] = tuple(decoded for each in parts["data"] for decoded in _decoded(each))
     return Plan(**parts, folder=place.resolve().parent)
@@ -243,6 +243,7 @@ def _ungated(result: Attribution, config: HeatConfig) -> Tensor:
 
 
 _TARGETS = ("first", "all")
+_GENERATED = {"synthetic": datasets.synthetic, "restated": datasets.restated}
 _FILES = ("longra", "tellmewhy", "wikibio", "sciq", "narrativeqa", "authors")
 
 
@@ -250,8 +251,8 @@ def read_data(entry: Entry, folder: Path) -> Sequence[datasets.Example]:
     """The examples of a data set; environment variables in its path are filled in."""
     settings = dict(entry.settings)
     limit = settings.get("limit")
-    if entry.name == "synthetic":
-        return datasets.synthetic(limit or 100, settings.get("seed", 0))
+    if entry.name in _GENERATED:
+        return _GENERATED[entry.name](limit or 100, settings.get("seed", 0))
     path = _place(settings.get("path"), folder)
     if entry.name == "curated":
         stories = datasets.narratives(_place(settings.get("narratives"), folder))

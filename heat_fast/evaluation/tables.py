@@ -86,13 +86,16 @@ def notes(plan: Plan, rows: Sequence[dict[str, Any]]) -> str:
         f"{plan.methods[0].label} (paired Wilcoxon signed-rank, p < 0.05 after Holm's correction).",
     ]
     left: dict[tuple[str, str, str], int] = {}
+    failed: dict[tuple[str, str, str], set[str]] = {}
     for row in rows:
         for metric, reason in row["skipped"].items():
             left[row["data"], metric, reason] = left.get((row["data"], metric, reason), 0) + 1
         if row["error"]:
-            key = (row["data"], row["method"], row["error"])
-            left[key] = left.get(key, 0) + 1
+            failed.setdefault((row["data"], row["example"], row["error"]), set()).add(row["method"])
     lines += [f"Left out on {d}, {m}, {n} times: {why}" for (d, m, why), n in left.items()]
+    for (data, example, why), methods in failed.items():
+        who = "every method" if len(methods) == len(plan.methods) else ", ".join(sorted(methods))
+        lines.append(f"Left out on {data}, example {example}, {who}: {why}")
     return "\n".join(f"- {line}" for line in lines)
 
 
