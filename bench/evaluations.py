@@ -27,7 +27,7 @@ RUNS: dict[str, list[str]] = {
     "spans": ["spans"],
     "baselines-stories3M": ["baselines", *AUTHORS],
     "components-stories3M": ["components", *AUTHORS, "--limit", "15"],
-    "decoding-stories3M": ["decoding", *AUTHORS, "--limit", "5"],
+    "decoding-stories3M": ["decoding", *AUTHORS, "--limit", "15"],
     "spans-stories3M": [
         *("spans", *STORIES, "--data", "sciq=$HEAT_FAST_DATA/sciq/dev.jsonl", "--limit", "20"),
     ],

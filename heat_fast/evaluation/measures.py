@@ -182,7 +182,7 @@ def _sensitivity(one: Attributed, settings: Mapping[str, Any]) -> Measurement:
 
 def _rephrased(one: Attributed, settings: Mapping[str, Any]) -> Measurement:
     other, pairs = one.asked.rephrased
-    scores = one.again(other.token_ids, other.target_id)
+    scores = one.again(other.token_ids, one.asked.targets[0])
     return metrics.active_passive([one.case().scores], [scores], [pairs], **settings)
 
 
