@@ -65,8 +65,9 @@ def main() -> None:
     IMAGES.mkdir(exist_ok=True)
     draw(curves, "seconds", "scaling-time")
     draw(curves, "bytes", "scaling-memory")
-    for path in sorted((BENCH / "results").glob("evaluation-*/*.png")):
-        shutil.copyfile(path, IMAGES / f"{path.parent.name}.png")
+    for name in ("baselines", "components", "interventions"):
+        [path] = (BENCH / "results" / f"evaluation-{name}").glob("*.png")
+        shutil.copyfile(path, IMAGES / f"evaluation-{name}.png")
 
 
 if __name__ == "__main__":
