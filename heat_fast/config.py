@@ -64,8 +64,8 @@ def _kind(value: Any) -> str:
     return f"a value of type {type(value).__name__}"
 
 
-def _nearest(name: object, known: Iterable[str]) -> str:
-    """As `suggest`, where the names are told already."""
+def nearest(name: object, known: Iterable[str]) -> str:
+    """As `suggest`, where all names have been told already."""
     found = suggest(name, known)
     return "Choose one of them." if found.startswith("Known") else found
 
@@ -85,7 +85,7 @@ def _one_of(literal: Any, also: str = "") -> _Check:
     def check(name: str, value: Any) -> Any:
         if not isinstance(value, str) or value not in choices:
             expected = "one of " + ", ".join(repr(choice) for choice in choices) + also
-            raise _error(name, value, expected, _nearest(value, choices))
+            raise _error(name, value, expected, nearest(value, choices))
         return value
 
     return check
@@ -166,7 +166,7 @@ def _variant(name: str, value: Any) -> str:
     if not isinstance(value, str) or value not in PRESETS:
         expected = "the name of a preset, " + " or ".join(repr(preset) for preset in PRESETS)
         raise ConfigError(
-            f"unknown variant {value!r}: expected {expected}. {_nearest(value, PRESETS)}"
+            f"unknown variant {value!r}: expected {expected}. {nearest(value, PRESETS)}"
         )
     return value
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -196,6 +197,31 @@ def test_the_command_writes_tables(tmp_path: Path) -> None:
     assert values["value"][0] == kept[0]["values"][values["metric"][0]]
     wrong = CliRunner().invoke(app, ["evaluate", "no-such-plan", "--output", str(out)])
     assert wrong.exit_code == 2
+
+
+def test_a_model_that_is_not_there(plan: Any, tmp_path: Path) -> None:
+    other = dataclasses.replace(
+        plan, models=(Entry("gone", "gone", {"path": str(tmp_path / "gone")}),)
+    )
+    with pytest.raises(InputError, match=r"cannot load the model .*gone"):
+        evaluate(other, tmp_path / "out")
+    command = ["evaluate", "quick", "--model", "./gone", "--output", str(tmp_path / "other")]
+    outcome = CliRunner().invoke(app, command)
+    assert outcome.exit_code == 1 and "there is no model folder './gone'" in outcome.output
+
+
+def test_models_are_loaded_by_the_caller(plan: Any, tmp_path: Path) -> None:
+    asked = []
+
+    def load(name: str | None) -> tuple[Any, Any]:
+        asked.append(name)
+        demo = heat_fast.load_demo_model(1)
+        return demo.model, demo.tokenizer
+
+    rows = evaluate(plan, tmp_path / "out", load=load)
+    assert asked == [None] and all(row["values"] for row in rows)
+    # Nothing is left to do: nothing is loaded.
+    assert evaluate(plan, tmp_path / "out", load=load) == rows and asked == [None]
 
 
 def test_a_plan_on_other_models_and_data(tmp_path: Path, monkeypatch: Any) -> None:

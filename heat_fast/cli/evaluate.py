@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from heat_fast.cli import options
 from heat_fast.cli.common import standard_output
+from heat_fast.cli.models import load_model
 
 
 def evaluate(
+    debug: bool,
     plan: Annotated[str, typer.Argument(metavar="PLAN", help="A TOML file, or a preset's name.")],
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="DIR", help="Folder of the results.")
@@ -27,6 +29,8 @@ def evaluate(
     limit: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Most examples of each data set.")
     ] = None,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
     quiet: options.Quiet = False,
 ) -> None:
     """Evaluate attribution methods; a run that was stopped goes on where it was.
@@ -44,11 +48,19 @@ def evaluate(
     from heat_fast.evaluation import load_plan, write_plots, write_tables
 
     chosen = load_plan(plan, models=model or (), data=data or (), limit=limit)
+
+    def load(name: str | None) -> tuple[Any, Any]:
+        loaded = load_model(name, device, dtype, debug=debug)
+        return loaded.model, loaded.tokenizer
+
     columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), disable=quiet) as bar:
         task = bar.add_task("attributions", total=None)
         rows = run(
-            chosen, output, lambda done, total: bar.update(task, completed=done, total=total)
+            chosen,
+            output,
+            lambda done, total: bar.update(task, completed=done, total=total),
+            load,
         )
     write_plots(chosen, write_tables(chosen, rows, output), output)
     with standard_output():

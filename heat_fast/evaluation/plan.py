@@ -14,7 +14,7 @@ from torch import Tensor
 
 from heat_fast import baselines, datasets
 from heat_fast.combine import Components, combine
-from heat_fast.config import PRESETS, HeatConfig, suggest
+from heat_fast.config import PRESETS, HeatConfig, nearest
 from heat_fast.errors import InputError
 from heat_fast.evaluation.measures import MEASURES, Method
 from heat_fast.metrics import DECODING_GRID
@@ -178,7 +178,7 @@ def _known(what: str, names: Any, known: Any) -> None:
         if name not in known:
             raise InputError(
                 f"{what} has {name!r}: expected one of {', '.join(sorted(known))}. "
-                f"{suggest(str(name), known)}"
+                f"{nearest(str(name), known)}"
             )
 
 
@@ -261,20 +261,30 @@ def read_data(entry: Entry, folder: Path) -> Sequence[datasets.Example]:
     return datasets.load(entry.name, path, limit=limit)
 
 
-def read_model(entry: Entry, folder: Path) -> tuple[Any, Any]:
-    """Model and tokenizer of a folder or hub name; without a path, the embedded ones."""
+def model_name(entry: Entry, folder: Path) -> str | None:
+    """The folder or hub name of a model; None for the embedded one."""
     path = entry.settings.get("path")
-    if path is None:
+    place = _place(path, folder)
+    return str(place) if place is not None and place.exists() else path
+
+
+def read_model(name: str | None) -> tuple[Any, Any]:
+    """Model and tokenizer by `model_name`, on the CPU."""
+    if name is None:
         from heat_fast.demo import load_demo_model
 
         demo = load_demo_model(1)
         return demo.model, demo.tokenizer
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    place = _place(path, folder)
-    name = str(place) if place is not None and place.exists() else str(path)
-    model = AutoModelForCausalLM.from_pretrained(name).eval()
-    return model, AutoTokenizer.from_pretrained(name)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name).eval()
+        return model, AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"cannot load the model {name!r}: {error}. Expected a folder written by "
+            "save_pretrained() or a hub id that can be reached. Check the name."
+        ) from error
 
 
 def _place(path: str | None, folder: Path) -> Path | None:

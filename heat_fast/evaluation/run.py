@@ -16,7 +16,7 @@ from heat_fast._version import __version__
 from heat_fast.datasets import Example, encode
 from heat_fast.errors import HeatError, InputError
 from heat_fast.evaluation.measures import MEASURES, Asked, Attributed, Inapplicable, Method
-from heat_fast.evaluation.plan import Entry, Plan, make_method, read_data, read_model
+from heat_fast.evaluation.plan import Entry, Plan, make_method, model_name, read_data, read_model
 
 ROWS, PLAN = "rows.jsonl", "plan.json"
 #: `progress(done, total)`.
@@ -24,7 +24,10 @@ Progress = Callable[[int, int], None]
 
 
 def evaluate(
-    plan: Plan, output: str | os.PathLike[str], progress: Progress = lambda done, total: None
+    plan: Plan,
+    output: str | os.PathLike[str],
+    progress: Progress = lambda done, total: None,
+    load: Callable[[str | None], tuple[Any, Any]] = read_model,
 ) -> list[dict[str, Any]]:
     """Run a plan into a folder; a run that was stopped goes on where it was.
 
@@ -34,6 +37,9 @@ def evaluate(
     the attribution failed; rows are appended to `rows.jsonl` and flushed to the disk one by one.
     Where two decodings give the same token, its row is measured once. Returns all rows in the order
     of the plan.
+
+    load: model and tokenizer of a folder or hub name, or of None, the embedded model; by default
+    they are loaded onto the CPU.
 
     Raises `InputError` where the folder holds the results of another plan.
     """
@@ -61,7 +67,7 @@ def evaluate(
                     for method, run in methods.items():
                         key = (model.label, entry.label, method, example.id)
                         if key not in known:
-                            loaded = loaded or read_model(model, plan.folder)
+                            loaded = loaded or load(model_name(model, plan.folder))
                             asked = asked or _ask(entry, example, *loaded)
                             row: dict[str, Any] = dict(zip(_FIELDS, key, strict=True))
                             row["targets"] = (
