@@ -1,42 +1,62 @@
-"""The random-weight model of the benchmarks."""
+"""The random-weight models of the benchmarks."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-# Blocks, width, inner width, heads, vocabulary.
+
+class Shape(NamedTuple):
+    """The sizes of a Llama; `shared`: query heads to a key-value head; `tied`: one embedding."""
+
+    blocks: int
+    width: int
+    inner: int
+    heads: int
+    vocabulary: int
+    shared: int = 1
+    tied: bool = False
+
+
 SHAPES = {
-    "llama": (6, 288, 768, 6, 32000),
-    "small": (2, 96, 192, 3, 512),
-    "narrow": (2, 32, 64, 2, 512),
-    "deep": (16, 256, 512, 4, 512),
+    "llama": Shape(6, 288, 768, 6, 32000),
+    "small": Shape(2, 96, 192, 3, 512),
+    "narrow": Shape(2, 32, 64, 2, 512),
+    "deep": Shape(16, 256, 512, 4, 512),
+    "billion": Shape(16, 2048, 8192, 32, 128256, shared=4, tied=True),  # Llama-3.2-1B
+    "tiny": Shape(2, 64, 96, 4, 500, shared=4, tied=True),  # the same, for any machine
 }
 
 
-def random_llama(shape: str = "llama") -> Any:
+def random_llama(
+    shape: str = "llama",
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> Any:
     """A random-weight Llama of one of the `SHAPES`, seeded."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    torch.manual_seed(0)
-    blocks, width, inner, heads, vocabulary = SHAPES[shape]
+    sizes = SHAPES[shape]
     config = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=width,
-        intermediate_size=inner,
-        num_hidden_layers=blocks,
-        num_attention_heads=heads,
-        num_key_value_heads=heads,
+        vocab_size=sizes.vocabulary,
+        hidden_size=sizes.width,
+        intermediate_size=sizes.inner,
+        num_hidden_layers=sizes.blocks,
+        num_attention_heads=sizes.heads,
+        num_key_value_heads=sizes.heads // sizes.shared,
         max_position_embeddings=8192,
+        tie_word_embeddings=sizes.tied,
     )
-    return LlamaForCausalLM(config).eval()
+    torch.manual_seed(0)
+    with torch.device(device):
+        return LlamaForCausalLM(config).to(dtype).eval()
 
 
 def prompt_ids(length: int, shape: str = "llama") -> list[int]:
     """`length` random token ids for it, the same in every run."""
     generator = torch.Generator().manual_seed(length)
-    return torch.randint(SHAPES[shape][-1], (length,), generator=generator).tolist()
+    return torch.randint(SHAPES[shape].vocabulary, (length,), generator=generator).tolist()
 
 
 def story_ids(model: Any, tokenizer: Any, length: int) -> list[int]:

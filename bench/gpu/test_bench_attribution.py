@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from baselines import authors
+from models import prompt_ids, random_llama
 from sizes import SMALL, size
 
 from heat_fast import Attributor, HeatConfig
@@ -21,6 +22,7 @@ from heat_fast.cost import bytes_moved, flops
 from heat_fast.decoder import view
 from heat_fast.kernels.rademacher import rademacher
 
+SHAPE = "tiny" if SMALL else "billion"
 SAMPLE = 4
 PROBES = 2
 LENGTHS = (256, 1024)
@@ -39,34 +41,12 @@ def llama() -> Callable[[torch.dtype, torch.device], Any]:
     held: dict[torch.dtype, Any] = {}
 
     def make(dtype: torch.dtype, device: torch.device) -> Any:
-        from transformers import LlamaConfig, LlamaForCausalLM
-
         if dtype not in held:
             held.clear()
-            blocks, width, inner, heads, vocabulary = (
-                (2, 64, 96, 4, 500) if SMALL else (16, 2048, 8192, 32, 128256)
-            )
-            config = LlamaConfig(
-                vocab_size=vocabulary,
-                hidden_size=width,
-                intermediate_size=inner,
-                num_hidden_layers=blocks,
-                num_attention_heads=heads,
-                num_key_value_heads=heads // 4,
-                max_position_embeddings=8192,
-                tie_word_embeddings=True,
-            )
-            torch.manual_seed(0)
-            with device:
-                held[dtype] = LlamaForCausalLM(config).to(dtype).eval()
+            held[dtype] = random_llama(SHAPE, dtype, device)
         return held[dtype]
 
     return make
-
-
-def prompt(length: int) -> list[int]:
-    generator = torch.Generator().manual_seed(length)
-    return torch.randint(500, (length,), generator=generator).tolist()
 
 
 def embeddings_of(model: Any, ids: list[int]) -> torch.Tensor:
@@ -93,7 +73,7 @@ def test_ours(
     """Seconds, share of the floor, peak memory."""
     model, length = llama(DTYPES[dtype], device), size(length)
     config = HeatConfig(**RUNS[run])
-    attributor, ids = Attributor(model, None, config), prompt(length)
+    attributor, ids = Attributor(model, None, config), prompt_ids(length, SHAPE)
     result = timed(lambda: attributor.attribute(ids, 7))
     decoder = view(model, length)
     counted = flops(decoder, length, 1, config)
@@ -131,7 +111,7 @@ def test_authors(
 ) -> None:
     """A sample of the tokens; `seconds` is of all of them."""
     model, length = llama(DTYPES[dtype], device), size(length)
-    embeddings = embeddings_of(model, prompt(length))
+    embeddings = embeddings_of(model, prompt_ids(length, SHAPE))
     signs = rademacher(
         0,
         torch.arange(PROBES, device=device)[:, None],
