@@ -6,19 +6,15 @@ Every one gives a `Measurement`: value, standard error over examples, value of e
 from heat_fast.metrics._estimate import Measurement
 from heat_fast.metrics._model import Case
 from heat_fast.metrics.alignment import SpanScores, dsa, span_scores, token_f1
-from heat_fast.metrics.downstream import filter_delta, snippet, snippet_delta
-from heat_fast.metrics.faithfulness import (
+from heat_fast.metrics.deletion import (
     FRACTIONS,
     aopc_counterfactual,
     aopc_fractions,
     aopc_order,
     comprehensiveness,
-    log_ratio,
-    random_cases,
-    soft_nc,
-    soft_ns,
     sufficiency,
 )
+from heat_fast.metrics.downstream import filter_delta, snippet, snippet_delta
 from heat_fast.metrics.intervention import (
     causal_pass_at_k,
     intervention_at_k,
@@ -34,6 +30,7 @@ from heat_fast.metrics.robustness import (
     sensitivity,
     window_leakage,
 )
+from heat_fast.metrics.soft_masks import log_ratio, random_cases, soft_nc, soft_ns
 
 __all__ = [
     "DECODING_GRID",
