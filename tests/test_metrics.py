@@ -22,7 +22,9 @@ from assertions import assert_close
 from heat_fast import InputError, NumericalError, metrics
 from heat_fast.metrics import Case, Measurement
 
-MODULES = "_estimate _model alignment downstream faithfulness intervention robustness".split()
+MODULES = (
+    "_estimate _model alignment deletion downstream intervention robustness soft_masks".split()
+)
 
 
 class Bag(nn.Module):
