@@ -127,7 +127,7 @@ def _open_parquet(path: str | os.PathLike[str]) -> Any:
     except (ArrowException, OSError) as error:
         raise InputError(
             f"cannot read {str(path)!r} as a Parquet file ({str(error).splitlines()[0]}): expected "
-            "one with a column prompt or messages. Check the path."
+            "a whole one, with a row for each example. Check the path."
         ) from error
 
 
