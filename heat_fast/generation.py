@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
 import torch
 
@@ -18,6 +18,23 @@ from heat_fast.result import Attribution
 from heat_fast.spans import TargetSpan
 
 __all__ = ["generate", "generate_and_attribute"]
+
+#: Settings under which the model's own distribution decides, whatever its generation_config says;
+#: those of the second only where a token is drawn.
+PLAIN: Final[dict[str, Any]] = {
+    "num_beams": 1,
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+}
+PLAIN_SAMPLING: Final[dict[str, Any]] = {
+    **PLAIN,
+    "do_sample": True,
+    "temperature": 1.0,
+    "top_k": 0,
+    "top_p": 1.0,
+    "typical_p": 1.0,
+    "min_p": 0.0,
+}
 
 # What would change the input, or make something else than one response of it.
 _TAKEN = frozenset(

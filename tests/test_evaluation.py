@@ -28,6 +28,7 @@ from heat_fast.evaluation import (
 )
 from heat_fast.evaluation.measures import MEASURES, Asked, Attributed
 from heat_fast.evaluation.plan import PARTS, Entry, make_method, read_data
+from heat_fast.evaluation.run import _decode
 from heat_fast.evaluation.tables import notes
 
 PLAN = """
@@ -74,6 +75,7 @@ def test_presets_are_plans(name: str) -> None:
         ('name = "dsa"', 'name = "dsb"', "expected one of .*dsa"),
         ('name = "synthetic"', 'name = "syn"', "expected one of .*synthetic"),
         ("limit", "limits", "limits"),
+        ("limit = 3", "limit = 0", "limit of synthetic is 0"),
         ('name = "dsa"', 'name = "dsa"\nk = 3', "dsa has 'k': expected one of seed"),
         ("[[models]]", "[[model]]", "plan has 'model'"),
         ('name = "dsa"', 'name = "token_f1"', "two entries 'token_f1'"),
@@ -117,6 +119,14 @@ def test_a_stopped_run_goes_on(plan: Any, tmp_path: Path) -> None:
     assert [json.loads(line) for line in rows.read_text().splitlines()] == again
 
 
+def test_a_folder_without_rows_is_free(plan: Any, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "plan.json").write_text('{"plan"')  # as a machine that went off leaves it
+    (tmp_path / "out" / "rows.jsonl").touch()
+    assert len(evaluate(plan, tmp_path / "out")) == 6
+    assert json.loads((tmp_path / "out" / "plan.json").read_text())["plan"]["models"]
+
+
 def test_another_plan_needs_another_folder(plan: Any, tmp_path: Path) -> None:
     evaluate(plan, tmp_path / "out")
     (tmp_path / "plan.toml").write_text(PLAN.replace("limit = 3", "limit = 2"))
@@ -135,7 +145,7 @@ def test_what_cannot_be_measured_is_told(tmp_path: Path) -> None:
     assert rows[0]["skipped"]["dsa"] == "no evidence is known"
     write_tables(plan, rows, tmp_path / "out")
     told = (tmp_path / "out" / "tables.md").read_text()
-    assert "Left out on wikibio, dsa, 2 times: no evidence is known" in told
+    assert "Left out on embedded, wikibio, dsa, 2 times: no evidence is known" in told
 
 
 def test_an_example_that_fails_stops_nothing(plan: Any, tmp_path: Path) -> None:
@@ -148,7 +158,7 @@ def test_an_example_that_fails_stops_nothing(plan: Any, tmp_path: Path) -> None:
     assert rows[0]["error"] and not rows[0]["values"]
     assert rows[2]["error"] is None
     told = notes(load_plan(tmp_path / "plan.toml"), rows)
-    assert "Left out on wikibio, example long, every method: the prompt has" in told
+    assert "Left out on embedded, wikibio, example long, every method: the prompt has" in told
 
 
 def test_holm_by_hand() -> None:
@@ -280,10 +290,28 @@ def test_decodings_that_draw_the_same_token_are_measured_once(tmp_path: Path) ->
     assert "Largest relative change" in (tmp_path / "out" / "tables.md").read_text()
 
 
-@pytest.mark.parametrize("chosen", ['"gird"', "[0.8]", "[{}]"])
+def test_draws_of_examples_are_their_own_and_ignore_the_models_settings() -> None:
+    demo = heat_fast.load_demo_model(1)
+    demo.model.generation_config.repetition_penalty = 5.0
+    found = []
+    for example in synthetic(8):
+        encoded = encode(example, demo.tokenizer)
+
+        def decoded(settings: dict[str, Any], example: Any = example, ids: Any = encoded) -> Any:
+            return _decode(demo.model, demo.tokenizer, example.id, ids.token_ids, settings)
+
+        assert decoded({}) == (encoded.target_id,)
+        found.append(decoded({"temperature": 20.0}))
+        assert found[-1] == decoded({"temperature": 20.0})
+    assert len(set(found)) > 4
+
+
+@pytest.mark.parametrize(
+    "chosen", ['"gird"', "[0.8]", "[{}]", "3", "[{ temprature = 0.8 }]", '"few"\ntargets = "all"']
+)
 def test_bad_decodings(tmp_path: Path, chosen: str) -> None:
     (tmp_path / "plan.toml").write_text(PLAN.replace("limit = 3", f"decodings = {chosen}"))
-    with pytest.raises(InputError, match="decodings of synthetic"):
+    with pytest.raises(InputError, match="synthetic"):
         load_plan(tmp_path / "plan.toml")
 
 

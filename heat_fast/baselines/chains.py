@@ -10,7 +10,7 @@ from torch import Tensor
 from heat_fast.attributor import _context_length
 from heat_fast.baselines.base import Baseline, check_count, check_number, register
 from heat_fast.baselines.case import Case
-from heat_fast.generation import without_end
+from heat_fast.generation import PLAIN_SAMPLING, without_end
 from heat_fast.prompt import check_length
 
 
@@ -71,10 +71,7 @@ class SelfEntailedChains(Baseline):
                 attention_mask=torch.ones_like(given),
                 max_new_tokens=self.length,
                 num_return_sequences=self.chains,
-                do_sample=True,
-                temperature=float(self.temperature),
-                top_k=0,
-                top_p=1.0,
+                **{**PLAIN_SAMPLING, "temperature": float(self.temperature)},
                 pad_token_id=0 if pad is None else pad,
             )
         case.counts["generated"] += found[:, len(ids) :].numel()

@@ -54,7 +54,9 @@ class Asked:
     def rephrased(self) -> tuple[EncodedExample, list[tuple[int, int]]]:
         """The prompt in other words or another order, and pairs of tokens that are the same."""
         found = self._other("rephrased")
-        spans = self.example.extra["rephrased"]["spans"]
+        spans = self.example.extra["rephrased"].get("spans", ())
+        if not spans:
+            raise Inapplicable("no spans tell which parts of the rephrased prompt are the same")
         # Where a token ends: whether the white space before it belongs to it depends on its place.
         places = {pair[1]: at for at, pair in enumerate(found.prompt.offsets or ()) if pair}
         pairs = []

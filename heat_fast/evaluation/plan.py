@@ -107,7 +107,7 @@ def load_plan(
         ) from error
     _known("plan", found, _KEYS)
     if models:
-        found["models"] = [_model(each) for each in models]
+        found["models"] = [_model(each, len(models) > 1) for each in models]
     if data:
         # What is explained of every example stays as the plan has it.
         own = _entries("data", found.get("data"))[0].settings
@@ -126,18 +126,30 @@ def load_plan(
     for each in parts["data"]:
         _known("data", [each.name], (*_FILES, *_GENERATED, "curated"))
         _known(f"targets of {each.label}", [each.settings.get("targets", "first")], _TARGETS)
+        limited = each.settings.get("limit", 1)
+        if isinstance(limited, bool) or not isinstance(limited, int) or limited < 1:
+            raise InputError(
+                f"limit of {each.label} is {limited!r}: expected a whole number of at least 1. "
+                "Correct it, or leave it out."
+            )
     parts["data"] = tuple(decoded for each in parts["data"] for decoded in _decoded(each))
+    _different("data", parts["data"])
     return Plan(**parts, folder=place.resolve().parent)
 
 
-def _model(given: str) -> dict[str, str]:
+def _model(given: str, several: bool) -> dict[str, str]:
     place = _absolute(given)
     here = os.path.exists(os.path.expandvars(place))
-    return {"name": Path(given).name, "path": place if here else given}
+    name = given if several else Path(place).name
+    return {"name": name, "path": place if here else given}
 
 
 def _data(given: str) -> dict[str, str]:
-    name, _, path = given.partition("=")
+    name, equals, path = given.partition("=")
+    if bool(equals) != bool(path) or (path and name in _GENERATED):
+        raise InputError(
+            f"--data {given}: expected NAME=PATH, or synthetic or restated alone. Correct it."
+        )
     return {"name": name, "path": _absolute(path)} if path else {"name": name}
 
 
@@ -152,9 +164,16 @@ def _decoded(entry: Entry) -> list[Entry]:
     chosen = settings.pop("decodings", None)
     if chosen is None:
         return [entry]
+    if settings.get("targets") == "all":
+        raise InputError(
+            f'{entry.label} has targets = "all" and decodings: expected one of them, since one '
+            "decoded token is explained. Leave the other out."
+        )
     if isinstance(chosen, str):
         _known(f"decodings of {entry.label}", [chosen], DECODINGS)
         chosen = DECODINGS[chosen]
+    if not isinstance(chosen, (list, tuple)):
+        chosen = [chosen]
     found = [replace(entry, settings={**settings, "decoding": {}})]
     for one in chosen:
         if not isinstance(one, Mapping) or not one:
@@ -162,6 +181,7 @@ def _decoded(entry: Entry) -> list[Entry]:
                 f"decodings of {entry.label} hold {one!r}: expected {', '.join(DECODINGS)}, or a "
                 "list of settings such as { temperature = 0.8 }. Correct it."
             )
+        _known(f"decodings of {entry.label}", one, _DECODING)
         told = ", ".join(f"{name} {value}" for name, value in one.items())
         found.append(
             replace(
@@ -187,21 +207,25 @@ def _entries(table: str, rows: Any) -> tuple[Entry, ...]:
         raise InputError(
             f"the plan has no [[{table}]]: expected at least one. Write [[{table}]] and a name."
         )
-    found: dict[str, Entry] = {}
+    found = []
     for row in rows:
         if not isinstance(row, dict) or not isinstance(row.get("name"), str):
             raise InputError(f"an entry of [[{table}]] has no name: expected one. Add name = ....")
         settings = {key: value for key, value in row.items() if key not in ("name", "label")}
         if table in ("models", "data"):
             _known(f"[[{table}]] {row['name']}", row, _KEYS[table])
-        entry = Entry(row["name"], str(row.get("label", row["name"])), settings)
-        if entry.label in found:
+        found.append(Entry(row["name"], str(row.get("label", row["name"])), settings))
+    _different(table, found)
+    return tuple(found)
+
+
+def _different(table: str, entries: Sequence[Entry]) -> None:
+    labels = [entry.label for entry in entries]
+    for label in labels:
+        if labels.count(label) > 1:
             raise InputError(
-                f"[[{table}]] has two entries {entry.label!r}: expected different ones. Give one a "
-                "label."
+                f"[[{table}]] has two entries {label!r}: expected different ones. Give one a label."
             )
-        found[entry.label] = entry
-    return tuple(found.values())
 
 
 # --- what the entries stand for -------------------------------------------------------------------
@@ -243,6 +267,7 @@ def _ungated(result: Attribution, config: HeatConfig) -> Tensor:
 
 
 _TARGETS = ("first", "all")
+_DECODING = ("temperature", "top_p", "top_k", "min_p", "typical_p", "repetition_penalty", "seed")
 _GENERATED = {"synthetic": datasets.synthetic, "restated": datasets.restated}
 _FILES = ("longra", "tellmewhy", "wikibio", "sciq", "narrativeqa", "authors")
 
@@ -265,7 +290,9 @@ def model_name(entry: Entry, folder: Path) -> str | None:
     """The folder or hub name of a model; None for the embedded one."""
     path = entry.settings.get("path")
     place = _place(path, folder)
-    return str(place) if place is not None and place.exists() else path
+    if place is None or place.exists():
+        return None if place is None else str(place)
+    return os.path.expandvars(str(path))
 
 
 def read_model(name: str | None) -> tuple[Any, Any]:
@@ -293,7 +320,7 @@ def _place(path: str | None, folder: Path) -> Path | None:
     place = os.path.expandvars(path)
     if "$" in place:
         raise InputError(
-            f"the path {path!r} names an environment variable that is not set: expected the folder "
-            "of the data. Set the variable, or write the path out."
+            f"the path {path!r} names an environment variable that is not set: expected a "
+            "folder. Set the variable, or write the path out."
         )
     return folder / place

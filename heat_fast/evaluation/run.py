@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,10 +34,10 @@ def evaluate(
 
     Of every example the first target token is explained, all of them where the data set has
     `targets = "all"`, or the token that the model decodes. A row holds model, data, method,
-    example, `targets`, `values` by metric, `skipped` (metric: reason), `seconds`, and `error` where
-    the attribution failed; rows are appended to `rows.jsonl` and flushed to the disk one by one.
-    Where two decodings give the same token, its row is measured once. Returns all rows in the order
-    of the plan.
+    example, `targets`, `values` by metric, `skipped` (metric: reason), `seconds`, `device`,
+    `dtype`, and `error` where the attribution failed, which is not tried again; rows are appended
+    to `rows.jsonl` and flushed to the disk one by one. Where two decodings give the same token, its
+    row is measured once. Returns all rows in the order of the plan.
 
     load: model and tokenizer of a folder or hub name, or of None, the embedded model; by default
     they are loaded onto the CPU.
@@ -53,7 +54,8 @@ def evaluate(
         return *of, tuple(row["targets"])
 
     known = {_key(row): row for row in _rows(folder / ROWS)}
-    measured = {explained(row): row for row in known.values()}
+    # Failures are not shared: each has its own reason.
+    measured = {explained(row): row for row in known.values() if row.get("targets")}
     methods = {each.label: make_method(each) for each in plan.methods}
     data = {each.label: list(read_data(each, plan.folder)) for each in plan.data}
     total = len(plan.models) * len(plan.methods) * sum(map(len, data.values()))
@@ -76,7 +78,9 @@ def evaluate(
                             same = measured.get(explained(row))
                             row |= _taken(same) if same else _measure(plan, asked, run)
                             append(row)
-                            known[key] = measured[explained(row)] = row
+                            known[key] = row
+                            if row["targets"] and row["error"] is None:
+                                measured[explained(row)] = row
                         found.append(known[key])
                         done += 1
                         progress(done, total)
@@ -84,7 +88,7 @@ def evaluate(
 
 
 def _taken(row: dict[str, Any]) -> dict[str, Any]:
-    return {name: row[name] for name in ("values", "skipped", "seconds", "error")}
+    return {name: value for name, value in row.items() if name not in (*_FIELDS, "targets")}
 
 
 def _ask(entry: Entry, example: Example, model: Any, tokenizer: Any) -> Asked | HeatError:
@@ -94,19 +98,25 @@ def _ask(entry: Entry, example: Example, model: Any, tokenizer: Any) -> Asked | 
         every, decoding = encoded.target_ids, entry.settings.get("decoding")
         targets = every if entry.settings.get("targets") == "all" else every[:1]
         if decoding is not None:
-            targets = _decode(model, tokenizer, encoded.token_ids, dict(decoding))
+            targets = _decode(model, tokenizer, example.id, encoded.token_ids, dict(decoding))
     except HeatError as error:
         return error
     return Asked(model, tokenizer, example, encoded, targets)
 
 
-def _decode(model: Any, tokenizer: Any, prompt: Any, settings: dict[str, Any]) -> tuple[int, ...]:
-    """The model's next token, drawn as the settings say; the likeliest where they are empty."""
-    from heat_fast.attributor import Attributor
-    from heat_fast.generation import generate
+def _decode(
+    model: Any, tokenizer: Any, name: str, prompt: Any, settings: dict[str, Any]
+) -> tuple[int, ...]:
+    """The model's next token, drawn as the settings say; the likeliest where they are empty.
 
-    seed = settings.pop("seed", 0)
-    arguments = {"do_sample": True, **settings} if settings else {}
+    Random numbers are an example's own, and the same in every setting. What the model's generation
+    settings say besides does not count.
+    """
+    from heat_fast.attributor import Attributor
+    from heat_fast.generation import PLAIN, PLAIN_SAMPLING, generate
+
+    arguments = {**PLAIN_SAMPLING, **settings} if settings else PLAIN
+    seed = zlib.crc32(f"{arguments.pop('seed', 0)}/{name}".encode()) if settings else 0
     attributor = Attributor(model, tokenizer)
     return tuple(
         generate(attributor, list(prompt), max_new_tokens=1, arguments=arguments, seed=seed)
@@ -130,8 +140,15 @@ def _measure(plan: Plan, asked: Asked | HeatError, method: Method) -> dict[str, 
             values[metric.label] = measured.value
         except (Inapplicable, HeatError) as reason:
             skipped[metric.label] = str(reason)
-    seconds = result.metadata["seconds"]["total"]
-    return {"values": values, "skipped": skipped, "seconds": seconds, "error": None}
+    told = result.metadata
+    return {
+        "values": values,
+        "skipped": skipped,
+        "seconds": told["seconds"]["total"],
+        "device": told["device"],
+        "dtype": told["dtype"],
+        "error": None,
+    }
 
 
 _FIELDS = ("model", "data", "method", "example")
@@ -142,10 +159,11 @@ def _key(row: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _claim(folder: Path, plan: Plan) -> None:
-    """Keep the plan in the folder, or see that it is the one that is there."""
+    """Keep the plan in the folder, or see that it is that of the rows that are there."""
     folder.mkdir(parents=True, exist_ok=True)
     kept, resolved = folder / PLAN, json.loads(json.dumps(plan.resolved()))
-    if kept.exists():
+    rows = folder / ROWS
+    if kept.exists() and rows.exists() and rows.stat().st_size:
         if json.loads(kept.read_text())["plan"] != resolved:
             raise InputError(
                 f"{str(folder)!r} holds the results of another plan: expected the same, to go on "
@@ -160,7 +178,9 @@ def _claim(folder: Path, plan: Plan) -> None:
         "transformers": transformers.__version__,
         "python": platform.python_version(),
     }
-    kept.write_text(json.dumps({"plan": resolved, "versions": versions}, indent=1) + "\n")
+    fresh = kept.with_suffix(".new")
+    fresh.write_text(json.dumps({"plan": resolved, "versions": versions}, indent=1) + "\n")
+    fresh.replace(kept)
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:

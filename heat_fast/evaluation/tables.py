@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,12 @@ def latex(plan: Plan, cells: Sequence[Cell]) -> str:
     """The same for LaTeX, with booktabs."""
     found = []
     for (model, data), some in grouped(cells).items():
-        lines = _rows(plan, some, _tex, "", " & ", r" \\").splitlines()
+        lines = _rows(plan, some, _tex, "", " & ", r" \\", _escaped).splitlines()
         head, body = lines[0], lines[2:]
         columns = "l" + "r" * head.count("&")
         found.append(
             f"% {model}, {data}, n = {_counts(some)}\n\\begin{{tabular}}{{{columns}}}\n\\toprule\n"
-            + head.replace("_", r"\_")
+            + head
             + "\n\\midrule\n"
             + "\n".join(body)
             + "\n\\bottomrule\n\\end{tabular}"
@@ -43,15 +43,26 @@ def _counts(cells: Sequence[Cell]) -> str:
     return str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
 
 
-def _rows(plan: Plan, cells: Sequence[Cell], show: Any, left: str, middle: str, right: str) -> str:
+def _rows(
+    plan: Plan,
+    cells: Sequence[Cell],
+    show: Any,
+    left: str,
+    middle: str,
+    right: str,
+    named: Callable[[str], str] = str,
+) -> str:
     found = {(cell.method, cell.metric): cell for cell in cells}
     shown = [each for each in columns(plan) if any(each == one[1] for one in found)]
     digits = {name: _digits([c.mean for c in cells if c.metric == name]) for name in shown}
-    lines = [["", *shown], ["---"] * (len(shown) + 1)]
+    lines = [["", *map(named, shown)], ["---"] * (len(shown) + 1)]
     for method in plan.methods:
         row = [found.get((method.label, metric)) for metric in shown]
         lines.append(
-            [method.label, *(show(cell, digits[cell.metric]) if cell else "" for cell in row)]
+            [
+                named(method.label),
+                *(show(cell, digits[cell.metric]) if cell else "" for cell in row),
+            ]
         )
     return "\n".join(left + middle.join(line) + right for line in lines)
 
@@ -59,6 +70,11 @@ def _rows(plan: Plan, cells: Sequence[Cell], show: Any, left: str, middle: str, 
 def _mark(cell: Cell) -> str:
     """An asterisk where it differs from the first method at 5 %."""
     return "*" if cell.p is not None and cell.p < 0.05 else ""
+
+
+def _escaped(label: str) -> str:
+    """A label as LaTeX reads it."""
+    return "".join("\\" + sign if sign in "_&%#$" else sign for sign in label)
 
 
 def _digits(means: Sequence[float]) -> int:
@@ -87,11 +103,14 @@ def notes(plan: Plan, rows: Sequence[dict[str, Any]]) -> str:
     ]
     left: dict[tuple[str, str, str], int] = {}
     failed: dict[tuple[str, str, str], set[str]] = {}
+    references = {each.label: each.settings.get("reference", each.label) for each in plan.data}
     for row in rows:
+        # Decodings of one data set fail alike.
+        where = f"{row['model']}, {references[row['data']]}"
         for metric, reason in row["skipped"].items():
-            left[row["data"], metric, reason] = left.get((row["data"], metric, reason), 0) + 1
+            left[where, metric, reason] = left.get((where, metric, reason), 0) + 1
         if row["error"]:
-            failed.setdefault((row["data"], row["example"], row["error"]), set()).add(row["method"])
+            failed.setdefault((where, row["example"], row["error"]), set()).add(row["method"])
     lines += [f"Left out on {d}, {m}, {n} times: {why}" for (d, m, why), n in left.items()]
     for (data, example, why), methods in failed.items():
         who = "every method" if len(methods) == len(plan.methods) else ", ".join(sorted(methods))
