@@ -68,7 +68,7 @@ class LearnedMask(Baseline):
                 later = x[count:].expand(len(masked), -1, -1)
                 found = case.pick(case.forward(torch.cat((masked, later), 1), len(case.targets)))
                 kept, lost = (part[rows, rows + targets.start] for part in found.chunk(2))
-                # log(1 - P), finite where P rounds to 1.
+                # log(1 - P), finite where P rounds to 1; there this aim has no gradient.
                 broken = torch.log(-torch.expm1(lost.clamp(max=-1e-7)))
                 loss = -kept - self.complement * broken + self.sparsity * m.mean(-1)
                 (theta.grad,) = torch.autograd.grad(loss.sum(), theta)

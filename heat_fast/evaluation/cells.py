@@ -63,7 +63,7 @@ def _collected(rows: Sequence[dict[str, Any]]) -> dict[Key, dict[str, float]]:
 
 
 def summarise(plan: Plan, rows: Sequence[dict[str, Any]]) -> list[Cell]:
-    """The cells of all tables, in the order of the plan. Examples lacking a value are left out.
+    """The cells of all tables. Examples lacking a value are left out.
 
     Soft-NC and Soft-NS have a second column where the plan has the method "random": the log of
     their ratio to it (`heat_fast.metrics.log_ratio`), with the significance of the values
