@@ -35,22 +35,13 @@ def synthetic(count: int, seed: int = 0, split: Split = "held_out") -> list[Exam
     for number in range(seed, seed + count):
         made = make_example(number, split)
         start, stop = made.question
-        found.append(
-            Example(
-                f"synthetic-{split}-{number}",
-                made.prompt,
-                made.answer,
-                evidence=made.evidence,
-                distractor=tuple(sorted((*made.distractor, *made.competing))),
-                support=(made.fact,),
-                extra={
-                    "question": made.prompt[start:stop],
-                    "answer": made.answer.strip(),
-                    "swapped": _swapped(made),
-                    "rephrased": _rephrased(made),
-                },
-            )
-        )
+        extra = {
+            "question": made.prompt[start:stop],
+            "answer": made.answer.strip(),
+            "swapped": _swapped(made),
+            "rephrased": _rephrased(made),
+        }
+        found.append(_example(f"synthetic-{split}-{number}", made, extra))
     return found
 
 
@@ -66,17 +57,21 @@ def restated(count: int, seed: int = 0, split: Split = "held_out") -> list[Examp
     """
     _check(count, seed, split)
     return [
-        Example(
-            f"restated-{split}-{number}",
-            made.prompt,
-            made.answer,
-            evidence=made.evidence,
-            distractor=tuple(sorted((*made.distractor, *made.competing))),
-            support=(made.fact,),
-        )
+        _example(f"restated-{split}-{number}", make_restatement(number, split), {})
         for number in range(seed, seed + count)
-        for made in (make_restatement(number, split),)
     ]
+
+
+def _example(name: str, made: corpus.Example, extra: dict[str, Any]) -> Example:
+    return Example(
+        name,
+        made.prompt,
+        made.answer,
+        evidence=made.evidence,
+        distractor=tuple(sorted((*made.distractor, *made.competing))),
+        support=(made.fact,),
+        extra=extra,
+    )
 
 
 def _check(count: int, seed: int, split: str) -> None:

@@ -81,10 +81,11 @@ def summarise(plan: Plan, rows: Sequence[dict[str, Any]]) -> list[Cell]:
     p = dict(zip(tests, holm(list(tests.values())), strict=True))
     measured = {key: Measurement.of(list(found.values())) for key, found in values.items()}
     better = {each.label: MEASURES[each.name].better for each in plan.metrics}
-    for key, ratio in _log_ratios(plan, values).items():
+    for raw, ratio in _log_ratios(plan, values).items():
+        column = _RATIO.format(raw[3])
+        key = (*raw[:3], column)
         measured[key] = ratio
-        better[key[3]] = "higher"
-        raw = (*key[:3], _of(key[3]))
+        better[column] = "higher"
         if raw in p:
             p[key] = p[raw]
     return _cells(measured, better, p)
@@ -121,12 +122,6 @@ def grouped(cells: Sequence[Cell]) -> dict[tuple[str, str], list[Cell]]:
 _RATIO = "log ({} / random)"
 
 
-def _of(column: str) -> str:
-    """The metric of a column of log ratios."""
-    start, end = _RATIO.split("{}")
-    return column.removeprefix(start).removesuffix(end)
-
-
 def columns(plan: Plan) -> list[str]:
     """The columns of a table, as far as it has them."""
     found = []
@@ -138,16 +133,18 @@ def columns(plan: Plan) -> list[str]:
 
 
 def _log_ratios(plan: Plan, values: Mapping[Key, Mapping[str, float]]) -> dict[Key, Measurement]:
+    """Of the values of a key, the log of their ratio to chance."""
     chance = next((each.label for each in plan.methods if each.name == "random"), None)
     wanted = {each.label for each in plan.metrics if MEASURES[each.name].chance}
     found = {}
-    for (model, data, method, metric), own in values.items():
+    for key, own in values.items():
+        model, data, method, metric = key
         rival = values.get((model, data, str(chance), metric), {})
         shared = [name for name in own if name in rival]
         if metric not in wanted or method == chance or not shared:
             continue
         try:
-            found[model, data, method, _RATIO.format(metric)] = log_ratio(
+            found[key] = log_ratio(
                 *(Measurement.of([each[name] for name in shared]) for each in (own, rival))
             )
         except InputError:
@@ -173,9 +170,9 @@ def stability(plan: Plan, rows: Sequence[dict[str, Any]]) -> list[Cell]:
         shared = [name for name in own if all(name in other for other in others)]
         if not others or not shared:
             continue
-        each = [Measurement.of([one[name] for name in shared]) for one in (own, *others)]
+        greedy, *rest = (Measurement.of([one[name] for name in shared]) for one in (own, *others))
         try:
-            found[key] = decoding_stability(each[0], each[1:])
+            found[key] = decoding_stability(greedy, rest)
         except InputError:
             continue  # the reference is 0
     return _cells(found, dict.fromkeys((each.label for each in plan.metrics), "lower"), {})

@@ -55,7 +55,9 @@ def evaluate(
 
     known = {_key(row): row for row in _rows(folder / ROWS)}
     # Failures are not shared: each has its own reason.
-    measured = {explained(row): row for row in known.values() if row.get("targets")}
+    measured = {
+        explained(row): row for row in known.values() if row.get("targets") and row["error"] is None
+    }
     methods = {each.label: make_method(each) for each in plan.methods}
     data = {each.label: list(read_data(each, plan.folder)) for each in plan.data}
     total = len(plan.models) * len(plan.methods) * sum(map(len, data.values()))
