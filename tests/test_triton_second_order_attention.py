@@ -23,7 +23,7 @@ from heat_fast.kernels.second_order_attention import (
 )
 
 pytest.importorskip("triton", reason="the kernels are Triton's")
-from heat_fast.kernels.second_order_attention.triton import Tile
+from heat_fast.kernels.second_order_attention.tiles import Tile
 
 MASKINGS = {
     "full": Masking(0.3),
@@ -192,8 +192,8 @@ def large_tiles(triton_device: torch.device, monkeypatch: pytest.MonkeyPatch) ->
     """
     if triton_device.type == "cpu":
         tiles = dict.fromkeys(itertools.product((2, 4), (64, 128, 256)), Tile(64, 64, 2, 4, 1))
-        for table in ("_TANGENT", "_PRIMAL", "_ROWS", "_KEYS"):
-            name = f"heat_fast.kernels.second_order_attention.triton.{table}"
+        for table in ("TANGENT", "PRIMAL", "ROWS", "KEYS"):
+            name = f"heat_fast.kernels.second_order_attention.tiles.{table}"
             monkeypatch.setattr(name, {80: tiles})
 
 
