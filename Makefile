@@ -4,8 +4,8 @@
 #   make bench JSON=name           also write bench/results/name.json
 #   make wheel HEAT_FAST_CUDA=1    with the CUDA kernels, into dist/cuda
 #   make kernels KERNELS="--arch 90 --op masked_kl"     some of the GPU kernels
-#   make bench-gpu PARTS="kernels paper"                some of kernels attention low_rank attribution paper
-#   make bench-gpu PARTS=kernels BENCH_GPU="--length 1024"             one length
+#   make bench-gpu PARTS="kernels paper"                some of kernels low_rank attribution paper
+#   make bench-gpu PARTS=kernels PYTEST_ARGS="-k 1024"                 some of their rows
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
@@ -16,8 +16,7 @@ ROUNDS ?= 5
 # Where no GPU is to be seen the CUDA kernels could not run, and nvcc takes as long as all the rest.
 export HEAT_FAST_CUDA ?= $(if $(wildcard /dev/nvidia[0-9]*),,0)
 KERNELS ?= --write kernels/COMPILED.md
-PARTS ?= kernels attention low_rank attribution paper
-BENCH_GPU ?=
+PARTS ?= kernels low_rank attribution paper
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -101,6 +100,7 @@ evaluations: $(STAMP) ## Run the presets of heat-fast evaluate (writes bench/res
 plots: $(STAMP) ## Draw docs/images and write the tables of docs/performance.md from bench/results
 	@$(BIN)/python bench/plots.py
 	@$(BIN)/python bench/page.py
+	@$(BIN)/python bench/gpu/tables.py
 
 DIST = dist$(if $(filter 1,$(HEAT_FAST_CUDA)),/cuda)
 
@@ -113,7 +113,7 @@ wheel: $(STAMP) ## Build the wheel and test it in an environment without the sou
 kernels: $(STAMP) ## Compile the GPU kernels for every architecture, without a GPU
 	@$(BIN)/python -m heat_fast.kernels.compile $(KERNELS)
 
-gpu: $(STAMP) ## Run the GPU tests and benchmarks on this machine's GPU
+gpu: $(STAMP) ## Run the GPU tests and the kernels' benchmarks on this machine's GPU
 	@$(BIN)/python -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' || { \
 	  echo "make: torch sees no CUDA device here; 'make test' runs the kernels in Triton's interpreter." >&2; exit 1; }
 	@$(BIN)/pytest --quiet --durations=10 tests/test_triton_*.py $(PYTEST_ARGS)
@@ -121,14 +121,12 @@ gpu: $(STAMP) ## Run the GPU tests and benchmarks on this machine's GPU
 	@if command -v compute-sanitizer >/dev/null; then \
 	  compute-sanitizer --tool racecheck --error-exitcode 1 $(BIN)/python -m pytest --quiet tests/test_triton_*.py -k "63"; \
 	else echo "compute-sanitizer is not installed: races were not looked for."; fi
-	@$(MAKE) --no-print-directory bench-gpu
+	@HEAT_FAST_BENCH_SECONDS=240 $(MAKE) --no-print-directory bench-gpu PARTS=kernels
 
-# Whole attributions keep a row for every case, and rows that are there are not measured again.
+# A row that is there is not measured again, and a run ends after about nine minutes: repeat it.
 bench-gpu: $(STAMP) ## Time kernels and attributions on this GPU (writes bench/results/<gpu>/)
-	@for part in $(PARTS); do case $$part in \
-	  attribution|paper) $(BIN)/pytest bench/gpu/test_bench_$$part.py --benchmark-only $(PYTEST_ARGS) ;; \
-	  *) $(BIN)/python bench/gpu/$$part.py $(BENCH_GPU) ;; \
-	esac || failed=1; done; exit $${failed:-0}
+	@$(BIN)/pytest $(PARTS:%=bench/gpu/test_bench_%.py) --benchmark-only $(PYTEST_ARGS); \
+	  outcome=$$?; $(BIN)/python bench/gpu/tables.py; exit $$outcome
 
 docs: $(STAMP) ## Build the documentation into site/, warnings as errors
 	@$(BIN)/python -c 'import mkdocs, material, mkdocstrings' 2>/dev/null || { \

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,10 @@ from evaluations import RUNS
 from variants_table import machine, table, tables
 
 BENCH = Path(__file__).resolve().parent
+sys.path.append(str(BENCH / "gpu"))
+
+import tables as gpus  # noqa: E402
+
 PAGES = [BENCH.parent / "docs" / f"{name}.md" for name in ("performance", "evaluation")]
 PART = re.compile(r"(<!-- begin (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -123,102 +129,57 @@ def variants() -> list[str]:
 
 
 def gpu() -> list[str]:
-    """The operations on a GPU: the least and the most of each kernel's ratio and share."""
-    rows = []
-    kernels, attention = read("nvidia-h200/kernels"), read("nvidia-h200/attention")
-    for one in kernels["rows"] + attention["rows"]:
-        # `None` where the peer ran out of memory or is not supported.
-        rows.append((one["operation"], one))
-    lines = []
-    for name in dict.fromkeys(name for name, _ in rows):
-        each = [one for kind, one in rows if kind == name]
-        ratios = [one["ratio"] for one in each if one.get("ratio")]
-        memory = [memory_ratio(one) for one in each if memory_ratio(one)]
-        shares = [max(one[key] for key in SHARES if one.get(key)) for one in each if has_share(one)]
-        lines.append(
+    """The operations on a GPU: the least and the most of each kernel's ratios and shares."""
+    lines: list[str] = []
+    for folder in gpus.folders():
+        measured = gpus.rows_of(folder, "kernels")
+        rows = [
             [
-                f"`{name}`",
+                f"`{name}`" + ("" if dtype == "bfloat16" else f", {dtype}"),
                 ", ".join(sorted({str(one["length"]) for one in each}, key=int)),
-                span(ratios, ".1f"),
-                span(memory, ".1f"),
-                span([100 * share for share in shares], ".0f"),
+                span([one["ratio"] for one in each], ".1f"),
+                span([one["eager_peak_bytes"] / one["peak_bytes"] for one in each], ".1f"),
+                span([100 * nearer(one) for one in each], ".0f"),
             ]
-        )
-    head = ["operation", "N", "times as fast as torch", "times less memory"]
-    head += ["share of the nearer ceiling, %"]
+            for (name, dtype), each in grouped(one for one in measured if "ratio" in one).items()
+        ]
+        head = ["operation", "N", "times as fast as torch", "times less memory"]
+        head += ["share of the nearer ceiling, %"]
+        lines += [*table(head, rows), "", f"{gpus.origin(measured)}.", ""]
     return [
-        *table(head, lines),
-        "",
-        f"{kernels['gpu']}, torch {kernels['torch']}, triton {kernels['triton']}, bfloat16; over "
-        "the shapes of GPT-J-6B, Phi-3-medium, Qwen2.5-3B and Llama-3.1-70B.",
+        *lines,
+        "Over the shapes of GPT-J-6B, Phi-3-medium, Qwen2.5-3B and Llama-3.1-70B, in bfloat16 "
+        "where nothing else is said.",
     ]
 
 
-SHARES = ("share_of_bytes", "share_of_flops")
+def grouped(rows: Iterable[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    """Rows by operation and dtype."""
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        found.setdefault((row["operation"], row["dtype"]), []).append(row)
+    return found
 
 
-def has_share(row: dict[str, Any]) -> bool:
-    """Whether a row tells its share of a ceiling."""
-    return any(row.get(key) for key in SHARES)
-
-
-def memory_ratio(row: dict[str, Any]) -> float | None:
-    """The peer's peak memory over ours."""
-    if row.get("memory_ratio"):
-        return float(row["memory_ratio"])
-    if row.get("eager_peak_bytes") and row.get("peak_bytes"):
-        return float(row["eager_peak_bytes"] / row["peak_bytes"])
-    return None
+def nearer(row: dict[str, Any]) -> float:
+    """The share of the ceiling that a kernel is nearer to."""
+    return max(row.get("share_of_bytes") or 0.0, row.get("share_of_flops") or 0.0)
 
 
 def span(values: list[float], form: str) -> str:
     """The least and the most."""
-    if not values:
-        return ""
     ends = [format(end, form) for end in (min(values), max(values))]
     return ends[0] if ends[0] == ends[1] else " to ".join(ends)
 
 
-def attributions() -> list[str]:
-    """Whole attributions on a GPU."""
-    found = read("nvidia-h200/engine")
-    runs = {one["run"]: one for one in found["runs"]}
-    rows = [
-        [
-            name,
-            f"{one['seconds']:.1f}",
-            f"{runs['authors'][counterpart(name)] / one['seconds']:.1f}",
-            f"{one['peak_bytes'] / 1e9:.1f}",
-        ]
-        for name, one in runs.items()
-    ]
-    return table(["run", "seconds", "ratio to the authors'", "peak, GB"], rows)
-
-
-def counterpart(run: str) -> str:
-    """What of the authors' run another is compared with."""
-    return "information" if run == "curvature none" else "seconds"
-
-
-def paper_gpu() -> list[str]:
-    """The paper's rows as measured on a GPU, where they were."""
-    rows = [
-        [
-            one["model"] + ("" if one["blocks"][0] == one["blocks"][1] else " (extrapolated)"),
-            f"{one['tokens']:,}",
-            one["settings"]["variant"],
-            f"{one['paper_seconds']:.3f}",
-            f"{one['seconds']['total']:.1f}" + (", sampled" if one["sampled"] else ""),
-            f"{100 * one['share_of_floor']:.0f}",
-            one["gpu"],
-        ]
-        for path in sorted((BENCH / "results").glob("nvidia-*/paper.json"))
-        for one in json.loads(path.read_text()).values()
-    ]
-    if not rows:
-        return ["None of these rows has been measured on a GPU yet."]
-    head = ["model", "N", "variant", "paper: s", "seconds, 1 probe", "share of the floor, %", "GPU"]
-    return table(head, rows)
+def of_gpus(part: str) -> list[str]:
+    """The table of a part, GPU by GPU."""
+    lines: list[str] = []
+    for folder in gpus.folders():
+        rows = gpus.rows_of(folder, part)
+        if rows:
+            lines += [*gpus.PARTS[part][1](rows), "", f"{gpus.origin(rows)}.", ""]
+    return lines[:-1] or ["None of these has been measured on a GPU yet."]
 
 
 def evaluation(name: str) -> Callable[[], list[str]]:
@@ -237,9 +198,10 @@ PARTS: dict[str, Callable[[], list[str]]] = {
     "peers": peers,
     "scaling": scaling,
     "gpu": gpu,
-    "attributions": attributions,
+    "low_rank": partial(of_gpus, "low_rank"),
+    "attributions": partial(of_gpus, "attribution"),
     "paper": paper,
-    "paper_gpu": paper_gpu,
+    "paper_gpu": partial(of_gpus, "paper"),
     **{name.replace("-", "_"): evaluation(name) for name in RUNS},
 }
 

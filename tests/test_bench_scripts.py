@@ -29,6 +29,14 @@ def test_pages_are_made_of_the_results(script: Any) -> None:
     assert [page.page(text) for text in texts] == texts, "run 'make plots'"
 
 
+def test_tables_of_a_gpu_are_made_of_its_rows(script: Any) -> None:
+    script("page")  # it knows the way to bench/gpu
+    tables = script("tables")
+    assert tables.folders()
+    for folder in tables.folders():
+        assert tables.page(folder) == (folder / "tables.md").read_text(), "run 'make plots'"
+
+
 def test_the_paper_is_under_the_floor(script: Any) -> None:
     """Figures as committed; GPT-J-6B's information by hand, from its weights alone."""
     found = script("paper_floor").rows()

@@ -1,12 +1,14 @@
-"""Benchmarks of whole attributions on a GPU: device clock, flushed cache, results row by row.
+"""Benchmarks on a GPU: device clock, flushed cache, results row by row.
 
 Every benchmark that has run leaves a row in `bench/results/<gpu>/<file>.json`, where `<file>` is
 its test file without `test_bench_`. A row that is there is not measured again: a campaign that was
-cut off goes on where it stopped. Delete the file, or a row, to measure anew. After
-`HEAT_FAST_BENCH_SECONDS` (540 if not set) the rest is left for another run.
+cut off goes on where it stopped. Delete the file, or a row, to measure anew; rows without a `clock`
+are of earlier benchmarks, and are measured anew anyway. After
+`HEAT_FAST_BENCH_SECONDS` (540 if not set) the rest is left for another run. `tables.py` makes a
+page of a GPU's rows.
 
-Without a CUDA device they are skipped, or with `HEAT_FAST_BENCH=small` run on tiny models, so that
-none can rot; then nothing is kept.
+Without a CUDA device they are skipped, or with `HEAT_FAST_BENCH=small` run on tiny shapes, kernels
+in Triton's interpreter, so that none can rot; then nothing is kept.
 """
 
 from __future__ import annotations
@@ -22,10 +24,14 @@ from typing import Any
 
 import pytest
 import torch
-from measuring import RESULTS, clock, flush, folder, peak_bytes
+from measuring import RESULTS, clock, flush, folder, hold, lead, peak_bytes
 from sizes import SMALL
 
 from heat_fast.ceilings import Ceilings, measure
+
+# Read when Triton is first imported.
+if SMALL and not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 LIMIT = float(os.environ.get("HEAT_FAST_BENCH_SECONDS", "540"))
 _BEGAN = time.monotonic()
@@ -49,7 +55,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         if not SMALL:
             pytest.skip("no CUDA device")
         return
-    if item.name in read_rows(path):
+    if "clock" in read_rows(path).get(item.name, {}):
         pytest.skip(f"measured before: its row is in {path}")
     if time.monotonic() - _BEGAN > LIMIT:
         pytest.skip(f"left for another run: {LIMIT:.0f} s are over (HEAT_FAST_BENCH_SECONDS)")
@@ -77,14 +83,23 @@ def ceilings() -> Callable[[torch.dtype], Ceilings]:
 
 @pytest.fixture
 def timed(benchmark: Any) -> Callable[..., Any]:
-    """`timed(call, rounds, warmup)`: the last value of a call timed on the device's clock.
+    """`timed(call, rounds, warmup, held)`: the last value of a call timed on the device's clock.
 
-    The second-level cache is overwritten before every round.
+    The second-level cache is overwritten before every round. `held`: the device is held back until
+    the call's launches are queued, so that the time is the device's alone.
     """
     benchmark._timer = clock
 
-    def run(call: Callable[[], Any], rounds: int = 3, warmup: int = 1) -> Any:
-        return benchmark.pedantic(call, setup=flush, rounds=rounds, warmup_rounds=warmup)
+    def run(call: Callable[[], Any], rounds: int = 3, warmup: int = 1, held: bool = False) -> Any:
+        for _ in range(warmup):
+            call()
+        ahead = lead(call) if held else 0.0
+
+        def ready() -> None:
+            flush()
+            hold(ahead)
+
+        return benchmark.pedantic(call, setup=ready, rounds=rounds)
 
     return run
 

@@ -44,12 +44,40 @@ def flush() -> None:
         _scratch().zero_()
 
 
-def seconds(call: Callable[[], Any], repetitions: int) -> float:
-    """Median time of a call, the cache flushed before each, after one for warm-up."""
+def lead(call: Callable[[], Any]) -> float:
+    """Seconds of the host's until a call returns, to `hold` the device for before it is timed.
+
+    A kernel of some microseconds is done before the next one is launched: a clock on the device
+    would tell the host's time. Held back, the device finds all launches of a call queued.
+    """
+    if not torch.cuda.is_available():
+        return 0.0
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
     call()
+    return min(2 * (time.perf_counter() - begin), LONGEST_LEAD)
+
+
+#: A call that keeps the host for longer than this waits for the device, or is long itself.
+LONGEST_LEAD = 0.02
+#: Ticks of the fastest device's clock: `hold` holds the others a little longer.
+TICKS_PER_SECOND = 2e9
+
+
+def hold(duration: float) -> None:
+    """Keep the device from what is launched next for at least `duration` seconds."""
+    if duration and torch.cuda.is_available():
+        torch.cuda._sleep(int(duration * TICKS_PER_SECOND))
+
+
+def seconds(call: Callable[[], Any], repetitions: int) -> float:
+    """Median time of a call on the device, the cache flushed before each, after two for warm-up."""
+    call()
+    ahead = lead(call)
     times = []
     for _ in range(repetitions):
         flush()
+        hold(ahead)
         begin = clock()
         call()
         times.append(clock() - begin)

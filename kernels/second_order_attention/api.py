@@ -10,7 +10,7 @@ from heat_fast.kernels.second_order_attention import native, reference
 from heat_fast.kernels.second_order_attention.reference import Primal
 
 # What the GPU kernels are faster at: on an H200 3.5 to 5 times up to this width, in half precision;
-# at width 256 torch is, and float32 has not been timed (bench/results/nvidia-h200/attention.md).
+# at width 256 torch is, and float32 has not been timed (bench/results/nvidia-h200/tables.md).
 _FASTER_TO = 128
 
 
