@@ -247,6 +247,45 @@ def test_the_first_step_of_a_mask_goes_where_both_aims_point() -> None:
     assert_close("mask", expected, found, rtol=1e-6)
 
 
+def test_a_mask_is_learned_where_the_probability_rounds_to_one() -> None:
+    """Of log-odds `30 + m_1 - 2 m_2`: keeping has next to no gradient, breaking its full one."""
+    values = torch.tensor([[60.0], [1.0], [2.0]])
+    slopes = torch.tensor([[1.0], [1.0], [-1.0]])
+    case = linear_case(values, slopes)
+
+    class Certain(type(case.model)):
+        def __call__(self, inputs_embeds: Tensor, **_: Any) -> Any:
+            odds = (inputs_embeds * slopes).sum((-1, -2))
+            return SimpleNamespace(logits=torch.stack((odds, torch.zeros_like(odds)), -1)[:, None])
+
+    case.model = Certain()
+    assert float(case.log_probs()[0, 0, 0]) == 0.0
+    found = baselines.get("faml", steps=1, rate=0.3, sparsity=1e-6).scores(case)
+    expected = torch.sigmoid(torch.tensor([[0.3, 0.3, -0.3]]))
+    assert_close("mask", expected, found, rtol=1e-5)
+
+
+def test_logits_bound_how_many_masks_are_learned_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = build("llama", torch.float64), prompt_ids("llama", 8)
+    sizes: list[int] = []
+    forward = Case.forward
+
+    def counted(self: Case, embeddings: Tensor, kept: int) -> Tensor:
+        sizes.append(len(embeddings))
+        return forward(self, embeddings, kept)
+
+    monkeypatch.setattr(Case, "forward", counted)
+    together = quick("faml")(model, None, ids, TARGETS)
+    assert max(sizes) == 2 * len(TARGETS)
+    sizes.clear()
+    # Room for the logits of one mask and its complement, at all targets.
+    logits = 2 * len(TARGETS) * model.get_output_embeddings().out_features
+    monkeypatch.setattr(heat_fast.baselines.case, "LOGIT_ELEMENTS", logits)
+    apart = quick("faml")(model, None, ids, TARGETS)
+    assert max(sizes) == 2
+    assert_close("scores", together.target_scores, apart.target_scores, rtol=1e-9)
+
+
 def test_chains_weigh_by_entailment_and_overlap(monkeypatch: pytest.MonkeyPatch) -> None:
     model, ids = build("llama", torch.float64), [5, 6, 7, 5]
     chains = [[5, 5, 9], [7, 6, 8], [11, 12, 13]]

@@ -209,18 +209,24 @@ class Case:
         logits = output.logits[:, -kept:]
         return torch.log_softmax(logits.to(wide(logits.dtype)), dim=-1)
 
+    def batch(self, length: int, kept: int, most: int) -> int:
+        """How many items of `length` rows, of which `kept` make logits, are run at once.
+
+        Within the budget of rows and of logits; at least one, at most `most`.
+        """
+        head = self.model.get_output_embeddings()
+        vocabulary = int(getattr(head, "out_features", 1))
+        return self.budget.batch(length, min(most, LOGIT_ELEMENTS // (kept * vocabulary)))
+
     def _batches(
         self, count: int, length: int, kept: int, run: Callable[[int, int], Tensor]
     ) -> Tensor:
         """`run(first, stop)` over all sequences, within the budget of rows and of logits."""
-        head = self.model.get_output_embeddings()
-        vocabulary = int(getattr(head, "out_features", 1))
-        most = max(1, LOGIT_ELEMENTS // (kept * vocabulary))
         parts: list[Tensor] = []
         run_batches(
             count,
             self.budget,
-            lambda first: self.budget.batch(length, min(most, count - first)),
+            lambda first: self.batch(length, kept, count - first),
             run,
             lambda first, stop, found: parts.append(found),
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -44,8 +45,8 @@ class LearnedMask(Baseline):
 
     def scores(self, case: Case) -> Tensor:
         """See `Baseline.scores`."""
-        # Graphs of both contexts of every target of a batch are held at once.
-        size = case.budget.batch(4 * len(case.embeddings), len(case.targets))
+        # Graphs and logits of both contexts of every target of a batch are held at once.
+        size = case.batch(4 * len(case.embeddings), 2 * len(case.targets), len(case.targets))
         parts = [
             self._masks(case, range(first, min(first + size, len(case.targets))))
             for first in range(0, len(case.targets), size)
@@ -57,6 +58,7 @@ class LearnedMask(Baseline):
         embed = case.model.get_input_embeddings()
         other = replacement(embed, self.masking, None, x)
         rows = torch.arange(len(targets), device=x.device)
+        chosen = case.target_ids[targets.start : targets.stop, None]
         dtype = torch.promote_types(x.dtype, torch.float32)
         theta = torch.zeros(len(targets), count, device=x.device, dtype=dtype, requires_grad=True)
         adam = torch.optim.Adam([theta], lr=self.rate)
@@ -66,11 +68,12 @@ class LearnedMask(Baseline):
                 both = torch.cat((m, 1 - m)).to(x.dtype)[..., None]
                 masked = both * x[:count] + (1 - both) * other
                 later = x[count:].expand(len(masked), -1, -1)
-                found = case.pick(case.forward(torch.cat((masked, later), 1), len(case.targets)))
+                found = case.forward(torch.cat((masked, later), 1), len(case.targets))
                 kept, lost = (part[rows, rows + targets.start] for part in found.chunk(2))
-                # log(1 - P), finite where P rounds to 1; there this aim has no gradient.
-                broken = torch.log(-torch.expm1(lost.clamp(max=-1e-7)))
-                loss = -kept - self.complement * broken + self.sparsity * m.mean(-1)
+                held = kept.gather(-1, chosen)[:, 0]
+                # log(1 - P) of all other tokens: finite, with a gradient, where P rounds to 1.
+                broken = lost.scatter(-1, chosen, -math.inf).logsumexp(-1)
+                loss = -held - self.complement * broken + self.sparsity * m.mean(-1)
                 (theta.grad,) = torch.autograd.grad(loss.sum(), theta)
             case.counts["backward"] += len(masked)
             adam.step()
