@@ -134,6 +134,58 @@ def test_another_plan_needs_another_folder(plan: Any, tmp_path: Path) -> None:
         evaluate(load_plan(tmp_path / "plan.toml"), tmp_path / "out")
 
 
+@pytest.mark.parametrize("label", ["embedded", "other"])
+def test_a_run_goes_on_with_the_same_device_and_dtype(
+    plan: Any, tmp_path: Path, label: str
+) -> None:
+    """Rows of another model may be of another dtype."""
+
+    def stop(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(plan, tmp_path / "out", stop)
+    rows = tmp_path / "out" / "rows.jsonl"
+    [row] = [json.loads(line) for line in rows.read_text().splitlines()]
+    row |= {"model": label, "dtype": "bfloat16"}
+    rows.write_text(json.dumps(row) + "\n")
+    if label == "other":
+        assert len(evaluate(plan, tmp_path / "out")) == 6
+        return
+    told = (
+        "out' holds rows of embedded on cpu in bfloat16, and it is now on cpu in float32: expected "
+        "the same, .* Go on with device cpu and dtype bfloat16, or choose another folder"
+    )
+    with pytest.raises(InputError, match=told):
+        evaluate(plan, tmp_path / "out")
+    assert len(rows.read_text().splitlines()) == 1
+
+
+def test_what_failed_is_tried_again(tmp_path: Path) -> None:
+    long, short = ({"prompt": text, "continuation": "end."} for text in ("word " * 600, "Ann is"))
+    data = tmp_path / "data.jsonl"
+    (tmp_path / "plan.toml").write_text(
+        PLAN.replace('name = "synthetic"', 'name = "wikibio"\npath = "data.jsonl"')
+    )
+    plan = load_plan(tmp_path / "plan.toml")
+
+    def run(*rows: dict[str, str]) -> tuple[list[bool], str]:
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        found = evaluate(plan, tmp_path / "out")
+        return [row["error"] is not None for row in found], (
+            tmp_path / "out" / "rows.jsonl"
+        ).read_text()
+
+    failed, kept = run(short, long)
+    assert failed == [False, False, True, True]
+    # What fails as before is not written again; what was measured stays.
+    assert run(short, long) == (failed, kept)
+    failed, text = run(short, short)
+    assert failed == [False] * 4
+    assert text.startswith(kept) and len(text.splitlines()) == 6
+    assert run(short, short) == (failed, text)
+
+
 def test_what_cannot_be_measured_is_told(tmp_path: Path) -> None:
     row = {"prompt": "Ann is a", "continuation": "painter.", "id": "1"}
     (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")

@@ -6,7 +6,7 @@ import json
 import os
 import platform
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -35,14 +35,16 @@ def evaluate(
     Of every example the first target token is explained, all of them where the data set has
     `targets = "all"`, or the token that the model decodes. A row holds model, data, method,
     example, `targets`, `values` by metric, `skipped` (metric: reason), `seconds`, `device`,
-    `dtype`, and `error` where the attribution failed, which is not tried again; rows are appended
-    to `rows.jsonl` and flushed to the disk one by one. Where two decodings give the same token, its
-    row is measured once. Returns all rows in the order of the plan.
+    `dtype`, and `error` where the attribution failed; rows are appended to `rows.jsonl` and flushed
+    to the disk one by one. A run that goes on tries again what failed: of rows of one attribution
+    the last counts. Where two decodings give the same token, its row is measured once. Returns all
+    rows in the order of the plan.
 
     load: model and tokenizer of a folder or hub name, or of None, the embedded model; by default
     they are loaded onto the CPU.
 
-    Raises `InputError` where the folder holds the results of another plan.
+    Raises `InputError` where the folder holds the results of another plan, or rows of a model on
+    another device or in another dtype than it is now.
     """
     folder = Path(output)
     _claim(folder, plan)
@@ -70,8 +72,11 @@ def evaluate(
                     asked: Asked | HeatError | None = None
                     for method, run in methods.items():
                         key = (model.label, entry.label, method, example.id)
-                        if key not in known:
-                            loaded = loaded or load(model_name(model, plan.folder))
+                        before = known.get(key)
+                        if before is None or before["error"] is not None:
+                            if loaded is None:
+                                loaded = load(model_name(model, plan.folder))
+                                _check_place(folder, model.label, loaded[0], known.values())
                             asked = asked or _ask(entry, example, *loaded)
                             row: dict[str, Any] = dict(zip(_FIELDS, key, strict=True))
                             row["targets"] = (
@@ -79,7 +84,8 @@ def evaluate(
                             )
                             same = measured.get(explained(row))
                             row |= _taken(same) if same else _measure(plan, asked, run)
-                            append(row)
+                            if row != before:  # else it failed as before
+                                append(row)
                             known[key] = row
                             if row["targets"] and row["error"] is None:
                                 measured[explained(row)] = row
@@ -87,6 +93,22 @@ def evaluate(
                         done += 1
                         progress(done, total)
     return found
+
+
+def _check_place(folder: Path, label: str, model: Any, rows: Iterable[dict[str, Any]]) -> None:
+    """See that a model is where, and what, its rows were measured with."""
+    from heat_fast.attributor import _embedding_device
+
+    embed = model.get_input_embeddings()
+    now = str(_embedding_device(embed)), str(embed.weight.dtype).removeprefix("torch.")
+    for row in rows:
+        then = row.get("device", now[0]), row.get("dtype", now[1])  # failures have neither
+        if row["model"] == label and then != now:
+            raise InputError(
+                f"{str(folder)!r} holds rows of {label} on {then[0]} in {then[1]}, and it is now on "
+                f"{now[0]} in {now[1]}: expected the same, so that rows can be compared. Go on "
+                f"with device {then[0]} and dtype {then[1]}, or choose another folder."
+            )
 
 
 def _taken(row: dict[str, Any]) -> dict[str, Any]:
