@@ -105,7 +105,7 @@ def _check_place(folder: Path, label: str, model: Any, rows: Iterable[dict[str, 
         then = row.get("device", now[0]), row.get("dtype", now[1])  # failures have neither
         if row["model"] == label and then != now:
             raise InputError(
-                f"{str(folder)!r} holds rows of {label} on {then[0]} in {then[1]}, and it is now on "
+                f"{str(folder)!r} holds rows of {label} on {then[0]} in {then[1]}, now it is on "
                 f"{now[0]} in {now[1]}: expected the same, so that rows can be compared. Go on "
                 f"with device {then[0]} and dtype {then[1]}, or choose another folder."
             )
