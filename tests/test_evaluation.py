@@ -153,7 +153,7 @@ def test_a_run_goes_on_with_the_same_device_and_dtype(
         assert len(evaluate(plan, tmp_path / "out")) == 6
         return
     told = (
-        "out' holds rows of embedded on cpu in bfloat16, and it is now on cpu in float32: expected "
+        "out' holds rows of embedded on cpu in bfloat16, now it is on cpu in float32: expected "
         "the same, .* Go on with device cpu and dtype bfloat16, or choose another folder"
     )
     with pytest.raises(InputError, match=told):
@@ -301,6 +301,39 @@ def test_a_plan_on_other_models_and_data(tmp_path: Path, monkeypatch: Any) -> No
     monkeypatch.delenv("FOLDER")
     with pytest.raises(InputError, match="variable that is not set"):
         read_data(kept.data[0], kept.folder)
+
+
+def test_the_curated_set_is_read_of_two_files(tmp_path: Path, monkeypatch: Any) -> None:
+    question = {"support": "Iron rusts.", "question": "What rusts?", "correct_answer": "iron"}
+    (tmp_path / "questions.jsonl").write_text(json.dumps(question) + "\n")
+    (tmp_path / "stories.jsonl").write_text(json.dumps({"paragraph": "Tom went home."}) + "\n")
+    monkeypatch.chdir(tmp_path)
+    plan = load_plan("quick", data=["curated=questions.jsonl,narratives=stories.jsonl"], limit=1)
+    [entry] = plan.data
+    assert entry.settings["path"] == str(tmp_path / "questions.jsonl")
+    [example] = read_data(entry, plan.folder)
+    assert example.prompt.startswith("Tom went home.") and "Iron rusts." in example.prompt
+    assert load_plan("quick", data=["curated=$F/a,narratives=$F/b"]).data[0].settings == {
+        **entry.settings,
+        "path": "$F/a",
+        "narratives": "$F/b",
+        "limit": 20,
+    }
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("curated=", "expected NAME=PATH, curated=PATH,narratives=PATH, or synthetic"),
+        ("curated=a,narratives=", "expected NAME=PATH, curated=PATH,narratives=PATH"),
+        ("curated=,narratives=b", "expected NAME=PATH, curated=PATH,narratives=PATH"),
+        ("synthetic=a", "synthetic or restated alone"),
+        ("sciq=a,narratives=b", "sciq has narratives: expected them only of curated"),
+    ],
+)
+def test_bad_data_options(given: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        load_plan("quick", data=[given])
 
 
 def test_parts_of_a_score() -> None:

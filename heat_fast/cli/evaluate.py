@@ -24,7 +24,10 @@ def evaluate(
     ] = None,
     data: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME=PATH", help="A data set, in place of the plan's."),
+        typer.Option(
+            metavar="NAME=PATH",
+            help="A data set, in place of the plan's; of two files, curated=PATH,narratives=PATH.",
+        ),
     ] = None,
     limit: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Most examples of each data set.")

@@ -89,8 +89,8 @@ def load_plan(
     """Read and check a plan; a name of `presets()` stands for its file.
 
     models, data: take the place of the plan's own; folders or hub names, and `name=path` of a data
-    set, or `synthetic` or `restated`. limit: the most examples of each data set; without it that of
-    the plan's first.
+    set, `curated=path,narratives=path`, or `synthetic` or `restated`. limit: the most examples of
+    each data set; without it that of the plan's first.
 
     Raises `InputError` for a file that cannot be read, unknown keys, names and settings.
 
@@ -125,6 +125,11 @@ def load_plan(
         _known(f"[[metrics]] {each.name}", each.settings, MEASURES[each.name].settings)
     for each in parts["data"]:
         _known("data", [each.name], (*_FILES, *_GENERATED, "curated"))
+        if "narratives" in each.settings and each.name != "curated":
+            raise InputError(
+                f"{each.label} has narratives: expected them only of curated, whose prompts begin "
+                "with one. Leave them out."
+            )
         _known(f"targets of {each.label}", [each.settings.get("targets", "first")], _TARGETS)
         limited = each.settings.get("limit", 1)
         if isinstance(limited, bool) or not isinstance(limited, int) or limited < 1:
@@ -145,12 +150,16 @@ def _model(given: str, several: bool) -> dict[str, str]:
 
 
 def _data(given: str) -> dict[str, str]:
-    name, equals, path = given.partition("=")
-    if bool(equals) != bool(path) or (path and name in _GENERATED):
+    name, equals, files = given.partition("=")
+    path, second, stories = files.partition(",narratives=")
+    halves = bool(equals) != bool(path) or bool(second) != bool(stories)
+    if halves or (path and name in _GENERATED):
         raise InputError(
-            f"--data {given}: expected NAME=PATH, or synthetic or restated alone. Correct it."
+            f"--data {given}: expected NAME=PATH, curated=PATH,narratives=PATH, or synthetic or "
+            "restated alone. Correct it."
         )
-    return {"name": name, "path": _absolute(path)} if path else {"name": name}
+    found = {"path": path, "narratives": stories}
+    return {"name": name, **{key: _absolute(each) for key, each in found.items() if each}}
 
 
 def _absolute(path: str) -> str:
