@@ -83,7 +83,11 @@ def test_every_setting_has_an_option() -> None:
         (["compare", "one.json"], "Give both"),
         (["compare", "one.json", "other.safetensors"], "are of different prompts"),
         (["compare", "one.json", "one.json", "--prompt", "a"], "without --against"),
+        (["compare", "one.json", "one.json", "--messages", "a"], "without --against"),
         (["compare", "one.json", "--against", "gs"], "Drop one"),
+        (["compare", "--against", "gs", "--prompt", "a", "--messages", "b"], "both --messages and"),
+        (["compare", "--against", "gs", "--messages", "one.json"], "holds no list of messages"),
+        (["compare", "--against", "gs", "--model", "a"], "--prompt-file F or --messages F"),
         (["compare", "--against", "g", "--prompt", "a"], "unknown variant 'g'"),
         (["compare", "--against", "gs", "--prompt", ""], "prompt is empty"),
         (["estimate", "--beta", "-1"], "--beta -1.0 is not valid"),
@@ -196,6 +200,24 @@ def test_compare_two_variants_on_one_prompt(model_folder: str) -> None:
     assert sorted(each["index"] for each in data["leading"]) == [0, 1, 2, 3]
     same = json.loads(worked("compare", "--variant", "gs", "--against", "gs", *options))
     assert all(each["scores"][0] == each["scores"][1] for each in same["leading"])
+
+
+def test_compare_two_variants_on_a_chat(
+    folder: Path, model_folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    messages = [{"role": "user", "content": "abcd"}]
+    Path("chat.json").write_text(json.dumps(messages))
+    asked = []
+
+    def attribute(self: Any, prompt: Any, target: Any, **_: Any) -> Attribution:
+        asked.append(prompt)
+        return heat_fast.load("one.json")
+
+    monkeypatch.setattr(heat_fast.Attributor, "attribute", attribute)
+    options = ("compare", "--against", "gs", "--model", model_folder, "--quiet")
+    worked(*options, "--messages", "chat.json")
+    assert run(*options, "--messages", "-", input=json.dumps(messages)).exit_code == 0
+    assert asked == [messages] * 4
 
 
 # --- estimate, bench, info ------------------------------------------------------------------------

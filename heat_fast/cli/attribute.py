@@ -44,15 +44,7 @@ def attribute(
             "its end is not part of the prompt.",
         ),
     ] = None,
-    messages: Annotated[
-        str | None,
-        typer.Option(
-            "--messages",
-            metavar="F",
-            help="Read a chat from a JSON file, or from standard input (-): a list of messages "
-            "with role and content, put into words by the model's chat template.",
-        ),
-    ] = None,
+    messages: options.Messages = None,
     target: Annotated[
         str | None,
         typer.Option(
@@ -103,11 +95,7 @@ def attribute(
 
     Example: heat-fast attribute --model ./my-model --prompt "The capital of France is" --top 5
     """
-    text: Any = read_prompt(prompt, prompt_file)
-    if messages is not None:
-        if text is not None:
-            raise UsageError("both --messages and a prompt: expected one of them. Drop the other.")
-        text = read_messages(messages)
+    text = read_prompt(prompt, prompt_file, messages)
     if text is None and model is not None:
         raise UsageError(
             "--model without a prompt: expected --prompt TEXT, --prompt-file F or --messages F (- "
@@ -135,18 +123,22 @@ def attribute(
 # --- before the work ------------------------------------------------------------------------------
 
 
-def read_prompt(prompt: str | None, prompt_file: str | None) -> str | None:
-    """The prompt that was given as text or as a file; None without either."""
+def read_prompt(prompt: str | None, prompt_file: str | None, messages: str | None) -> Any:
+    """The prompt that was given as text, as a file or as a chat's file; None without any."""
     if prompt is not None and prompt_file is not None:
         raise UsageError("both --prompt and --prompt-file: expected one of them. Drop the other.")
     if prompt_file is not None:
         prompt = _read(prompt_file).removesuffix("\n").removesuffix("\r")
     if prompt == "":
         raise UsageError("the prompt is empty: expected at least one token. Give some text.")
-    return prompt
+    if messages is None:
+        return prompt
+    if prompt is not None:
+        raise UsageError("both --messages and a prompt: expected one of them. Drop the other.")
+    return _messages(messages)
 
 
-def read_messages(path: str) -> list[dict[str, str]]:
+def _messages(path: str) -> list[dict[str, str]]:
     """The messages of a chat, from a JSON file."""
     try:
         found = json.loads(_read(path))

@@ -41,6 +41,7 @@ def compare(
         str | None,
         typer.Option("--prompt-file", metavar="F", help="Read it from a UTF-8 file (- for input)."),
     ] = None,
+    messages: options.Messages = None,
     target: Annotated[
         str | None, typer.Option(metavar="TEXT", help="What to explain, of --against.")
     ] = None,
@@ -60,6 +61,8 @@ def compare(
     Example: heat-fast compare full.safetensors gs.safetensors
 
     Example: heat-fast compare --variant full --against gs --prompt "The capital of France is"
+
+    Example: heat-fast compare --against gs --model ./my-chat-model --messages chat.json
     """
     check_places({"--json": json_path}, streams=("--json",))
     if against is None:
@@ -68,7 +71,7 @@ def compare(
                 "compare needs two saved results, or --against VARIANT and a prompt: expected "
                 "heat-fast compare LEFT RIGHT. Give both."
             )
-        if prompt is not None or prompt_file is not None or target is not None:
+        if any(each is not None for each in (prompt, prompt_file, messages, target)):
             raise UsageError(
                 "a prompt or target without --against: expected it beside saved results only with "
                 "--against VARIANT. Leave it out, or give two variants instead of files."
@@ -81,10 +84,11 @@ def compare(
                 f"both {left!r} and --against: expected saved results, or two variants. Drop one."
             )
         other = config.replace(variant=against)
-        text = read_prompt(prompt, prompt_file)
+        text = read_prompt(prompt, prompt_file, messages)
         if text is None and model is not None:
             raise UsageError(
-                "--model without a prompt: expected --prompt TEXT or --prompt-file F. Give one."
+                "--model without a prompt: expected --prompt TEXT, --prompt-file F or --messages F "
+                "(- for standard input). Give one."
             )
         loaded = load_model(model, device, dtype, debug=debug)
         prompt_text = loaded.example if text is None else text

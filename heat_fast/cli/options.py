@@ -71,6 +71,15 @@ Model = Annotated[
         help="A model folder or hub id. Left out: the small embedded model.",
     ),
 ]
+Messages = Annotated[
+    str | None,
+    typer.Option(
+        "--messages",
+        metavar="F",
+        help="Read a chat from a JSON file, or from standard input (-): a list of messages with "
+        "role and content, put into words by the model's chat template.",
+    ),
+]
 Device = Annotated[
     str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes a GPU where there is one.")
 ]
