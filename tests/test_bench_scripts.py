@@ -83,3 +83,51 @@ def test_a_comparison_takes_turns(script: Any, capsys: pytest.CaptureFixture[str
     ratios = compare.compare(lambda: run("base", 3.0), lambda: run("mine", 1.5), 2)
     assert order == ["base", "mine", "mine", "base"]
     assert all(values == [2.0, 2.0] for values in ratios.values())
+
+
+def test_one_method_of_an_evaluation_is_measured_anew(
+    script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the committed values, without rows; a row that lacks a metric is measured as well."""
+    pandas = pytest.importorskip("pandas", reason="pandas is not installed")
+    pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    from heat_fast import baselines
+    from heat_fast.evaluation import evaluate, load_plan, write_tables
+
+    parts = {
+        "models": ["embedded"],
+        "data": ["synthetic"],
+        "methods": ["attention_rollout", "random"],
+        "metrics": ["token_f1", "dsa"],
+    }
+    text = [f'[[{part}]]\nname = "{name}"' for part, names in parts.items() for name in names]
+    (tmp_path / "plan.toml").write_text("\n".join(text))
+    plan, folder = load_plan(tmp_path / "plan.toml", limit=2), tmp_path / "out"
+    rows = evaluate(plan, folder)
+    write_tables(plan, rows, folder)
+    values = pandas.read_parquet(folder / "values.parquet")
+    values.drop(values.index[0]).to_parquet(folder / "values.parquet")
+    (folder / "rows.jsonl").unlink()
+
+    forget = script("evaluations").forget
+    assert not forget(folder, ["faml"]) and not (folder / "rows.jsonl").exists()
+    assert forget(folder, ["random", "faml"])
+    assert len((folder / "rows.jsonl").read_text().splitlines()) == 1
+    asked = []
+    for name in parts["methods"]:
+        kind = type(baselines.get(name))
+        monkeypatch.setattr(kind, "scores", _told(kind.scores, name, asked))
+    again = evaluate(plan, folder)
+    assert sorted(asked) == ["attention_rollout", "random", "random"]
+    assert [row["values"] for row in again] == [row["values"] for row in rows]
+    # What is measured by now is kept where rows are there.
+    assert forget(folder, ["random"])
+    assert len((folder / "rows.jsonl").read_text().splitlines()) == 2
+
+
+def _told(scores: Any, name: str, asked: list[str]) -> Any:
+    def run(self: Any, case: Any) -> Any:
+        asked.append(name)
+        return scores(self, case)
+
+    return run
