@@ -175,3 +175,19 @@ def test_a_head_too_wide_is_an_error(triton_device: torch.device) -> None:
     tensors = draw(0, (1, 1, 1, 2, 2, 0, 300), torch.float32)
     with pytest.raises(ConfigError, match="branch_attention with impl='triton'"):
         branch_attention(*(x.to(triton_device) for x in tensors), Masking(1.0), impl="triton")
+
+
+def test_three_passes_of_tf32_lose_little_of_a_product() -> None:
+    """The bounds that `kernels/README.md` states; the factors' rounding is emulated."""
+
+    def tf32(x: Tensor) -> Tensor:
+        """To the nearest number of 11 bits, ties away from zero."""
+        return ((x.view(torch.int32) + (1 << 12)) & -(1 << 13)).view(torch.float32)
+
+    factors = torch.randn(2, 100_000)
+    high = tf32(factors)
+    low = tf32(factors - high).double()
+    exact, plain = factors.double().prod(0), high.double().prod(0)
+    passes = plain + high[0] * low[1] + low[0] * high[1]
+    assert float(((passes - exact) / exact).abs().max()) <= 3 * 2.0**-22
+    assert 2.0**-11 < float(((plain - exact) / exact).abs().max()) <= 1.001 * 2.0**-10

@@ -56,7 +56,7 @@ def ragged_attention(
     replaced[own_branch, own_position] = True
 
     output = torch.empty_like(query)
-    tile, step = tile_shape(heads, 2 * group * length, queries)
+    tile, step = tile_shape(heads, 2 * group * length, queries, query.device)
     for low in range(0, queries, tile):
         at = slice(low, min(low + tile, queries))
         who, where = branch[at], position[at]

@@ -21,6 +21,8 @@ from torch import Tensor
 # second-level cache over the passes of a softmax.
 TILE_ELEMENTS = 1 << 18
 TILE_ROWS = 48
+# On a GPU it holds this many times more: there few launches count, not the size of a cache.
+GPU_TILES = 64
 
 
 @dataclass(frozen=True)
@@ -43,14 +45,15 @@ class Masking:
         return hidden
 
 
-def tile_shape(heads: int, per_row: int, queries: int) -> tuple[int, int]:
+def tile_shape(heads: int, per_row: int, queries: int, device: torch.device) -> tuple[int, int]:
     """Query rows and key-value heads of a tile, where a row of one head has `per_row` scores.
 
     Few rows of many heads: the shorter a tile, the more of the keys above its last query are
     skipped. But not fewer than `TILE_ROWS`, or the products get thin.
     """
-    rows = min(queries, max(TILE_ROWS, TILE_ELEMENTS // max(1, heads * per_row)))
-    return rows, max(1, min(heads, TILE_ELEMENTS // max(1, per_row * rows)))
+    most = TILE_ELEMENTS * (1 if device.type == "cpu" else GPU_TILES)
+    rows = min(queries, max(TILE_ROWS, most // max(1, heads * per_row)))
+    return rows, max(1, min(heads, most // max(1, per_row * rows)))
 
 
 def shared_right(x: Tensor, y: Tensor) -> Tensor:
@@ -89,7 +92,7 @@ def branch_attention(
     normaliser = torch.empty(heads, batch, group, queries, dtype=sums, device=query.device)
 
     first = start + own - queries
-    rows, step = tile_shape(heads, batch * group * (start + own), queries)
+    rows, step = tile_shape(heads, batch * group * (start + own), queries, query.device)
     for head in range(0, heads, step):
         part = slice(head, min(head + step, heads))
         keys, values = key[part].to(sums), value[part].to(sums)

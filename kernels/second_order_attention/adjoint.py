@@ -8,16 +8,14 @@ import triton
 import triton.language as tl
 
 from heat_fast.kernels.second_order_attention.primitives import (
-    factor,
-    factors,
     load,
+    loads,
     mix,
     products,
     seen_keys,
     softmax_weights,
     statistics,
     store,
-    zero_parts,
     zero_rows,
     zeros,
 )
@@ -40,19 +38,15 @@ def adjoint_rows_kernel(
     start,
     stop,
     window,
-    width,
     scale,
     softcap,
     WIDTH: tl.constexpr,
     PADDED: tl.constexpr,
-    INNER: tl.constexpr,
-    PART: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     PROBES: tl.constexpr,
     WINDOWED: tl.constexpr,
     CAPPED: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """`pulled` (Q_) and `shift` (D) of a tile of rows: what all probes' `Q_.` share."""
     head = (tl.program_id(0) % heads).to(tl.int64)
@@ -65,32 +59,28 @@ def adjoint_rows_kernel(
     begin, end = seen_keys(first_row, count, group, first, window, ROWS, WINDOWED)
     at_row = head * count + first_row
 
-    q = factor(query, at_row, left, width, ROWS, WIDTH, PADDED, INNER)
-    o_bar = factor(output_bar, at_row, left, width, ROWS, WIDTH, PADDED, INNER)
-    d = tl.zeros([ROWS], dtype=tl.float32)
-    for c in tl.static_range(PADDED // INNER):
-        o = load(output, at_row, left, c * INNER, ROWS, WIDTH, INNER).to(tl.float32)
-        pulling = load(output_bar, at_row, left, c * INNER, ROWS, WIDTH, INNER).to(tl.float32)
-        d += tl.sum(pulling * o, 1)
+    q = load(query, at_row, left, ROWS, WIDTH, PADDED)
+    o_bar = load(output_bar, at_row, left, ROWS, WIDTH, PADDED)
+    o = load(output, at_row, left, ROWS, WIDTH, PADDED).to(tl.float32)
+    d = tl.sum(o_bar.to(tl.float32) * o, 1)
     tl.store(shift + at_row + rows, d, mask=rows < left)
     lse = statistics(normaliser, at_row, left, ROWS, float("inf"))
-    total = zero_parts(ROWS, PADDED, PART)
+    total = tl.zeros([ROWS, PADDED], dtype=tl.float32)
     for at in range(begin, end, COLUMNS):
         some = tl.minimum(end - at, COLUMNS)
         keys = at + tl.arange(0, COLUMNS)
         seen = (keys < end)[None, :] & (keys[None, :] <= position[:, None])
         if WINDOWED:
             seen = seen & (keys[None, :] > position[:, None] - window)
-        k = factor(key, head * stop + at, some, width, COLUMNS, WIDTH, PADDED, INNER)
-        v = factor(value, head * stop + at, some, width, COLUMNS, WIDTH, PADDED, INNER)
+        k = load(key, head * stop + at, some, COLUMNS, WIDTH, PADDED)
+        v = load(value, head * stop + at, some, COLUMNS, WIDTH, PADDED)
         none = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
-        scores = products(q, k, none, WIDTH, PADDED, INNER, PRECISION)
+        scores = products(q, k, none)
         weights, slope, _ = softmax_weights(scores, lse[:, None], seen, scale, softcap, CAPPED)
-        centred = products(o_bar, v, none, WIDTH, PADDED, INNER, PRECISION) - d[:, None]
+        centred = products(o_bar, v, none) - d[:, None]
         bent = weights * centred * slope
-        total = mix(bent, k, total, WIDTH, PADDED, INNER, PRECISION)
-    for c in tl.static_range(PADDED // PART):
-        store(pulled, at_row, left, c * PART, scale * total[c], WIDTH)
+        total = mix(bent, k, total)
+    store(pulled, at_row, left, scale * total, WIDTH)
 
 
 @triton.jit
@@ -114,10 +104,10 @@ def shift_tangent_kernel(
     left = count - first_row
     at_row = head * count + first_row
     at_probe = (head * batch + probe) * count + first_row
-    o = load(output, at_row, left, 0, ROWS, WIDTH, PADDED).to(tl.float32)
-    o_bar = load(output_bar, at_row, left, 0, ROWS, WIDTH, PADDED).to(tl.float32)
-    o_dot = load(output_dot, at_probe, left, 0, ROWS, WIDTH, PADDED).to(tl.float32)
-    o_bar_dot = load(output_bar_dot, at_probe, left, 0, ROWS, WIDTH, PADDED).to(tl.float32)
+    o = load(output, at_row, left, ROWS, WIDTH, PADDED).to(tl.float32)
+    o_bar = load(output_bar, at_row, left, ROWS, WIDTH, PADDED).to(tl.float32)
+    o_dot = load(output_dot, at_probe, left, ROWS, WIDTH, PADDED).to(tl.float32)
+    o_bar_dot = load(output_bar_dot, at_probe, left, ROWS, WIDTH, PADDED).to(tl.float32)
     rows = tl.arange(0, ROWS)
     total = tl.sum(o_bar_dot * o + o_bar * o_dot, 1)
     tl.store(shift_dot + at_probe + rows, total, mask=rows < left)
@@ -146,19 +136,15 @@ def adjoint_tangent_rows_kernel(
     start,
     stop,
     window,
-    width,
     scale,
     softcap,
     WIDTH: tl.constexpr,
     PADDED: tl.constexpr,
-    INNER: tl.constexpr,
-    PART: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     PROBES: tl.constexpr,
     WINDOWED: tl.constexpr,
     CAPPED: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """`Q_.` of a tile of rows, for a group of probes; hands over `mean` (m) of every row."""
     groups = (batch + PROBES - 1) // PROBES
@@ -175,23 +161,19 @@ def adjoint_tangent_rows_kernel(
     at_row = head * count + first_row
     at_probe = (head * batch + first_probe) * count + first_row
 
-    q = factor(query, at_row, left, width, ROWS, WIDTH, PADDED, INNER)
-    o_bar = factor(output_bar, at_row, left, width, ROWS, WIDTH, PADDED, INNER)
+    q = load(query, at_row, left, ROWS, WIDTH, PADDED)
+    o_bar = load(output_bar, at_row, left, ROWS, WIDTH, PADDED)
     lse = statistics(normaliser, at_row, left, ROWS, float("inf"))
     d = statistics(shift, at_row, left, ROWS, 0.0)
-    q_dot = factors(
-        query_dot, at_probe, count, left, probes, width, ROWS, WIDTH, PADDED, INNER, PROBES
-    )
-    o_bar_dot = factors(
-        output_bar_dot, at_probe, count, left, probes, width, ROWS, WIDTH, PADDED, INNER, PROBES
-    )
+    q_dot = loads(query_dot, at_probe, count, left, probes, ROWS, WIDTH, PADDED, PROBES)
+    o_bar_dot = loads(output_bar_dot, at_probe, count, left, probes, ROWS, WIDTH, PADDED, PROBES)
     d_dot = ()
     for p in tl.static_range(PROBES):
         some = tl.where(p < probes, left, 0)
         d_dot = d_dot + (statistics(shift_dot, at_probe + p * count, some, ROWS, 0.0),)
     centre = zeros(PROBES, ROWS)
     rest = zeros(PROBES, ROWS)
-    total = zero_rows(PROBES, ROWS, PADDED, PART)
+    total = zero_rows(PROBES, ROWS, PADDED)
     for MOVED in tl.static_range(2):
         if MOVED:
             low = tl.maximum(begin, start)
@@ -205,67 +187,63 @@ def adjoint_tangent_rows_kernel(
             seen = (keys < high)[None, :] & (keys[None, :] <= position[:, None])
             if WINDOWED:
                 seen = seen & (keys[None, :] > position[:, None] - window)
-            k = factor(key, head * stop + at, some, width, COLUMNS, WIDTH, PADDED, INNER)
-            v = factor(value, head * stop + at, some, width, COLUMNS, WIDTH, PADDED, INNER)
+            k = load(key, head * stop + at, some, COLUMNS, WIDTH, PADDED)
+            v = load(value, head * stop + at, some, COLUMNS, WIDTH, PADDED)
             none = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
-            scores = products(q, k, none, WIDTH, PADDED, INNER, PRECISION)
+            scores = products(q, k, none)
             weights, slope, bend = softmax_weights(
                 scores, lse[:, None], seen, scale, softcap, CAPPED
             )
-            centred = products(o_bar, v, none, WIDTH, PADDED, INNER, PRECISION) - d[:, None]
+            centred = products(o_bar, v, none) - d[:, None]
             plain = weights * centred
             bent = (plain * slope).to(key.dtype.element_ty)
             if MOVED:
                 own = (head * batch + first_probe) * (stop - start) + at - start
-                k_dot = factors(
+                k_dot = loads(
                     key_dot,
                     own,
                     stop - start,
                     some,
                     probes,
-                    width,
                     COLUMNS,
                     WIDTH,
                     PADDED,
-                    INNER,
                     PROBES,
                 )
-                v_dot = factors(
+                v_dot = loads(
                     value_dot,
                     own,
                     stop - start,
                     some,
                     probes,
-                    width,
                     COLUMNS,
                     WIDTH,
                     PADDED,
-                    INNER,
                     PROBES,
                 )
             centres = ()
             rests = ()
             totals = ()
             for p in tl.static_range(PROBES):
-                raw = products(q_dot[p], k, none, WIDTH, PADDED, INNER, PRECISION)
+                raw = products(q_dot[p], k, none)
                 if MOVED:
-                    raw = products(q, k_dot[p], raw, WIDTH, PADDED, INNER, PRECISION)
+                    raw = products(q, k_dot[p], raw)
                 raw *= scale
                 moved = raw * slope
                 near = tl.where(at == begin, tl.sum(weights * moved, 1), centre[p])
                 moved = weights * (moved - near[:, None])
                 centres = centres + (near,)
                 rests = rests + (rest[p] + tl.sum(moved, 1),)
-                dotted = products(o_bar_dot[p], v, none, WIDTH, PADDED, INNER, PRECISION)
+                dotted = products(o_bar_dot[p], v, none)
                 if MOVED:
-                    dotted = products(o_bar, v_dot[p], dotted, WIDTH, PADDED, INNER, PRECISION)
+                    dotted = products(o_bar, v_dot[p], dotted)
                 dotted = moved * centred + weights * (dotted - d_dot[p][:, None])
                 if CAPPED:
                     dotted = dotted * slope + bend * raw * plain
                 sums = total[p]
                 if MOVED:
-                    sums = mix(bent, k_dot[p], sums, WIDTH, PADDED, INNER, PRECISION)
-                totals = totals + (mix(dotted, k, sums, WIDTH, PADDED, INNER, PRECISION),)
+                    sums = mix(bent, k_dot[p], sums)
+                totals = totals + (mix(dotted, k, sums),)
             centre = centres
             rest = rests
             total = totals
@@ -274,12 +252,11 @@ def adjoint_tangent_rows_kernel(
     for p in tl.static_range(PROBES):
         some = tl.where(p < probes, left, 0)
         tl.store(mean + at_probe + p * count + rows, centre[p] + rest[p], mask=rows < some)
-    for c in tl.static_range(PADDED // PART):
-        adjoint = load(pulled, at_row, left, c * PART, ROWS, WIDTH, PART)
-        for p in tl.static_range(PROBES):
-            some = tl.where(p < probes, left, 0)
-            values = scale * total[p][c] - rest[p][:, None] * adjoint
-            store(result, at_probe + p * count, some, c * PART, values, WIDTH)
+    adjoint = load(pulled, at_row, left, ROWS, WIDTH, PADDED)
+    for p in tl.static_range(PROBES):
+        some = tl.where(p < probes, left, 0)
+        values = scale * total[p] - rest[p][:, None] * adjoint
+        store(result, at_probe + p * count, some, values, WIDTH)
 
 
 @triton.jit
@@ -305,19 +282,15 @@ def adjoint_tangent_keys_kernel(
     start,
     stop,
     window,
-    width,
     scale,
     softcap,
     WIDTH: tl.constexpr,
     PADDED: tl.constexpr,
-    INNER: tl.constexpr,
-    PART: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     PROBES: tl.constexpr,
     WINDOWED: tl.constexpr,
     CAPPED: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """`K_.` and `V_.` of a tile of keys from `start` on, for a group of probes.
 
@@ -336,16 +309,12 @@ def adjoint_tangent_keys_kernel(
     moving = stop - start
     own = (head * batch + first_probe) * moving + lowest - start
 
-    k = factor(key, head * stop + lowest, some, width, COLUMNS, WIDTH, PADDED, INNER)
-    v = factor(value, head * stop + lowest, some, width, COLUMNS, WIDTH, PADDED, INNER)
-    k_dot = factors(
-        key_dot, own, moving, some, probes, width, COLUMNS, WIDTH, PADDED, INNER, PROBES
-    )
-    v_dot = factors(
-        value_dot, own, moving, some, probes, width, COLUMNS, WIDTH, PADDED, INNER, PROBES
-    )
-    key_total = zero_rows(PROBES, COLUMNS, PADDED, PART)
-    value_total = zero_rows(PROBES, COLUMNS, PADDED, PART)
+    k = load(key, head * stop + lowest, some, COLUMNS, WIDTH, PADDED)
+    v = load(value, head * stop + lowest, some, COLUMNS, WIDTH, PADDED)
+    k_dot = loads(key_dot, own, moving, some, probes, COLUMNS, WIDTH, PADDED, PROBES)
+    v_dot = loads(value_dot, own, moving, some, probes, COLUMNS, WIDTH, PADDED, PROBES)
+    key_total = zero_rows(PROBES, COLUMNS, PADDED)
+    value_total = zero_rows(PROBES, COLUMNS, PADDED)
     begin = tl.maximum(0, lowest - first) * group
     end = count
     if WINDOWED:
@@ -359,21 +328,19 @@ def adjoint_tangent_keys_kernel(
         seen = keys[:, None] <= position[None, :]
         if WINDOWED:
             seen = seen & (keys[:, None] > position[None, :] - window)
-        q = factor(query, at_row, left, width, ROWS, WIDTH, PADDED, INNER)
-        o_bar = factor(output_bar, at_row, left, width, ROWS, WIDTH, PADDED, INNER)
-        q_dot = factors(
-            query_dot, at_probe, count, left, probes, width, ROWS, WIDTH, PADDED, INNER, PROBES
-        )
-        o_bar_dot = factors(
-            output_bar_dot, at_probe, count, left, probes, width, ROWS, WIDTH, PADDED, INNER, PROBES
+        q = load(query, at_row, left, ROWS, WIDTH, PADDED)
+        o_bar = load(output_bar, at_row, left, ROWS, WIDTH, PADDED)
+        q_dot = loads(query_dot, at_probe, count, left, probes, ROWS, WIDTH, PADDED, PROBES)
+        o_bar_dot = loads(
+            output_bar_dot, at_probe, count, left, probes, ROWS, WIDTH, PADDED, PROBES
         )
         # A row beyond the last has an infinite normaliser, so no weight.
         lse = statistics(normaliser, at_row, left, ROWS, float("inf"))
         d = statistics(shift, at_row, left, ROWS, 0.0)
         none = tl.zeros([COLUMNS, ROWS], dtype=tl.float32)
-        scores = products(k, q, none, WIDTH, PADDED, INNER, PRECISION)
+        scores = products(k, q, none)
         weights, slope, bend = softmax_weights(scores, lse[None, :], seen, scale, softcap, CAPPED)
-        centred = products(v, o_bar, none, WIDTH, PADDED, INNER, PRECISION) - d[None, :]
+        centred = products(v, o_bar, none) - d[None, :]
         plain = weights * centred
         bent = (plain * slope).to(query.dtype.element_ty)
         key_totals = ()
@@ -382,25 +349,22 @@ def adjoint_tangent_keys_kernel(
             inside = tl.where(p < probes, left, 0)
             m = statistics(mean, at_probe + p * count, inside, ROWS, 0.0)
             d_dot = statistics(shift_dot, at_probe + p * count, inside, ROWS, 0.0)
-            raw = products(k, q_dot[p], none, WIDTH, PADDED, INNER, PRECISION)
-            raw = products(k_dot[p], q, raw, WIDTH, PADDED, INNER, PRECISION) * scale
+            raw = products(k, q_dot[p], none)
+            raw = products(k_dot[p], q, raw) * scale
             moved = weights * (raw * slope - m[None, :])
-            dotted = products(v, o_bar_dot[p], none, WIDTH, PADDED, INNER, PRECISION)
-            dotted = products(v_dot[p], o_bar, dotted, WIDTH, PADDED, INNER, PRECISION)
+            dotted = products(v, o_bar_dot[p], none)
+            dotted = products(v_dot[p], o_bar, dotted)
             dotted = moved * centred + weights * (dotted - d_dot[None, :])
             if CAPPED:
                 dotted = dotted * slope + bend * raw * plain
-            sums = mix(moved, o_bar, value_total[p], WIDTH, PADDED, INNER, PRECISION)
-            value_totals = value_totals + (
-                mix(weights, o_bar_dot[p], sums, WIDTH, PADDED, INNER, PRECISION),
-            )
-            sums = mix(dotted, q, key_total[p], WIDTH, PADDED, INNER, PRECISION)
-            key_totals = key_totals + (mix(bent, q_dot[p], sums, WIDTH, PADDED, INNER, PRECISION),)
+            sums = mix(moved, o_bar, value_total[p])
+            value_totals = value_totals + (mix(weights, o_bar_dot[p], sums),)
+            sums = mix(dotted, q, key_total[p])
+            key_totals = key_totals + (mix(bent, q_dot[p], sums),)
         key_total = key_totals
         value_total = value_totals
 
     for p in tl.static_range(PROBES):
         inside = tl.where(p < probes, some, 0)
-        for c in tl.static_range(PADDED // PART):
-            store(key_result, own + p * moving, inside, c * PART, scale * key_total[p][c], WIDTH)
-            store(value_result, own + p * moving, inside, c * PART, value_total[p][c], WIDTH)
+        store(key_result, own + p * moving, inside, scale * key_total[p], WIDTH)
+        store(value_result, own + p * moving, inside, value_total[p], WIDTH)

@@ -4,21 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from heat_fast.kernels.branch_attention.api import WIDEST
 from heat_fast.kernels.dispatch import HALF, implementation
 from heat_fast.kernels.second_order_attention import native, reference
 from heat_fast.kernels.second_order_attention.reference import Primal
 
-# What the GPU kernels are faster at: on an H200 3.5 to 5 times up to this width, in half precision;
-# at width 256 torch is, and float32 has not been timed (bench/results/nvidia-h200/tables.md).
-_FASTER_TO = 128
-
-
-def _offers(query: Tensor, impl: str | None) -> tuple[str, ...]:
-    """Triton where it is the faster one, and wherever it can where it is asked for."""
-    faster = query.shape[-1] <= _FASTER_TO and query.dtype in HALF
-    asked = impl == "triton" and query.shape[-1] <= WIDEST
-    return ("native", "triton") if faster or asked else ("native",)
+_OFFERS = ("native", "triton")
 
 
 def attention_tangent(
@@ -30,9 +20,7 @@ def attention_tangent(
     from `primal.start` on. Formulas: `reference.py`. `impl`: see `heat_fast.kernels.dispatch`.
     """
     tensors = (primal.query, query, key, value)
-    chosen = implementation(
-        "attention_tangent", impl, *tensors, offers=_offers(query, impl), also=HALF
-    )
+    chosen = implementation("attention_tangent", impl, *tensors, offers=_OFFERS, also=HALF)
     if chosen == "triton":
         from heat_fast.kernels.second_order_attention import triton
 
@@ -73,7 +61,7 @@ def attention_adjoint_tangent(
         impl,
         primal.query,
         *moved,
-        offers=_offers(query, impl),
+        offers=_OFFERS,
         also=HALF,
     )
     if chosen == "triton":

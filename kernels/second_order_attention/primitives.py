@@ -36,31 +36,22 @@ def zeros(PROBES: tl.constexpr, ROWS: tl.constexpr):
 
 
 @triton.jit
-def zero_parts(ROWS: tl.constexpr, PADDED: tl.constexpr, PART: tl.constexpr):
-    """Rows of sums, their columns in a tuple of parts."""
-    sums = ()
-    for _ in tl.static_range(PADDED // PART):
-        sums = sums + (tl.zeros([ROWS, PART], dtype=tl.float32),)
-    return sums
-
-
-@triton.jit
-def zero_rows(PROBES: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.constexpr, PART: tl.constexpr):
-    """`zero_parts` for each of the probes."""
+def zero_rows(PROBES: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.constexpr):
+    """Rows of sums for each of the probes."""
     sums = ()
     for _ in tl.static_range(PROBES):
-        sums = sums + (zero_parts(ROWS, PADDED, PART),)
+        sums = sums + (tl.zeros([ROWS, PADDED], dtype=tl.float32),)
     return sums
 
 
 @triton.jit
-def load(pointer, first, count, part, ROWS: tl.constexpr, WIDTH: tl.constexpr, INNER: tl.constexpr):
-    """Columns `part .. part + INNER - 1` of rows `first .. first + ROWS - 1` of `[*, WIDTH]`.
+def load(pointer, first, count, ROWS: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr):
+    """Rows `first .. first + ROWS - 1` of `[*, WIDTH]`.
 
     Zero from the `count`-th of these rows on, and from column `WIDTH` on.
     """
     rows = tl.arange(0, ROWS)
-    inner = part + tl.arange(0, INNER)
+    inner = tl.arange(0, PADDED)
     return tl.load(
         pointer + first * WIDTH + rows[:, None] * WIDTH + inner[None, :],
         mask=(rows < count)[:, None] & (inner < WIDTH)[None, :],
@@ -69,74 +60,10 @@ def load(pointer, first, count, part, ROWS: tl.constexpr, WIDTH: tl.constexpr, I
 
 
 @triton.jit
-def factor(
-    pointer,
-    first,
-    count,
-    width,
-    ROWS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    PADDED: tl.constexpr,
-    INNER: tl.constexpr,
-):
-    """Rows to be multiplied: read here if that is to happen in one piece, else where they are."""
-    if INNER == PADDED:
-        values = load(pointer, first, count, 0, ROWS, WIDTH, PADDED)
-    else:
-        values = 0
-    return values, pointer, first, count, width
-
-
-@triton.jit
-def products(
-    left,
-    right,
-    sums,
-    WIDTH: tl.constexpr,
-    PADDED: tl.constexpr,
-    INNER: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """`sums + left right'` of two `factor`s."""
-    if INNER == PADDED:
-        sums = tl.dot(left[0], tl.trans(right[0]), sums, input_precision=PRECISION)
-    else:
-        # As many steps as are known at run time alone are not unrolled: that would spill.
-        for part in range(0, left[4], INNER):
-            x = load(left[1], left[2], left[3], part, sums.shape[0], WIDTH, INNER)
-            y = load(right[1], right[2], right[3], part, sums.shape[1], WIDTH, INNER)
-            sums = tl.dot(x, tl.trans(y), sums, input_precision=PRECISION)
-    return sums
-
-
-@triton.jit
-def mix(
-    weights,
-    factor,
-    sums,
-    WIDTH: tl.constexpr,
-    PADDED: tl.constexpr,
-    INNER: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """`sums + weights factor`, the columns of the sums in a tuple of parts."""
-    weights = weights.to(factor[1].dtype.element_ty)
-    PART: tl.constexpr = sums[0].shape[1]
-    parts = ()
-    for c in tl.static_range(PADDED // PART):
-        if INNER == PADDED:
-            values = factor[0]
-        else:
-            values = load(factor[1], factor[2], factor[3], c * PART, weights.shape[1], WIDTH, PART)
-        parts = parts + (tl.dot(weights, values, sums[c], input_precision=PRECISION),)
-    return parts
-
-
-@triton.jit
-def store(pointer, first, count, part, values, WIDTH: tl.constexpr):
-    """Write `values [R, C]` to columns `part ..` of the rows from `first` on."""
+def store(pointer, first, count, values, WIDTH: tl.constexpr):
+    """Write `values [R, C]` to the rows from `first` on."""
     rows = tl.arange(0, values.shape[0])
-    inner = part + tl.arange(0, values.shape[1])
+    inner = tl.arange(0, values.shape[1])
     tl.store(
         pointer + first * WIDTH + rows[:, None] * WIDTH + inner[None, :],
         values.to(pointer.dtype.element_ty),
@@ -145,27 +72,35 @@ def store(pointer, first, count, part, values, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def factors(
+def loads(
     pointer,
     first,
     step,
     count,
     probes,
-    width,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
     PADDED: tl.constexpr,
-    INNER: tl.constexpr,
     PROBES: tl.constexpr,
 ):
-    """A tuple of the factors of each of a program's probes, `step` rows apart."""
+    """`load` for each of a program's probes, `step` rows apart."""
     parts = ()
     for p in tl.static_range(PROBES):
         some = tl.where(p < probes, count, 0)
-        parts = parts + (
-            factor(pointer, first + p * step, some, width, ROWS, WIDTH, PADDED, INNER),
-        )
+        parts = parts + (load(pointer, first + p * step, some, ROWS, WIDTH, PADDED),)
     return parts
+
+
+@triton.jit
+def products(left, right, sums):
+    """`sums + left right'`."""
+    return tl.dot(left, tl.trans(right), sums, input_precision="ieee")
+
+
+@triton.jit
+def mix(weights, values, sums):
+    """`sums + weights values`, the weights rounded to the dtype of the values."""
+    return tl.dot(weights.to(values.dtype), values, sums, input_precision="ieee")
 
 
 @triton.jit

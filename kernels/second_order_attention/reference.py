@@ -60,7 +60,8 @@ class Primal:
         Every quantity of a query row is its own; what is summed over rows is summed over tiles.
         """
         heads, group, queries, _ = self.query.shape
-        rows, step = tile_shape(heads, batch * group * self.key.shape[1], queries)
+        per_row = batch * group * self.key.shape[1]
+        rows, step = tile_shape(heads, per_row, queries, self.query.device)
         for head in range(0, heads, step):
             for low in range(0, queries, rows):
                 yield slice(head, min(head + step, heads)), slice(low, min(low + rows, queries))

@@ -8,9 +8,8 @@ import triton
 import triton.language as tl
 
 from heat_fast.kernels.second_order_attention.primitives import (
-    factor,
-    factors,
     load,
+    loads,
     mix,
     products,
     seen_keys,
@@ -43,19 +42,15 @@ def attention_tangent_kernel(
     start,
     stop,
     window,
-    width,
     scale,
     softcap,
     WIDTH: tl.constexpr,
     PADDED: tl.constexpr,
-    INNER: tl.constexpr,
-    PART: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     PROBES: tl.constexpr,
     WINDOWED: tl.constexpr,
     CAPPED: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """`O.` of a tile of rows `(query, member of the group)`, for a group of probes."""
     # Probes that share tiles run side by side; late queries, which see the most keys, come first.
@@ -73,14 +68,12 @@ def attention_tangent_kernel(
     at_row = head * count + first_row
     at_probe = (head * batch + first_probe) * count + first_row
 
-    q = factor(query, at_row, left, width, ROWS, WIDTH, PADDED, INNER)
+    q = load(query, at_row, left, ROWS, WIDTH, PADDED)
     lse = statistics(normaliser, at_row, left, ROWS, float("inf"))
-    q_dot = factors(
-        query_dot, at_probe, count, left, probes, width, ROWS, WIDTH, PADDED, INNER, PROBES
-    )
+    q_dot = loads(query_dot, at_probe, count, left, probes, ROWS, WIDTH, PADDED, PROBES)
     centre = zeros(PROBES, ROWS)
     rest = zeros(PROBES, ROWS)
-    total = zero_rows(PROBES, ROWS, PADDED, PART)
+    total = zero_rows(PROBES, ROWS, PADDED)
     # Keys and values below `start` do not move: half the products of those above.
     for MOVED in tl.static_range(2):
         if MOVED:
@@ -95,67 +88,62 @@ def attention_tangent_kernel(
             seen = (keys < high)[None, :] & (keys[None, :] <= position[:, None])
             if WINDOWED:
                 seen = seen & (keys[None, :] > position[:, None] - window)
-            k = factor(key, head * stop + at, some, width, COLUMNS, WIDTH, PADDED, INNER)
-            v = factor(value, head * stop + at, some, width, COLUMNS, WIDTH, PADDED, INNER)
+            k = load(key, head * stop + at, some, COLUMNS, WIDTH, PADDED)
+            v = load(value, head * stop + at, some, COLUMNS, WIDTH, PADDED)
             none = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
-            scores = products(q, k, none, WIDTH, PADDED, INNER, PRECISION)
+            scores = products(q, k, none)
             weights, slope, _ = softmax_weights(scores, lse[:, None], seen, scale, softcap, CAPPED)
             if MOVED:
                 own = (head * batch + first_probe) * (stop - start) + at - start
-                k_dot = factors(
+                k_dot = loads(
                     key_dot,
                     own,
                     stop - start,
                     some,
                     probes,
-                    width,
                     COLUMNS,
                     WIDTH,
                     PADDED,
-                    INNER,
                     PROBES,
                 )
-                v_dot = factors(
+                v_dot = loads(
                     value_dot,
                     own,
                     stop - start,
                     some,
                     probes,
-                    width,
                     COLUMNS,
                     WIDTH,
                     PADDED,
-                    INNER,
                     PROBES,
                 )
             centres = ()
             rests = ()
             totals = ()
             for p in tl.static_range(PROBES):
-                raw = products(q_dot[p], k, none, WIDTH, PADDED, INNER, PRECISION)
+                raw = products(q_dot[p], k, none)
                 sums = total[p]
                 if MOVED:
-                    raw = products(q, k_dot[p], raw, WIDTH, PADDED, INNER, PRECISION)
-                    sums = mix(weights, v_dot[p], sums, WIDTH, PADDED, INNER, PRECISION)
+                    raw = products(q, k_dot[p], raw)
+                    sums = mix(weights, v_dot[p], sums)
                 moved = raw * (slope * scale)
                 near = tl.where(at == begin, tl.sum(weights * moved, 1), centre[p])
                 moved = weights * (moved - near[:, None])
                 centres = centres + (near,)
                 rests = rests + (rest[p] + tl.sum(moved, 1),)
-                totals = totals + (mix(moved, v, sums, WIDTH, PADDED, INNER, PRECISION),)
+                totals = totals + (mix(moved, v, sums),)
             centre = centres
             rest = rests
             total = totals
 
     place = (rows // group).to(tl.int64) * result_row + (rows % group) * result_member
-    for c in tl.static_range(PADDED // PART):
-        o = load(output, at_row, left, c * PART, ROWS, WIDTH, PART).to(tl.float32)
-        inner = c * PART + tl.arange(0, PART)
-        inside = (rows < count)[:, None] & (inner < WIDTH)[None, :]
-        for p in tl.static_range(PROBES):
-            base = result + head * result_head + (first_probe + p).to(tl.int64) * result_probe
-            tl.store(
-                base + place[:, None] + inner[None, :],
-                (total[p][c] - rest[p][:, None] * o).to(result.dtype.element_ty),
-                mask=inside & (p < probes),
-            )
+    o = load(output, at_row, left, ROWS, WIDTH, PADDED).to(tl.float32)
+    inner = tl.arange(0, PADDED)
+    inside = (rows < count)[:, None] & (inner < WIDTH)[None, :]
+    for p in tl.static_range(PROBES):
+        base = result + head * result_head + (first_probe + p).to(tl.int64) * result_probe
+        tl.store(
+            base + place[:, None] + inner[None, :],
+            (total[p] - rest[p][:, None] * o).to(result.dtype.element_ty),
+            mask=inside & (p < probes),
+        )

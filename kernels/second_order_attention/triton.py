@@ -1,121 +1,32 @@
 """Attention's tangent and tangent of adjoint on a GPU; `reference.py` has the mathematics.
 
-Three kernels. Two own a tile of the rows of `[Q, G]` of one key-value head, for a group of probes,
-and walk over the keys: they make `O.` and `Q_.`. The third owns a tile of keys and walks over the
-rows: `K_.` and `V_.`. Every number is written by one program: no atomics, and the same result in
-every run. A tile's `P`, `dP` and `dS` are formed once for the program's probes.
-
-What a row's tangents are centred by, `m = rowsum(P o S.)`, is known only after its last key. Both
-row kernels sum with another centre `n`, near it where the first tile holds most of the weight (the
-first token of a context often does), and put it right at the end, as `P` and `dS` are the primal's:
-
-    sum_j P. X + P X. = sum_j (P o (S. - n)) X + P X. - (m - n) sum_j P X
-
-The kernel of the keys is handed `m`, `D` and `D.` of every row.
-
-The kernels are in `tangent.py` and `adjoint.py`, what they share in `primitives.py`, the sizes that
-they are shipped with in `tiles.py`; here they are launched.
+In half precision kernels of our own do all of it while a tile is in registers (`fused.py`). For
+float32 and for heads too wide for that, torch multiplies and one kernel does what lies between
+(`staged.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from types import ModuleType
 
 import torch
-import triton
 from torch import Tensor
 
-from heat_fast import gpu
-from heat_fast.kernels.branch_attention.native import heads_like
-from heat_fast.kernels.branch_attention.triton import REGISTERS, compiled_options, padded
 from heat_fast.kernels.compile import Variant
-from heat_fast.kernels.second_order_attention import tiles
-from heat_fast.kernels.second_order_attention.adjoint import (
-    adjoint_rows_kernel,
-    adjoint_tangent_keys_kernel,
-    adjoint_tangent_rows_kernel,
-    shift_tangent_kernel,
-)
+from heat_fast.kernels.dispatch import HALF
+from heat_fast.kernels.second_order_attention import fused, staged
 from heat_fast.kernels.second_order_attention.reference import Primal
-from heat_fast.kernels.second_order_attention.tangent import attention_tangent_kernel
-
-#: Products of float32: three passes of the tensor cores, near full precision. See the README.
-PRECISION = "tf32x3"
 
 
-def _rows_first(x: Tensor) -> Tensor:
-    """`[Hk, ..., G, Q, D] -> [Hk, ..., Q, G, D]`, contiguous: the rows that a program owns."""
-    return x.transpose(-2, -3).contiguous()
-
-
-def _trunk(primal: Primal) -> list[Tensor]:
-    """Query, key and value as the kernels take them."""
-    return [_rows_first(primal.query), primal.key.contiguous(), primal.value.contiguous()]
-
-
-def _normaliser(primal: Primal) -> Tensor:
-    return primal.normaliser.transpose(-1, -2).contiguous()
-
-
-def _tile(table: dict[int, dict[tuple[int, int], tiles.Tile]], x: Tensor) -> tiles.Tile:
-    return gpu.for_architecture(table, x.device)[x.element_size(), padded(x.shape[-1])]
-
-
-def _sizes(primal: Primal, batch: int) -> tuple[float, ...]:
-    heads, group, queries, width = primal.query.shape
-    masking, stop = primal.masking, primal.key.shape[1]
-    window, softcap = masking.window or 0, masking.softcap or 0.0
-    places = (primal.start, stop, window)
-    return heads, batch, group, queries, *places, width, masking.scale, softcap
-
-
-def _constants(width: int, tile: tiles.Tile, windowed: bool, capped: bool) -> dict[str, Any]:
-    """What every kernel is compiled for."""
-    return {
-        "WIDTH": width,
-        "PADDED": padded(width),
-        "INNER": min(tile.inner, padded(width)),
-        "PART": min(tile.part, padded(width)),
-        "ROWS": tile.rows,
-        "COLUMNS": tile.columns,
-        "PROBES": tile.probes,
-        "WINDOWED": windowed,
-        "CAPPED": capped,
-        "PRECISION": PRECISION,
-    }
-
-
-def _launch(primal: Primal, tile: tiles.Tile) -> dict[str, Any]:
-    """Those constants, and how many threads run a program."""
-    masking, width = primal.masking, primal.query.shape[-1]
-    windowed, capped = masking.window is not None, masking.softcap is not None
-    return _constants(width, tile, windowed, capped) | {
-        "num_warps": tile.warps,
-        "num_stages": tile.stages,
-        "maxnreg": REGISTERS,
-    }
+def way(query: Tensor) -> ModuleType:
+    """The module that serves such queries."""
+    return fused if query.dtype in HALF and query.shape[-1] <= fused.WIDEST else staged
 
 
 def attention_tangent(primal: Primal, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """As the reference; summed in float32."""
-    heads, batch, group, queries, width = query.shape
-    result = heads_like(query, width)
-    tile = _tile(tiles.TANGENT, query)
-    blocks = triton.cdiv(queries * group, tile.rows) * triton.cdiv(batch, tile.probes)
-    with gpu.on(query):
-        attention_tangent_kernel[(blocks * heads,)](
-            *_trunk(primal),
-            _rows_first(primal.output),
-            _rows_first(query),
-            key.contiguous(),
-            value.contiguous(),
-            result,
-            _normaliser(primal),
-            *result.stride()[:-1],
-            *_sizes(primal, batch),
-            **_launch(primal, tile),
-        )
+    result: Tensor = way(query).attention_tangent(primal, query, key, value)
     return result
 
 
@@ -129,128 +40,24 @@ def attention_adjoint_tangent(
     output_bar_dot: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As the reference; summed in float32."""
-    heads, batch, group, queries, width = query.shape
-    count, dtype, back = queries * group, query.dtype, None
+    dtype = sums = query.dtype
     if dtype == torch.float16:
         # Adjoints are small, and their products with weights would drop out of float16's range.
         # All results are linear in them: they are scaled by a power of two, and scaled back.
         largest = torch.maximum(output_bar.abs().amax(), output_bar_dot.abs().amax()).float()
         back = torch.exp2(torch.log2(largest.clamp(min=2.0**-24)).floor())
+        sums = torch.float32
         output_bar, output_bar_dot = ((x / back).to(dtype) for x in (output_bar, output_bar_dot))
-    trunk, normaliser = _trunk(primal), _normaliser(primal)
-    primal_output, query, output, output_bar, output_bar_dot = (
-        _rows_first(x) for x in (primal.output, query, output, output_bar, output_bar_dot)
-    )
-    key, value = key.contiguous(), value.contiguous()
-    shift, pulled = (
-        torch.empty(heads, count, *last, dtype=torch.float32, device=query.device)
-        for last in ((), (width,))
-    )
-    shift_dot, mean = shift.new_empty(2, heads, batch, count)
-    sums = dtype if back is None else torch.float32
-    results = [torch.empty_like(x, dtype=sums) for x in (query, key, value)]
-    moved = [output_bar, query, key, value, output_bar_dot]
-    sizes = _sizes(primal, batch)
-    with gpu.on(query):
-        tile = _tile(tiles.PRIMAL, query)
-        adjoint_rows_kernel[(triton.cdiv(count, tile.rows) * heads,)](
-            *trunk,
-            primal_output,
-            output_bar,
-            normaliser,
-            shift,
-            pulled,
-            *sizes,
-            **_launch(primal, tile),
-        )
-        shift_tangent_kernel[(triton.cdiv(count, tiles.SHIFT_ROWS) * heads * batch,)](
-            primal_output,
-            output_bar,
-            output,
-            output_bar_dot,
-            shift_dot,
-            heads,
-            batch,
-            count,
-            WIDTH=width,
-            PADDED=padded(width),
-            ROWS=tiles.SHIFT_ROWS,
-        )
-        tile = _tile(tiles.ROWS, query)
-        blocks = triton.cdiv(count, tile.rows) * triton.cdiv(batch, tile.probes)
-        adjoint_tangent_rows_kernel[(blocks * heads,)](
-            *trunk,
-            *moved,
-            results[0],
-            normaliser,
-            shift,
-            pulled,
-            shift_dot,
-            mean,
-            *sizes,
-            **_launch(primal, tile),
-        )
-        tile = _tile(tiles.KEYS, query)
-        blocks = triton.cdiv(key.shape[2], tile.columns) * triton.cdiv(batch, tile.probes)
-        adjoint_tangent_keys_kernel[(blocks * heads,)](
-            *trunk,
-            *moved,
-            *results[1:],
-            normaliser,
-            shift,
-            shift_dot,
-            mean,
-            *sizes,
-            **_launch(primal, tile),
-        )
-    if back is not None:
-        results = [(x * back).to(dtype) for x in results]
-    return results[0].transpose(-2, -3), results[1], results[2]
-
-
-_BYTES = {"fp16": 2, "bf16": 2, "fp32": 4}
+    moved = query, key, value, output, output_bar, output_bar_dot
+    results: tuple[Tensor, Tensor, Tensor]
+    results = way(query).attention_adjoint_tangent(primal, *moved, sums)
+    if dtype == torch.float16:
+        to_query, to_key, to_value = ((x * back).to(dtype) for x in results)
+        return to_query, to_key, to_value
+    return results
 
 
 def variants(capability: int) -> Iterator[Variant]:
     """Every kernel as it is launched on an architecture."""
-    kernels = (
-        (attention_tangent_kernel, tiles.TANGENT),
-        (adjoint_rows_kernel, tiles.PRIMAL),
-        (adjoint_tangent_rows_kernel, tiles.ROWS),
-        (adjoint_tangent_keys_kernel, tiles.KEYS),
-    )
-    for kernel, table in kernels:
-        names = kernel.arg_names
-        numbers = names.index("heads")
-        floats = ("normaliser", "shift", "pulled", "shift_dot", "mean")
-        for dtype, width, masked in compiled_options():
-            tile = gpu.for_architecture(table, capability)[_BYTES[dtype], padded(width)]
-            yield Variant(
-                kernel,
-                f"{dtype} D {width}{', masked' if masked else ''}",
-                {
-                    **dict.fromkeys(names[:numbers], f"*{dtype}"),
-                    **{name: "*fp32" for name in floats if name in names},
-                    **{name: "i32:16" for name in names if name.startswith("result_")},
-                    **dict.fromkeys(names[numbers : names.index("scale")], "i32"),
-                    "scale": "fp32",
-                    "softcap": "fp32",
-                },
-                _constants(width, tile, masked, masked),
-                tile.warps,
-                tile.stages,
-                {"maxnreg": REGISTERS},
-            )
-    names = shift_tangent_kernel.arg_names
-    for dtype, width, masked in compiled_options():
-        if masked:
-            yield Variant(
-                shift_tangent_kernel,
-                f"{dtype} D {width}",
-                {
-                    **dict.fromkeys(names[:4], f"*{dtype}"),
-                    "shift_dot": "*fp32",
-                    **dict.fromkeys(names[5:8], "i32"),
-                },
-                {"WIDTH": width, "PADDED": padded(width), "ROWS": tiles.SHIFT_ROWS},
-            )
+    yield from fused.variants(capability)
+    yield from staged.variants()
