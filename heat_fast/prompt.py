@@ -29,6 +29,8 @@ _HARMLESS_KEYS = frozenset(
 )
 # How SentencePiece vocabularies write the space that begins a word.
 _BOUNDARY = "▁"
+# Texts that a target may be tokenised behind: one that does not merge with what follows is enough.
+_BEFORE = ("a", "1", ".")
 _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -126,9 +128,9 @@ def encode_target(target: Any, tokenizer: Any, vocabulary_size: int) -> tuple[in
     Text is tokenised by itself, without special tokens, and its tokens follow the prompt's. With a
     byte-level tokenizer (GPT-2, Llama 3, Qwen) the space belongs to the word, so write it:
     ``" Paris"``. A SentencePiece tokenizer (Llama 2, Mistral) that begins every text with a
-    word boundary makes the same tokens of ``"Paris"`` and ``" Paris"`` here: the second boundary,
-    which it would write as a lone ``"▁"`` in front, is left out. A single id is a target of one
-    token.
+    word boundary makes the same tokens of ``"Paris"`` and ``" Paris"`` here; a target that begins
+    with anything but a letter or a digit, such as ``"."``, ``"'s"`` or a newline, has no boundary
+    of its own. A single id is a target of one token.
 
     Raises
     ------
@@ -239,16 +241,23 @@ def _tokenize(
 
 
 def _tokenize_target(text: str, tokenizer: Any) -> tuple[int, ...]:
-    """The ids of a target, one word boundary in front of it even where the text writes a space."""
+    """The ids of a target as it follows the prompt.
+
+    Some tokenizers put a word boundary in front of every text. A target that begins with a letter
+    or digit keeps it, as `are` stands for the word; in front of anything else, as `.` or ` are`, it
+    would be a token more than the text has, or another token.
+    """
     token_ids, _ = _tokenize(text, tokenizer, add_special_tokens=False, what="target")
-    if len(token_ids) < 2 or text[0] != " " or not text.strip():
+    if not token_ids or text[0].isalnum():
         return token_ids
-    pieces = tokenizer.convert_ids_to_tokens(list(token_ids[:2]))
-    if pieces[0] != _BOUNDARY or not str(pieces[1]).startswith(_BOUNDARY):
+    if not str(tokenizer.convert_ids_to_tokens(token_ids[0])).startswith(_BOUNDARY):
         return token_ids
-    # Only where the tokenizer made the other boundary itself is nothing of the text lost.
-    bare, _ = _tokenize(text[1:], tokenizer, add_special_tokens=False, what="target")
-    return bare if bare == token_ids[1:] else token_ids
+    for before in _BEFORE:
+        ids, _ = _tokenize(before, tokenizer, add_special_tokens=False)
+        both, _ = _tokenize(before + text, tokenizer, add_special_tokens=False, what="target")
+        if both[: len(ids)] == ids and len(both) > len(ids):
+            return both[len(ids) :]
+    return token_ids
 
 
 def _is_chat(prompt: Any) -> bool:

@@ -351,9 +351,9 @@ def test_a_target_has_one_word_boundary_with_and_without_a_space() -> None:
     assert tokenizer(" mom")["input_ids"] == [1, 2]
     assert encode_target(" mom", tokenizer, 5) == encode_target("mom", tokenizer, 5) == (2,)
     assert encode_target(" mom dad", tokenizer, 5) == (2, 4)
-    # Two spaces are one boundary and a space; white space alone stays what it is.
+    # Two spaces are one boundary and a space; one by itself is not two.
     assert encode_target("  mom", tokenizer, 5) == (1, 2)
-    assert encode_target(" ", tokenizer, 5) == tuple(tokenizer(" ")["input_ids"])
+    assert encode_target(" ", tokenizer, 5) == (1,)
     # Prompts are left as the model was trained to read them.
     assert encode_prompt(" mom", tokenizer, 5).token_ids == (1, 2)
 
@@ -384,6 +384,20 @@ def test_story_model_targets(local_model: Callable[[str], Path]) -> None:
     assert len(encode_target("mom", tokenizer, 4096) or ()) == 1
     assert encode_target(" mom", tokenizer, 4096) == encode_target("mom", tokenizer, 4096)
     assert encode_target(" 你", tokenizer, 4096) == encode_target("你", tokenizer, 4096)
+
+
+@pytest.mark.parametrize(
+    "text", [".", ",", "!", "\n", "'s", '"', " (", " ", ". She loved", "\n\nA"]
+)
+def test_punctuation_follows_without_a_space(text: str, local_model: Callable[[str], Path]) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(local_model("stories3M"), local_files_only=True)
+    told = readable_tokens(encode_target(text, tokenizer, 4096) or (), tokenizer)
+    assert "".join(told) == text
+    prompt = "Once upon a time there was a girl"
+    whole = tokenizer(prompt + text)["input_ids"]
+    assert encode_target(text, tokenizer, 4096) == tuple(
+        whole[len(tokenizer(prompt)["input_ids"]) :]
+    )
 
 
 # --- a sentencepiece-style tokenizer --------------------------------------------------------------
