@@ -13,6 +13,7 @@ in Triton's interpreter, so that none can rot; then nothing is kept.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -38,8 +39,8 @@ _BEGAN = time.monotonic()
 
 
 def rows_of(item: pytest.Item) -> Path | None:
-    """The file of a benchmark's row; None without a device."""
-    if not torch.cuda.is_available():
+    """The file of a benchmark's row; None without a device, and of tiny shapes."""
+    if SMALL or not torch.cuda.is_available():
         return None
     return folder() / f"{item.path.stem.removeprefix('test_bench_')}.json"
 
@@ -119,9 +120,11 @@ def row(request: pytest.FixtureRequest, benchmark: Any) -> Any:
     path = rows_of(request.node)
     if path is None or not kept or benchmark.stats is None:
         return
-    revision = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=RESULTS, capture_output=True, text=True, check=False
-    ).stdout.strip()
+    revision = ""
+    with contextlib.suppress(OSError):  # where there is no git, its row is kept all the same
+        revision = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=RESULTS, capture_output=True, text=True, check=False
+        ).stdout.strip()
     import transformers
     import triton
 

@@ -43,7 +43,7 @@ class Primal:
 
     `query`, `output`: `[Hk, G, Q, D]`; `key`, `value`: `[Hk, stop, D]`; `normaliser` (log-sum-exp):
     `[Hk, G, Q]`. The queries stand at the last `Q` positions before `stop`; tangents of keys and
-    values begin at `start`.
+    values begin at `start`, which is not above the first query.
     """
 
     query: Tensor

@@ -25,11 +25,12 @@ from heat_fast.kernels.compile import Variant
 from heat_fast.kernels.second_order_attention.primitives import softmax_weights
 from heat_fast.kernels.second_order_attention.reference import Primal
 
-#: Bytes of a tile's matrices of scores, of which `raw` and `dotted` are float32.
+#: Bytes of a tile's matrices of scores, half of which are float32.
 WORKSPACE = 256 << 20
 #: Rows of a tile's matrices, so that products are not thin. An eighth of the queries if that is
-#: more: so much is multiplied above the diagonal in vain.
-LEAST_ROWS = 256
+#: more: so much is multiplied above the diagonal in vain. More yet, up to all, while a matrix has
+#: fewer scores than `FEW`: then launches take longer than what they launch.
+LEAST_ROWS, FEW = 256, 1 << 22
 #: Keys begin at a multiple of this, and rows are so long in memory: products, and Triton's loads of
 #: several numbers, want it.
 ALIGNED = 16
@@ -38,7 +39,10 @@ ALIGNED = 16
 BLOCK, WARPS, REGISTERS = 1024, 8, 128
 
 
-@triton.jit
+@triton.jit(
+    # One compilation serves every tile: these differ from one to the next.
+    do_not_specialize=("total", "probes", "count", "queries", "first", "low", "keys", "window")
+)
 def softmax_tangent_kernel(
     scores,
     raw,
@@ -72,7 +76,8 @@ def softmax_tangent_kernel(
 
     From `scores` (Q K'), `raw` (Q. K' + Q K.'), `pulled` (O_ V') and `dotted` (O_. V' + O_ V.').
     What all probes share is written with the first one's. Rows are read twice, for their means and
-    for the results.
+    for the results, and up to their `stride`, a multiple of 16, so that several numbers are read at
+    once. What lies beyond the last key may be anything, and is left out of the means.
     """
     # Rows lie as [head, probe, member of the group, query]; the primal has them without the probe.
     which = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -86,20 +91,21 @@ def softmax_tangent_kernel(
     sums = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
     for at in range(0, keys, COLUMNS):
         columns = at + tl.arange(0, COLUMNS)[None, :]
-        inside = valid[:, None] & (columns < keys)
+        inside = valid[:, None] & (columns < stride)
         seen = inside & (low + columns <= position)
         if WINDOWED:
             seen = seen & (low + columns > position - window)
         values = tl.load(scores + at_row + columns, mask=inside, other=0.0)
         shares, slope, _ = softmax_weights(values, lse, seen, scale, softcap, CAPPED)
-        sums += shares * slope * tl.load(raw + at_probe + columns, mask=inside, other=0.0)
+        tangent = tl.load(raw + at_probe + columns, mask=inside, other=0.0)
+        sums += tl.where(seen, shares * slope * tangent, 0.0)
     mean = scale * tl.sum(sums, 1)[:, None]
     if ADJOINT:
         d = tl.load(shift + row, mask=valid, other=0.0)[:, None]
         d_dot = tl.load(shift_dot + which, mask=valid, other=0.0)[:, None]
     for at in range(0, keys, COLUMNS):
         columns = at + tl.arange(0, COLUMNS)[None, :]
-        inside = valid[:, None] & (columns < keys)
+        inside = valid[:, None] & (columns < stride)
         once = inside & first_one
         seen = inside & (low + columns <= position)
         if WINDOWED:
@@ -141,12 +147,15 @@ def multiply(left: Tensor, right: Tensor, total: Tensor, *, add: bool) -> Tensor
 def tiles(primal: Primal, batch: int) -> Iterator[tuple[slice, slice, slice]]:
     """Slices of key-value heads, probes and queries whose matrices fit into `WORKSPACE`."""
     heads, group, queries, _ = primal.query.shape
+    # In matrices of all probes; what they share is as large as those of one more.
     most = WORKSPACE // (8 + 2 * primal.query.element_size())
     width = group * primal.key.shape[1]
-    rows = max(1, min(queries, max(LEAST_ROWS // group, queries // 8), most // width))
-    some_heads = max(1, min(heads, most // (width * rows)))
-    some_probes = max(1, min(batch, most // (width * rows * some_heads)))
-    for low in range(0, queries, rows):
+    wanted = max(LEAST_ROWS // group, queries // 8, FEW // max(1, heads * batch * width))
+    rows = max(1, min(queries, wanted, most // (2 * width)))
+    some_heads = max(1, min(heads, most // (2 * width * rows)))
+    some_probes = max(1, min(batch, most // (width * rows * some_heads) - 1))
+    # The last rows see the most keys: memory that was enough for them serves the others again.
+    for low in reversed(range(0, queries, rows)):
         for head in range(0, heads, some_heads):
             for probe in range(0, batch, some_probes):
                 yield (
@@ -312,6 +321,7 @@ def attention_tangent(primal: Primal, query: Tensor, key: Tensor, value: Tensor)
         weights, moved = tile.softmax_tangent(raw)
         total = tile.mix(moved, weights, tile.value, value_dot)
         result[heads, probes, :, queries] = total.unflatten(2, (query.shape[2], -1)).to(query.dtype)
+        del raw, weights, moved  # before the next tile's are made
     return result
 
 
@@ -354,6 +364,7 @@ def attention_adjoint_tangent(
         into = tile.moving(key_result, probes)
         tile.gather(into, bent_dot, bent, tile.query, query_dot)
         tile.gather(tile.moving(value_result, probes), moved, weights, bar, bar_dot)
+        del weights, moved, bent, bent_dot
     skipped = primal.start % ALIGNED
     key_result *= scale
     to_key, to_value = (x[:, :, skipped:].to(dtype) for x in (key_result, value_result))
