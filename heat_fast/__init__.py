@@ -103,7 +103,7 @@ _HOME = {
 }
 
 # Reachable as attributes without an import statement of their own.
-_SUBMODULES = frozenset({"demo"})
+_SUBMODULES = frozenset({"baselines", "datasets", "demo", "metrics"})
 
 # A type checker that saw __getattr__ would accept any attribute of the module.
 if not TYPE_CHECKING:

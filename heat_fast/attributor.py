@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from heat_fast import native
 from heat_fast._version import __version__
 from heat_fast.combine import Components, combine
-from heat_fast.config import HeatConfig
+from heat_fast.config import HeatConfig, check_config
 from heat_fast.cost import curvature_work
 from heat_fast.curvature import Curvature, curvature, product_count
 from heat_fast.decoder import Decoder, check_supported, view
 from heat_fast.decoder.norm import wide
-from heat_fast.errors import ConfigError, HeatError, InputError, UnsupportedModelError
-from heat_fast.forward import check_faithful, unchanged
+from heat_fast.errors import HeatError, InputError, UnsupportedModelError
+from heat_fast.forward import check_faithful, check_model, context_length, unchanged
 from heat_fast.gate import gate
 from heat_fast.information import ExactBranches, information, replacement
 from heat_fast.kernels.dispatch import Record, using
@@ -117,17 +117,9 @@ class Attributor:
     """
 
     def __init__(self, model: Any, tokenizer: Any = None, config: HeatConfig | None = None) -> None:
-        if not isinstance(model, nn.Module):
-            raise InputError(
-                f"model is {type(model).__name__}: expected a loaded Hugging Face causal language "
-                "model. Load one with AutoModelForCausalLM.from_pretrained(...)."
-            )
+        check_model(model)
         check_supported(model)
-        if config is not None and not isinstance(config, HeatConfig):
-            raise ConfigError(
-                f"config is {type(config).__name__}: expected a HeatConfig. Write "
-                "HeatConfig(probes=2), say, or HeatConfig.preset('gs')."
-            )
+        check_config(config)
         if tokenizer is not None and not callable(tokenizer):
             raise InputError(
                 f"tokenizer is {type(tokenizer).__name__}: expected a loaded Hugging Face "
@@ -149,7 +141,7 @@ class Attributor:
         model: Any = self.model
         embed = model.get_input_embeddings()
         vocabulary = int(embed.weight.shape[0])
-        longest, window = _context_length(self.model), self.config.window
+        longest, window = context_length(self.model), self.config.window
         # With windows it is a window that has to fit.
         encoded = encode_prompt(prompt, self.tokenizer, vocabulary, None if window else longest)
         head: Any = model.get_output_embeddings()
@@ -456,13 +448,6 @@ def _reporting(
             "(component, done, total). Pass one of them, or leave it out."
         )
     return nullcontext(progress)
-
-
-def _context_length(model: Any) -> int | None:
-    """The longest context the model was made for, if its config says."""
-    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else None
-    length = getattr(config, "max_position_embeddings", None)
-    return int(length) if length else None
 
 
 def _embedding_device(embed: nn.Module) -> torch.device:

@@ -448,3 +448,12 @@ def _check_names(names: Iterable[str]) -> None:
             raise ConfigError(
                 f"unknown setting {name!r}: expected a field of HeatConfig. {suggest(name, known)}"
             )
+
+
+def check_config(config: Any) -> None:
+    """Raise `ConfigError` for anything but a `HeatConfig` or None."""
+    if config is not None and not isinstance(config, HeatConfig):
+        raise ConfigError(
+            f"config is {type(config).__name__}: expected a HeatConfig. Write "
+            "HeatConfig(probes=2), say, or HeatConfig.preset('gs')."
+        )

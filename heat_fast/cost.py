@@ -15,14 +15,16 @@ from typing import Any
 import torch
 
 from heat_fast import gpu
-from heat_fast.config import HeatConfig
+from heat_fast.config import HeatConfig, check_config
 from heat_fast.curvature import FIRST_CODES, FIRST_PROBES, product_count
 from heat_fast.decoder import Decoder, view
 from heat_fast.decoder.head import shares_curvature
 from heat_fast.errors import InputError
+from heat_fast.forward import check_model, context_length
 from heat_fast.information import GPU_LOGIT_ELEMENTS, LOGIT_ELEMENTS
 from heat_fast.lowrank import HELD_OUT, factor_sizes
 from heat_fast.planner import Budget, runs_alone, slices, targets_at_once, token_budget
+from heat_fast.prompt import check_length
 from heat_fast.windows import plan_windows
 from heat_fast.work import Shape, Traffic, Work
 
@@ -156,7 +158,8 @@ def estimate(
     and all rows (save for the few branches that an audit runs again): what can be left out is
     known only afterwards.
 
-    Raises `InputError` for lengths below 1, `UnsupportedModelError` for an unknown model.
+    Raises `InputError` for lengths below 1 or beyond the model's context, `UnsupportedModelError`
+    for an unknown model.
 
     Example:
         >>> import heat_fast
@@ -164,12 +167,15 @@ def estimate(
         >>> heat_fast.estimate(demo.model, 100, config=HeatConfig(probes=2), calibrate=False).hvp
         200
     """
-    if n_tokens < 1 or n_targets < 1:
+    check_model(model)
+    check_config(config)
+    if not all(isinstance(n, int) and n >= 1 for n in (n_tokens, n_targets)):
         raise InputError(
-            f"n_tokens={n_tokens} and n_targets={n_targets}: expected at least one of each. Pass "
-            "the lengths of the prompt and of the target in tokens."
+            f"n_tokens={n_tokens!r} and n_targets={n_targets!r}: expected whole numbers of at "
+            "least one. Pass the lengths of the prompt and of the target in tokens."
         )
     config = config if config is not None else HeatConfig()
+    check_length(n_tokens, n_targets, context_length(model), config.window)
     plan = plan_windows(n_tokens, config)
     tokens, windows = plan.length, len(plan)
     length = tokens + n_targets - 1

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,8 +11,24 @@ import torch
 from torch import Tensor, nn
 
 from heat_fast.decoder.norm import wide
-from heat_fast.errors import UnsupportedModelError
+from heat_fast.errors import InputError, UnsupportedModelError
 from heat_fast.trunk import Trunk
+
+
+def check_model(model: Any) -> None:
+    """Raise `InputError` for anything but a model in memory."""
+    if not isinstance(model, nn.Module):
+        raise InputError(
+            f"model is {type(model).__name__}: expected a loaded Hugging Face causal language "
+            "model. Load one with AutoModelForCausalLM.from_pretrained(...)."
+        )
+
+
+def context_length(model: Any) -> int | None:
+    """The longest context the model was made for, if its config says."""
+    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else None
+    length = getattr(config, "max_position_embeddings", None)
+    return int(length) if length else None
 
 
 def log_probs(model: Any, embeddings: Tensor, count: int) -> Tensor:
@@ -50,7 +67,33 @@ def unchanged(model: nn.Module) -> Iterator[None]:
     """Switch dropout off (an adapter's, say); afterwards restore every module's mode and tables.
 
     Long-context variants of the rotary embedding rewrite their tables in the model's own forward.
+    Where calls overlap, in threads or one within another, the first finds the model as its owner
+    left it, and the last restores that.
     """
+    with _LOCK:
+        if model not in _BORROWED:
+            _BORROWED[model] = 0, _restorer(model)
+        users, restore = _BORROWED[model]
+        _BORROWED[model] = users + 1, restore
+        model.eval()
+    try:
+        yield
+    finally:
+        with _LOCK:
+            users, restore = _BORROWED[model]
+            _BORROWED[model] = users - 1, restore
+            if users == 1:
+                del _BORROWED[model]
+                restore()
+
+
+_LOCK = threading.Lock()
+#: Of each model in use: by how many calls, and what puts it back as it was before the first.
+_BORROWED: dict[nn.Module, tuple[int, Callable[[], None]]] = {}
+
+
+def _restorer(model: nn.Module) -> Callable[[], None]:
+    """What gives the model its present modes and rotary tables back."""
     training = [module for module in model.modules() if module.training]
     rotary = [module for module in model.modules() if "Rotary" in type(module).__name__]
     attributes = [dict(vars(module)) for module in rotary]
@@ -58,10 +101,8 @@ def unchanged(model: nn.Module) -> Iterator[None]:
         {name: (table, table.clone()) for name, table in module.named_buffers(recurse=False)}
         for module in rotary
     ]
-    try:
-        model.eval()
-        yield
-    finally:
+
+    def restore() -> None:
         for module in training:
             module.training = True
         for module, before, tables in zip(rotary, attributes, buffers, strict=True):
@@ -70,3 +111,5 @@ def unchanged(model: nn.Module) -> Iterator[None]:
             for name, (table, values) in tables.items():
                 table.copy_(values)
                 module._buffers[name] = table
+
+    return restore

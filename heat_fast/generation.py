@@ -86,6 +86,11 @@ def generate_and_attribute(
             ) from error
         raise
     attributor = Attributor(model, tokenizer, settings)
+    if not isinstance(generation, Mapping | None):
+        raise InputError(
+            f"generation is {type(generation).__name__}: expected a mapping of arguments of the "
+            "model's generate(). Write generation={'temperature': 0.7}, say."
+        )
     arguments = dict(generation or {})
     response = generate(
         attributor, prompt, max_new_tokens=max_new_tokens, arguments=arguments, seed=settings.seed

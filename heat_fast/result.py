@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import os
 from collections.abc import Mapping
@@ -203,9 +202,9 @@ class Attribution:
 
     # --- reading --------------------------------------------------------------------------------
 
-    @functools.cached_property
+    @property
     def scores(self) -> Tensor:
-        """The scores [N], aggregated over targets as the configuration says."""
+        """The scores [N], aggregated over targets as the configuration says; each time anew."""
         return self.aggregated("target_scores")
 
     @property

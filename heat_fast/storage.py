@@ -137,12 +137,14 @@ def to_line(result: Attribution) -> str:
 
 
 def write_jsonl(results: Iterable[Attribution], path: str | os.PathLike[str]) -> None:
-    """Write results as JSON Lines, one a line, as they come; a file is replaced at the end.
+    """Write results (or a single one) as JSON Lines, as they come; a file is replaced at the end.
 
     Raises OutputError where the file cannot be written, InputError for anything but results.
 
     >>> write_jsonl([], os.devnull)
     """
+    if isinstance(results, Attribution):
+        results = [results]
     with replacing(path) as file:
         for result in results:
             check_result(result)

@@ -238,7 +238,7 @@ def test_messages_of_a_chat(run: Run, engine: Callable[[Any], Recorder], tmp_pat
     run("--messages", str(tmp_path / "chat.json"))
     run("--messages", "-", input=json.dumps(messages).encode())
     assert [call["prompt"] for call in recorder.calls] == [messages, messages]
-    for wrong in (b"{}", b'["a"]', b'[{"role": "user"}]', b'[{"role": 1, "content": "a"}]'):
+    for wrong in (b"{}", b"[]", b'["a"]', b'[{"role": "user"}]', b'[{"role": 1, "content": "a"}]'):
         failed(run("--messages", "-", input=wrong), 2, "standard input holds no list of messages")
     failed(run("--messages", "-", input=b"Hello"), 2, "standard input is not JSON", "line 1")
 

@@ -214,6 +214,7 @@ def test_the_end_of_a_response_is_no_part_of_it() -> None:
     ("arguments", "error", "message"),
     [
         ({"max_new_tokens": 0}, InputError, "max_new_tokens=0: expected a whole number"),
+        ({"generation": 3}, InputError, "generation is int: expected a mapping"),
         ({"generation": {"num_return_sequences": 2}}, InputError, "holds 'num_return_sequences'"),
         ({"generation": {"no_such": 2}}, InputError, "the model cannot generate with"),
         ({"temperature": 0.5}, ConfigError, "go into generation={...}"),

@@ -37,6 +37,12 @@ def python(code: str, cwd: Path) -> str:
     return done.stdout
 
 
+def test_submodules_of_the_readme_come_with_the_package(tmp_path: Path) -> None:
+    for name in ("baselines", "datasets", "demo", "metrics"):
+        code = f"import heat_fast; print(heat_fast.{name}.__name__)"
+        assert python(code, tmp_path).strip() == f"heat_fast.{name}"
+
+
 def test_every_public_name_resolves() -> None:
     assert len(set(heat_fast.__all__)) == len(heat_fast.__all__)
     for name in heat_fast.__all__:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import families
-from heat_fast import Attributor, HeatConfig
+from heat_fast import Attributor, HeatConfig, estimate
 from heat_fast.errors import ConfigError, InputError, UnsupportedModelError
+from heat_fast.forward import unchanged
 from heat_fast.kernels.branch_attention import Masking, branch_attention
 from heat_fast.kernels.second_order_attention import Primal
 
@@ -135,3 +136,39 @@ def test_softmax_rows_sum_to_one_in_half_precision(dtype: torch.dtype) -> None:
         total = torch.stack([part.weights.sum(-1) for part in rows.parts]).sum(0)
         # exp of a difference of two numbers of about 100, each good to 2^-24 of itself
         torch.testing.assert_close(total, torch.ones_like(total), rtol=1e-4, atol=0)
+
+
+# --- calls that overlap ---------------------------------------------------------------------------
+
+
+def test_overlapping_calls_leave_a_training_model_as_it_was() -> None:
+    """The second enters while the first has switched dropout off, and outlives it."""
+    model = families.build("gpt2").train()
+    before = [module.training for module in model.modules()]
+    first, second = unchanged(model), unchanged(model)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert not any(module.training for module in model.modules())
+    second.__exit__(None, None, None)
+    assert [module.training for module in model.modules()] == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (("a name", 5), InputError),
+        ((None, "5"), InputError),
+        ((None, 1.5), InputError),
+        ((None, 0), InputError),
+        ((None, 5, 1, "gs"), ConfigError),
+        ((None, 100_000), InputError),
+    ],
+    ids=str,
+)
+def test_an_estimate_checks_its_arguments(
+    arguments: tuple[Any, ...], error: type[Exception]
+) -> None:
+    model, *rest = arguments
+    with pytest.raises(error, match=r"expected .*\. "):
+        estimate(model or families.build("llama"), *rest, calibrate=False)

@@ -295,3 +295,16 @@ def test_a_hundred_results_of_a_thousand_tokens_stay_under_two_megabytes(
     )
     assert sizes["100"] < 2
     assert sizes["100"] < 2.1 * sizes["50"]
+
+
+def test_a_single_result_is_a_file_of_one_line(tmp_path: Path) -> None:
+    write_jsonl(make(), tmp_path / "one.jsonl")
+    (read,) = read_jsonl(tmp_path / "one.jsonl")
+    same(read, make())
+
+
+def test_a_change_of_scores_changes_no_result() -> None:
+    result = make()
+    before = result.to_dict()
+    result.scores[0] = 99.0
+    assert result.to_dict() == before

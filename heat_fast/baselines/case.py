@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from heat_fast.attributor import _context_length, _embedding_device
+from heat_fast.attributor import _embedding_device
 from heat_fast.decoder import Decoder, Rows, view
 from heat_fast.decoder.norm import wide
-from heat_fast.forward import check_faithful
+from heat_fast.forward import check_faithful, context_length
 from heat_fast.planner import Budget, cpu_rows, run_batches
 from heat_fast.prompt import EncodedPrompt, check_length, encode_prompt, encode_target
 from heat_fast.trunk import Trunk, require_finite, run_trunk
@@ -50,7 +50,7 @@ class Case:
     def read(cls, model: Any, tokenizer: Any, prompt: Any, target: Any) -> Case:
         """Encode prompt and target; a target of None is the model's own next token."""
         embed = model.get_input_embeddings()
-        vocabulary, longest = int(embed.weight.shape[0]), _context_length(model)
+        vocabulary, longest = int(embed.weight.shape[0]), context_length(model)
         encoded = encode_prompt(prompt, tokenizer, vocabulary, longest)
         head = model.get_output_embeddings()
         predicted = int(getattr(head, "out_features", vocabulary))
@@ -142,7 +142,7 @@ class Case:
 
     def hidden_states(self, layer: int) -> Tensor:
         """Residual stream `[N + T, d]` of the prompt and all targets, after `layer` blocks."""
-        check_length(self.tokens, len(self.targets) + 1, _context_length(self.model))
+        check_length(self.tokens, len(self.targets) + 1, context_length(self.model))
         embed = self.model.get_input_embeddings()
         whole = torch.cat((self.embeddings, embed(self.target_ids[-1:]).detach()))
         decoder, length = view(self.model, len(whole)), len(whole)

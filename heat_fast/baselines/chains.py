@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from heat_fast.attributor import _context_length
 from heat_fast.baselines.base import Baseline, check_count, check_number, register
 from heat_fast.baselines.case import Case
+from heat_fast.forward import context_length
 from heat_fast.generation import PLAIN_SAMPLING, without_end
 from heat_fast.prompt import check_length
 
@@ -45,7 +45,7 @@ class SelfEntailedChains(Baseline):
     def scores(self, case: Case) -> Tensor:
         """See `Baseline.scores`."""
         ids, count = list(case.prompt.token_ids), len(case.targets)
-        check_length(len(ids) + self.length, count, _context_length(case.model))
+        check_length(len(ids) + self.length, count, context_length(case.model))
         embed, distinct = case.model.get_input_embeddings(), set(ids)
         total = torch.zeros(count, len(ids), dtype=torch.double)
         weights = torch.zeros(count, 1, dtype=torch.double)

@@ -49,10 +49,12 @@ def estimate(
 
 
 def _words(told: Estimate, config: HeatConfig) -> str:
-    most = "at most " if "auto" in (config.probes, config.codes) else ""
+    fewer = not (config.coverage is None and config.branch_tolerance is None)
+    most = "at most " if fewer or "auto" in (config.probes, config.codes) else ""
     lines = {
         "Hessian-vector products": f"{most}{told.hvp:,}",
-        "masked prompts": f"{told.branches:,} of {told.branch_tokens:,} tokens",
+        "masked prompts": f"{'at most ' if fewer else ''}{told.branches:,} of "
+        f"{told.branch_tokens:,} tokens",
         **{f"FLOPs, {name}": f"{value:.3g}" for name, value in told.flops.items()},
         "FLOPs in all": f"{most}{told.total_flops:.3g}",
         "bytes moved, at least": f"{sum(told.bytes_moved.values()):.3g}",
