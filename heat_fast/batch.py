@@ -3,8 +3,9 @@
 Rows are attributed in order, and each appends one whole line before the next begins: its result to
 the output, or the reason for which it failed to the side file. Both lines name the row and a digest
 of it, so that a second run knows what was done and notices an input that has changed. A line that
-was cut off is taken back. Parquet cannot be appended to: there the lines go to a journal beside the
-output, which becomes the output at the end.
+was cut off is taken back, and so is the reason of a row that is tried again: one that was not the
+row's own fault, or that was found under other settings. Parquet cannot be appended to: there the
+lines go to a journal beside the output, which becomes the output at the end.
 
 A row is a mapping with `prompt` (text or ids) or `messages` (chat), and optionally `target`,
 `target_span` and `id`; empty fields count as left out, other fields are passed over.
@@ -18,13 +19,19 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Final
 
-from heat_fast.errors import ConfigError, InputError, OutputError, UnsupportedModelError
+from heat_fast.errors import (
+    ConfigError,
+    InputError,
+    NumericalError,
+    OutputError,
+    UnsupportedModelError,
+)
 from heat_fast.result import Attribution
 from heat_fast.storage import read_jsonl, to_line, write_jsonl
 from heat_fast.tables import missing, read_parquet, write_parquet
@@ -36,6 +43,8 @@ __all__ = ["Row", "Summary", "attribute_rows", "count_rows", "read_rows"]
 
 #: Fields that hold what a row asks for; a misspelt one must not pass for somebody else's column.
 _FIELDS: Final = ("prompt", "messages", "target", "target_span")
+#: Errors that a row brings about whenever it is tried; others (memory, the machine) may pass.
+_LASTING: Final = (InputError.__name__, NumericalError.__name__)
 
 
 @dataclass(frozen=True)
@@ -53,11 +62,12 @@ class Row:
 
 @dataclass
 class Summary:
-    """How far a run is: rows done in it, failed in it, and done before it."""
+    """How far a run is: rows done and failed in it, and rows done and failed before it."""
 
     done: int = 0
     failed: int = 0
     before: int = 0
+    failed_before: int = 0
     tokens: int = 0
     seconds: float = 0.0
 
@@ -67,7 +77,7 @@ class Summary:
 
 def is_parquet(path: str | os.PathLike[str]) -> bool:
     """Whether a file's name says that it is a Parquet file; all others hold JSON Lines."""
-    return Path(path).suffix in (".parquet", ".pq")
+    return Path(path).suffix.lower() in (".parquet", ".pq")
 
 
 def count_rows(path: str | os.PathLike[str]) -> int:
@@ -165,7 +175,7 @@ class _Lines:
                 "Choose another place."
             ) from error
 
-    def read(self) -> Iterator[dict[str, Any]]:
+    def read(self) -> Iterator[Any]:
         """The lines so far, after taking back one that was cut off."""
         self.file.seek(0)
         whole = 0
@@ -194,6 +204,11 @@ class _Lines:
                 "results. Make some; the same command then goes on from here."
             ) from error
 
+    def rewrite(self, lines: list[Any]) -> None:
+        """Write these lines in place of all that there are."""
+        self.file.truncate(0)
+        self.append("".join(json.dumps(line) + "\n" for line in lines))
+
     def close(self) -> None:
         """Close it; an empty one leaves no file."""
         if os.fstat(self.file.fileno()).st_size == 0:
@@ -207,15 +222,18 @@ def attribute_rows(
     output: str | os.PathLike[str],
     errors: str | os.PathLike[str] | None = None,
     report: Callable[[Summary], None] | None = None,
+    *,
+    retry_failed: bool = False,
 ) -> Summary:
     """Attribute the rows of `source` that `output` does not hold yet; see the module for the files.
 
     errors: the side file of rows that failed, by default the output's name with `.errors.jsonl`
-    behind it. `report` is called after every row.
+    behind it. `report` is called after every row. retry_failed: try all of them again, not only
+    those that failed for want of memory, say, or under other settings.
 
     Raises InputError where the input cannot be read, or is not the one that the output was begun
-    with; ConfigError where the output was begun with other settings; OutputError where it cannot be
-    written. Whatever goes wrong in a row is a line of the side file.
+    with; ConfigError where the output was begun with another model, dtype or settings; OutputError
+    where it cannot be written. Whatever goes wrong in a row is a line of the side file.
     """
     output = Path(output)
     parquet = is_parquet(output)
@@ -224,16 +242,25 @@ def attribute_rows(
         write_jsonl(read_parquet(output), journal)
     lines = _Lines(journal)
     side = _Lines(Path(errors) if errors is not None else Path(f"{output}.errors.jsonl"))
+    settings = _settings(attributor)
     summary = Summary()
     try:
-        done = dict(_finished(lines, side, attributor))
+        done = dict(_finished(lines, settings))
+        reasons = list(_reasons(side))
+        lasting = [] if retry_failed else [each for each in reasons if _lasts(each, settings)]
+        failed = {reason["row"]: reason["input"] for reason in lasting}
+        _check_input(source, failed | done, output)
+        if len(lasting) < len(reasons):
+            # A row without a line is one that is not done: whenever this is stopped, it is tried.
+            side.rewrite(lasting)
         begin = perf_counter()
         for row in read_rows(source):
             if row.number in done:
-                _check_same(row, done[row.number], output)
                 summary.before += 1
+            elif row.number in failed:
+                summary.failed_before += 1
             else:
-                _one(attributor, row, lines, side, summary)
+                _one(attributor, row, lines, side, settings, summary)
             summary.seconds = perf_counter() - begin
             if report is not None:
                 report(summary)
@@ -247,17 +274,24 @@ def attribute_rows(
     return summary
 
 
-def _one(attributor: Attributor, row: Row, lines: _Lines, side: _Lines, summary: Summary) -> None:
+def _one(
+    attributor: Attributor,
+    row: Row,
+    lines: _Lines,
+    side: _Lines,
+    settings: dict[str, Any],
+    summary: Summary,
+) -> None:
     mark = {"row": row.number, "input": row.digest}
     name = row.fields.get("id")
     name = None if name is None else str(name)
     try:
         result = _attribute(attributor, row)
-    except (ConfigError, UnsupportedModelError, OutputError):
-        raise  # not this row's fault
-    except Exception as error:  # whatever a row brings about
-        kind = type(error).__name__
-        side.append(json.dumps({**mark, "id": name, "kind": kind, "error": str(error)}) + "\n")
+    except (ConfigError, OutputError, UnsupportedModelError):
+        raise  # every row would fail
+    except Exception as error:  # whatever a row brings about, or the machine
+        reason = {"kind": type(error).__name__, "error": str(error), "settings": settings}
+        side.append(json.dumps({**mark, "id": name, **reason}) + "\n")
         summary.failed += 1
         return
     metadata = {**result.metadata, "batch": mark}
@@ -298,38 +332,98 @@ def _messages(messages: Any) -> list[dict[str, Any]]:
 # --- what was done before -------------------------------------------------------------------------
 
 
-def _finished(lines: _Lines, side: _Lines, attributor: Attributor) -> Iterator[tuple[int, str]]:
-    """Numbers and digests of the rows that an earlier run finished."""
+def _finished(lines: _Lines, settings: Mapping[str, Any]) -> Iterator[tuple[int, str]]:
+    """Numbers and digests of the rows whose results an earlier run wrote."""
     for line in lines.read():
-        metadata = line.get("metadata", {})
-        mark = metadata.get("batch")
-        if mark is None:
-            raise InputError(
-                f"{str(lines.path)!r} holds results that no batch wrote: expected a new output, or "
-                "one that was begun. Choose another."
-            )
-        _check_settings(metadata, attributor, lines.path)
-        yield mark["row"], mark["input"]
+        metadata = line.get("metadata") if isinstance(line, dict) else None
+        if (
+            not isinstance(metadata, dict)
+            or not _is_mark(metadata.get("batch"))
+            or not isinstance(metadata.get("config"), dict)
+        ):
+            raise _foreign(lines.path, "results")
+        _check_settings(_settings_of(metadata), settings, lines.path)
+        yield metadata["batch"]["row"], metadata["batch"]["input"]
+
+
+def _reasons(side: _Lines) -> Iterator[dict[str, Any]]:
+    """The lines of the side file."""
     for line in side.read():
-        yield line["row"], line["input"]
+        if not _is_mark(line) or not isinstance(line.get("settings", {}), dict):
+            raise _foreign(side.path, "reasons")
+        yield line
 
 
-def _check_settings(metadata: Any, attributor: Attributor, path: Path) -> None:
-    before = {"model": metadata["model"], **metadata["config"]}
-    now = {"model": type(attributor.model).__name__, **attributor.config.to_dict()}
+def _is_mark(value: Any) -> bool:
+    """Whether it names a row and its digest."""
+    return (
+        isinstance(value, dict)
+        and isinstance(value.get("row"), int)
+        and isinstance(value.get("input"), str)
+    )
+
+
+def _foreign(path: Path, what: str) -> InputError:
+    return InputError(
+        f"{str(path)!r} holds {what} that no batch wrote: expected a new file, or one that was "
+        "begun. Choose another."
+    )
+
+
+def _lasts(reason: dict[str, Any], settings: Mapping[str, Any]) -> bool:
+    """Whether a row that failed would fail again."""
+    return reason.get("kind") in _LASTING and not _changed(reason.get("settings", {}), settings)
+
+
+def _settings(attributor: Attributor) -> dict[str, Any]:
+    """What all results of an output have to share: their model, its dtype, and the configuration.
+
+    The same as `_settings_of` finds in the metadata of a result.
+    """
+    model: Any = attributor.model
+    return {
+        "model": type(model).__name__,
+        "model_name": str(getattr(model, "name_or_path", "") or ""),
+        "dtype": str(model.get_input_embeddings().weight.dtype).removeprefix("torch."),
+        **attributor.config.to_dict(),
+    }
+
+
+def _settings_of(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    keys = {"model": "model", "model_name": "name", "dtype": "dtype"}
+    found = {name: metadata[key] for name, key in keys.items() if key in metadata}
+    return {**found, **metadata["config"]}
+
+
+def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Names of the settings that differ."""
     # A setting that came with a later version has its default in what was done before.
-    changed = [name for name in now if name in before and before[name] != now[name]]
+    return [name for name in now if name in before and before[name] != now[name]]
+
+
+def _check_settings(before: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> None:
+    changed = _changed(before, now)
     if changed:
         first = changed[0]
         raise ConfigError(
             f"{str(path)!r} was begun with {first} {before[first]!r}, not {now[first]!r}: expected "
-            "the same settings to go on. Use them, or choose another output."
+            "the same model and settings to go on. Use them, or choose another output."
         )
 
 
-def _check_same(row: Row, digest: str, output: Path) -> None:
-    if row.digest != digest:
-        raise InputError(
-            f"row {row.number} is not the one that {str(output)!r} was begun with: expected the "
-            "same input to go on. Use it, or choose another output."
-        )
+def _check_input(source: str | os.PathLike[str], digests: Mapping[int, str], output: Path) -> None:
+    """Raise InputError unless the input has the rows that these are the digests of."""
+    left = dict(digests)
+    rows = read_rows(source)
+    while left:
+        row = next(rows, None)
+        if row is None:
+            raise InputError(
+                f"the input has no row {max(left)}, which {str(output)!r} was begun with: expected "
+                "the same input to go on. Use it, or choose another output."
+            )
+        if left.pop(row.number, row.digest) != row.digest:
+            raise InputError(
+                f"row {row.number} is not the one that {str(output)!r} was begun with: expected "
+                "the same input to go on. Use it, or choose another output."
+            )

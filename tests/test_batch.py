@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import random
@@ -14,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import heat_fast
-from heat_fast import Attributor, HeatConfig
+from heat_fast import Attributor, HeatConfig, batch
 from heat_fast.batch import Summary, attribute_rows
 from heat_fast.cli import app
-from heat_fast.errors import ConfigError, InputError, OutputError
+from heat_fast.errors import ConfigError, HeatError, InputError, NumericalError, OutputError
 
 Rows = list[Any]
 
@@ -146,7 +148,7 @@ def test_parquet_in_and_out_says_the_same_as_json_lines(
     assert not (tmp_path / f"out.{kind}.partial.jsonl").exists()
     # Run again, nothing is left to do and nothing changes.
     again = attribute_rows(attributor, tmp_path / "in.parquet", output)
-    assert (again.done, again.failed, again.before) == (0, 0, 3)
+    assert (again.done, again.failed, again.before, again.failed_before) == (0, 0, 2, 1)
     assert [each.to_dict() for each in read(output)] == [each.to_dict() for each in found]
 
 
@@ -170,7 +172,7 @@ def test_whatever_was_cut_off_is_made_good(
     ends = [0, *(index + 1 for index, byte in enumerate(side) if byte == 0x0A)]
     Path(f"{output}.errors.jsonl").write_bytes(side[: ends[min(done, 2)]])
     summary = attribute_rows(attributor, source, output)
-    assert summary.before == done + min(done, 2)
+    assert (summary.before, summary.failed_before) == (done, min(done, 2))
     assert without_times(output) == without_times(whole)
     assert Path(f"{output}.errors.jsonl").read_bytes() == side
 
@@ -195,6 +197,170 @@ def test_another_input_settings_or_file_is_refused(tmp_path: Path, attributor: A
     with pytest.raises(InputError, match="a line that is not JSON"):
         attribute_rows(attributor, source, output)
     assert output.read_text() == "something\n"
+
+
+def test_another_model_or_dtype_is_refused(tmp_path: Path, attributor: Attributor) -> None:
+    source, output = write(tmp_path / "in.jsonl", GOOD), tmp_path / "out.jsonl"
+    attribute_rows(attributor, source, output)
+    before = output.read_bytes()
+    tokenizer, config = attributor.tokenizer, attributor.config
+    other = copy.deepcopy(attributor.model)
+    other.name_or_path = "another"
+    with pytest.raises(ConfigError, match=r"begun with model_name '.+', not 'another'"):
+        attribute_rows(Attributor(other, tokenizer, config), source, output)
+    narrow = copy.deepcopy(attributor.model).to(torch.bfloat16)
+    with pytest.raises(ConfigError, match="begun with dtype 'float32', not 'bfloat16'"):
+        attribute_rows(Attributor(narrow, tokenizer, config), source, output)
+    assert output.read_bytes() == before
+    # What a reason says of the settings is what a result says of them.
+    metadata = attributor.attribute("a").to_dict()["metadata"]
+    assert batch._settings(attributor) == batch._settings_of(metadata)
+
+
+def test_a_shortened_input_is_refused(tmp_path: Path, attributor: Attributor) -> None:
+    source, output = write(tmp_path / "in.jsonl", GOOD[:3]), tmp_path / "out.jsonl"
+    attribute_rows(attributor, source, output)
+    before = output.read_bytes()
+    with pytest.raises(InputError, match=r"the input has no row 3, which '.+' was begun with"):
+        attribute_rows(attributor, write(tmp_path / "short.jsonl", GOOD[:2]), output)
+    assert output.read_bytes() == before
+    longer = write(tmp_path / "long.jsonl", GOOD)
+    assert attribute_rows(attributor, longer, output).done == 1
+
+
+MARK = {"row": 1, "input": "x"}
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("out.jsonl", [1]),
+        ("out.jsonl", {"a": 1}),
+        ("out.jsonl", {"metadata": None}),
+        ("out.jsonl", {"metadata": {"batch": MARK}}),
+        ("out.jsonl", {"metadata": {"batch": MARK, "config": 1}}),
+        ("out.jsonl", {"metadata": {"batch": {"row": "1", "input": "x"}, "config": {}}}),
+        ("out.jsonl", {"metadata": {"batch": [1], "config": {}}}),
+        ("out.jsonl.errors.jsonl", [1]),
+        ("out.jsonl.errors.jsonl", {"a": 1}),
+        ("out.jsonl.errors.jsonl", {**MARK, "settings": 1}),
+    ],
+)
+def test_files_that_no_batch_wrote_are_refused(
+    name: str, line: Any, tmp_path: Path, attributor: Attributor
+) -> None:
+    source, place = write(tmp_path / "in.jsonl", GOOD), write(tmp_path / name, [line])
+    before = place.read_bytes()
+    with pytest.raises(InputError, match=r"holds (results|reasons) that no batch wrote: expected"):
+        attribute_rows(attributor, source, tmp_path / "out.jsonl")
+    assert place.read_bytes() == before
+
+
+def test_a_suffix_in_capitals_is_the_same_suffix(tmp_path: Path, attributor: Attributor) -> None:
+    pytest.importorskip("pyarrow")
+    source, output = write(tmp_path / "in.jsonl", GOOD), tmp_path / "OUT.PARQUET"
+    attribute_rows(attributor, source, output)
+    assert output.read_bytes()[:4] == b"PAR1"
+    shown = CliRunner().invoke(app, ["show", str(output), "--id", "first"])
+    assert shown.exit_code == 0, shown.output
+
+
+# --- tried again ----------------------------------------------------------------------------------
+
+
+def test_rows_that_failed_are_tried_again_under_other_settings(
+    tmp_path: Path, attributor: Attributor
+) -> None:
+    source = write(tmp_path / "in.jsonl", [{"prompt": "x" * 40}, {"prompt": ""}])
+    output, side = tmp_path / "out.jsonl", tmp_path / "out.jsonl.errors.jsonl"
+    assert attribute_rows(attributor, source, output).failed == 2
+    reasons = side.read_bytes()
+    again = attribute_rows(attributor, source, output)
+    assert (again.failed, again.failed_before) == (0, 2)
+    assert side.read_bytes() == reasons
+    config = HeatConfig(variant="win", window=16, tail=4, token_budget=64)
+    windows = Attributor(attributor.model, attributor.tokenizer, config)
+    other = attribute_rows(windows, source, output)
+    assert (other.done, other.failed, other.failed_before) == (1, 1, 0)
+    # The reasons that were found under the first settings are no longer there.
+    assert [(each["row"], each["settings"]["window"]) for each in lines(side)] == [(2, 16)]
+
+
+def test_reasons_of_an_earlier_version_are_kept(tmp_path: Path, attributor: Attributor) -> None:
+    source = write(tmp_path / "in.jsonl", [{"prompt": ""}])
+    output, side = tmp_path / "out.jsonl", tmp_path / "out.jsonl.errors.jsonl"
+    attribute_rows(attributor, source, output)
+    reason = lines(side)[0]
+    del reason["settings"]
+    write(side, [reason])
+    assert attribute_rows(attributor, source, output).failed_before == 1
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_retry_failed_tries_all_of_them_again(
+    suffix: str, tmp_path: Path, attributor: Attributor
+) -> None:
+    if suffix == "parquet":
+        pytest.importorskip("pyarrow")
+    source = write(tmp_path / "in.jsonl", [{"prompt": ""}, {"prompt": ""}, GOOD[0]])
+    output = tmp_path / f"out.{suffix}"
+    side = Path(f"{output}.errors.jsonl")
+    attribute_rows(attributor, source, output)
+    # One of them is mended, which only rows without a result can be.
+    write(source, [{"prompt": "ab", "id": "mended"}, {"prompt": ""}, GOOD[0]])
+    with pytest.raises(InputError, match="row 1 is not the one"):
+        attribute_rows(attributor, source, output)
+    again = attribute_rows(attributor, source, output, retry_failed=True)
+    assert (again.done, again.failed, again.before, again.failed_before) == (1, 1, 1, 0)
+    assert [each["row"] for each in lines(side)] == [2]
+    # The result of the row that was tried again stands last, and is found by its row.
+    read = heat_fast.read_parquet if suffix == "parquet" else heat_fast.read_jsonl
+    assert [each.id for each in read(output)] == ["first", "mended"]
+    for row, prompt in (("1", "ab"), ("3", "the red ball")):
+        arguments = ["show", str(output), "--id", row, "--json", "-"]
+        shown = CliRunner().invoke(app, arguments)
+        assert json.loads(shown.stdout)["prompt_text"] == prompt
+    shown = CliRunner().invoke(app, ["show", str(output), "--id", "2"])
+    assert shown.exit_code == 2
+    assert "a row from 1 to 3 that did not fail" in shown.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "lasts"),
+    [
+        (HeatError("out of memory"), False),
+        (RuntimeError("device-side assert"), False),
+        (NumericalError("not finite"), True),
+        (InputError("empty"), True),
+    ],
+)
+def test_what_is_not_the_row_s_fault_is_tried_again(
+    error: Exception,
+    lasts: bool,
+    tmp_path: Path,
+    attributor: Attributor,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    source, output = write(tmp_path / "in.jsonl", GOOD), tmp_path / "out.jsonl"
+    attribute = attributor.attribute
+
+    def fails(prompt: Any, *arguments: Any, **keywords: Any) -> Any:
+        if prompt == "ab":
+            raise error
+        return attribute(prompt, *arguments, **keywords)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(attributor, "attribute", fails)
+        first = attribute_rows(attributor, source, output)
+    assert (first.done, first.failed) == (3, 1)
+    again = attribute_rows(attributor, source, output)
+    assert (again.done, again.before, again.failed_before) == (0 if lasts else 1, 3, int(lasts))
+    rows = [line["metadata"]["batch"]["row"] for line in lines(output)]
+    assert rows == ([1, 2, 4] if lasts else [1, 2, 4, 3])
+    assert (tmp_path / "out.jsonl.errors.jsonl").exists() == lasts
+
+
+# --- processes ------------------------------------------------------------------------------------
 
 
 def test_one_process_at_a_time(tmp_path: Path, attributor: Attributor) -> None:
@@ -277,7 +443,17 @@ def test_where_every_row_fails_that_is_an_error(run: Callable[..., Any], tmp_pat
     outcome = run(source, tmp_path / "out.jsonl")
     assert outcome.exit_code == 1
     assert "all 2 rows failed" in outcome.stderr
-    assert len(lines(tmp_path / "out.jsonl.errors.jsonl")) == 2
+    side = tmp_path / "out.jsonl.errors.jsonl"
+    assert len(lines(side)) == 2
+    # Nothing is left to do, which is no success.
+    outcome = run(source, tmp_path / "out.jsonl")
+    assert outcome.exit_code == 1
+    assert "0 failed; 2 failed before; reasons in" in outcome.stderr
+    assert "all 2 rows failed" in outcome.stderr and "--retry-failed" in outcome.stderr
+    outcome = run(source, tmp_path / "out.jsonl", "--retry-failed")
+    assert outcome.exit_code == 1
+    assert "2 failed; reasons in" in outcome.stderr
+    assert len(lines(side)) == 2
 
 
 @pytest.mark.parametrize(

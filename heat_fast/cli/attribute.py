@@ -148,9 +148,13 @@ def _messages(path: str) -> list[dict[str, str]]:
             '[{"role": "user", "content": "..."}]. Correct it.'
         ) from error
     fields = ("role", "content")
-    if not isinstance(found, list) or not found or not all(
-        isinstance(each, dict) and all(isinstance(each.get(field), str) for field in fields)
-        for each in found
+    if (
+        not isinstance(found, list)
+        or not found
+        or not all(
+            isinstance(each, dict) and all(isinstance(each.get(field), str) for field in fields)
+            for each in found
+        )
     ):
         raise UsageError(
             f"{_name(path)} holds no list of messages: expected each to be an object with role and "

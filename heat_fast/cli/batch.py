@@ -47,6 +47,9 @@ def batch(
             help="Rows that failed, with the reason; OUTPUT.errors.jsonl if left out.",
         ),
     ] = None,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Try again every row that failed before.")
+    ] = False,
     model: options.Model = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
@@ -69,15 +72,18 @@ def batch(
     attributor = Attributor(loaded.model, loaded.tokenizer, config)
     try:
         with _progress(rows, quiet) as report:
-            summary = attribute_rows(attributor, source, output, side, report)
+            summary = attribute_rows(
+                attributor, source, output, side, report, retry_failed=retry_failed
+            )
     except KeyboardInterrupt:
         note(f"{output} keeps what was done; the same command goes on from there.", quiet)
         raise
     note(_told(summary, output, side), quiet)
-    if summary.failed and not summary.done and not summary.before:
+    failed = summary.failed + summary.failed_before
+    if failed and not summary.done and not summary.before:
         raise HeatError(
-            f"all {summary.failed} rows failed: expected one at least that does not. Their reasons "
-            f"are in {side!r}."
+            f"all {failed} rows failed: expected one at least that does not. Their reasons are in "
+            f"{side!r}. Mend them and pass --retry-failed, or change the settings."
         )
 
 
@@ -112,7 +118,8 @@ def _progress(rows: int, quiet: bool) -> Iterator[Report | None]:
         task = progress.add_task("rows", total=rows)
 
         def report(summary: Summary) -> None:
-            finished = summary.before + summary.done + summary.failed
+            before = summary.before + summary.failed_before
+            finished = before + summary.done + summary.failed
             progress.update(task, completed=finished, description=_speed(summary))
 
         yield report
@@ -130,4 +137,6 @@ def _told(summary: Summary, output: str, side: str) -> str:
     text = f"{output}: {summary.done} rows attributed, {_speed(summary)}"
     if summary.before:
         text += f"; {summary.before} rows were done before"
-    return text + (f"; reasons in {side}" if summary.failed else "")
+    if summary.failed_before:
+        text += f"; {summary.failed_before} failed before"
+    return text + (f"; reasons in {side}" if summary.failed or summary.failed_before else "")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def read_result(path: str, name: str | None = None) -> Attribution:
     """The result of a file; of a file of many, the one whose id is `name` or that is row `name`."""
-    if Path(path).suffix not in (".jsonl", ".ndjson", ".parquet", ".pq"):
+    if Path(path).suffix.lower() not in (".jsonl", ".ndjson", ".parquet", ".pq"):
         if name is not None:
             raise UsageError(
                 f"--id {name}, but {path!r} holds one result: expected a file of many (.jsonl or "
@@ -39,7 +39,7 @@ def read_result(path: str, name: str | None = None) -> Attribution:
 
 
 def _many(path: str) -> Iterator[Attribution]:
-    if Path(path).suffix in (".parquet", ".pq"):
+    if Path(path).suffix.lower() in (".parquet", ".pq"):
         from heat_fast.tables import read_parquet
 
         return read_parquet(path)
@@ -49,17 +49,29 @@ def _many(path: str) -> Iterator[Attribution]:
 
 
 def _chosen(path: str, results: Iterator[Attribution], name: str) -> Attribution:
-    """The first result with that id; where there is none, the row of that number."""
+    """The first result with that id; where there is none, that of the row of that number."""
     numbered = None
-    number = 0
-    for number, result in enumerate(results, start=1):
+    last = 0
+    for place, result in enumerate(results, start=1):
         if result.id == name:
             return result
+        number = _row(result, place)
+        last = max(last, number)
         if str(number) == name:
             numbered = result
     if numbered is None:
         raise UsageError(
-            f"{path!r} has no result {name!r}: expected an id, or a row from 1 to {number}. Choose "
-            "another."
+            f"{path!r} has no result {name!r}: expected an id, or a row from 1 to {last} that did "
+            "not fail. Choose another."
         )
     return numbered
+
+
+def _row(result: Attribution, place: int) -> int:
+    """The row that a batch made it of, which may have failed at first and stand last; or its place.
+
+    Rows that failed have no result, so that places alone would name others.
+    """
+    mark = result.metadata.get("batch")
+    number = mark.get("row") if isinstance(mark, Mapping) else None
+    return number if isinstance(number, int) else place
