@@ -171,8 +171,8 @@ def estimate(
     check_config(config)
     if not all(isinstance(n, int) and n >= 1 for n in (n_tokens, n_targets)):
         raise InputError(
-            f"n_tokens={n_tokens!r} and n_targets={n_targets!r}: expected whole numbers of at "
-            "least one. Pass the lengths of the prompt and of the target in tokens."
+            f"n_tokens={n_tokens!r} and n_targets={n_targets!r}: expected whole numbers, at "
+            "least one of each. Pass the lengths of the prompt and of the target in tokens."
         )
     config = config if config is not None else HeatConfig()
     check_length(n_tokens, n_targets, context_length(model), config.window)
