@@ -32,6 +32,7 @@ from heat_fast.errors import (
     OutputError,
     UnsupportedModelError,
 )
+from heat_fast.files import is_parquet
 from heat_fast.result import Attribution
 from heat_fast.storage import read_jsonl, to_line, write_jsonl
 from heat_fast.tables import missing, read_parquet, write_parquet
@@ -73,11 +74,6 @@ class Summary:
 
 
 # --- the input ------------------------------------------------------------------------------------
-
-
-def is_parquet(path: str | os.PathLike[str]) -> bool:
-    """Whether a file's name says that it is a Parquet file; all others hold JSON Lines."""
-    return Path(path).suffix.lower() in (".parquet", ".pq")
 
 
 def count_rows(path: str | os.PathLike[str]) -> int:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -169,7 +170,7 @@ def estimate(
     """
     check_model(model)
     check_config(config)
-    if not all(isinstance(n, int) and n >= 1 for n in (n_tokens, n_targets)):
+    if not all(isinstance(n, Integral) and n >= 1 for n in (n_tokens, n_targets)):
         raise InputError(
             f"n_tokens={n_tokens!r} and n_targets={n_targets!r}: expected whole numbers, at "
             "least one of each. Pass the lengths of the prompt and of the target in tokens."

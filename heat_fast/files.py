@@ -11,7 +11,7 @@ from typing import IO
 
 from heat_fast.errors import OutputError
 
-__all__ = ["check_writable", "replacing", "write_file"]
+__all__ = ["check_writable", "is_parquet", "replacing", "write_file"]
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
@@ -110,3 +110,8 @@ def _create_beside(place: Path) -> tuple[int, Path]:
             place, f"its directory is not writable ({error.strerror})", "Choose another place."
         ) from error
     return descriptor, temporary
+
+
+def is_parquet(path: str | os.PathLike[str]) -> bool:
+    """Whether a file's name says that it is a Parquet file; many rows lie in JSON Lines else."""
+    return Path(path).suffix.lower() in (".parquet", ".pq")

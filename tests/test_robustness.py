@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -152,6 +153,11 @@ def test_overlapping_calls_leave_a_training_model_as_it_was() -> None:
     assert not any(module.training for module in model.modules())
     second.__exit__(None, None, None)
     assert [module.training for module in model.modules()] == before
+
+
+def test_an_estimate_takes_any_whole_number() -> None:
+    model = families.build("llama")
+    assert estimate(model, np.int64(5), calibrate=False) == estimate(model, 5, calibrate=False)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from heat_fast.cli.common import UsageError
 from heat_fast.errors import InputError
+from heat_fast.files import is_parquet
 
 if TYPE_CHECKING:
     from heat_fast.result import Attribution
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 def read_result(path: str, name: str | None = None) -> Attribution:
     """The result of a file; of a file of many, the one whose id is `name` or that is row `name`."""
-    if Path(path).suffix.lower() not in (".jsonl", ".ndjson", ".parquet", ".pq"):
+    if not is_parquet(path) and Path(path).suffix.lower() not in (".jsonl", ".ndjson"):
         if name is not None:
             raise UsageError(
                 f"--id {name}, but {path!r} holds one result: expected a file of many (.jsonl or "
@@ -39,7 +40,7 @@ def read_result(path: str, name: str | None = None) -> Attribution:
 
 
 def _many(path: str) -> Iterator[Attribution]:
-    if Path(path).suffix.lower() in (".parquet", ".pq"):
+    if is_parquet(path):
         from heat_fast.tables import read_parquet
 
         return read_parquet(path)
