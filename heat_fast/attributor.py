@@ -226,7 +226,7 @@ class Attributor:
             findings.insert(0, Finding.joined(parts_found))
             response = response or findings[0].targets
         assert budget is not None
-        found = accumulate(plan, findings)
+        found = accumulate(plan, findings, config.window_weights)
         parts, screening = found.parts, found.screening
         score, envelope = combine(parts, config)
         metadata = self._metadata(decoder, embeddings, budget, ledger, ran)

@@ -22,6 +22,7 @@ __all__ = ["PRESETS", "HeatConfig"]
 Rollout = Literal["value_path", "input_path"]
 Curvature = Literal["hessian", "gauss_newton", "grad_squared", "none"]
 Estimator = Literal["block", "coded", "row", "low_rank"]
+WindowWeights = Literal["probability", "uniform"]
 RankScope = Literal["sequence", "token"]
 Masking = Literal["zero", "mean", "sentinel"]
 Normalize = Literal["sum"]
@@ -213,6 +214,9 @@ class HeatConfig:
         longer prompt is cut into windows, see :mod:`heat_fast.windows`.
     overlap: share of a window's stretch that the next one repeats, from 0 to below 1. Default 0.5.
     sink, tail: first and last tokens of the prompt that every window keeps. Defaults 1 and 64.
+    window_weights: ``"probability"`` (default): what a window finds counts in proportion to the
+        probability that it gives the target; ``"uniform"``: all windows count alike (the paper's
+        Algorithm 1), those too that do not predict the target.
     rank, sketch: rank of the ``"low_rank"`` estimator, at least 1, and how many test vectors it
         takes as a multiple of the rank, at least 1. Defaults 64 and 2. Only ``"low_rank"`` reads
         them.
@@ -249,8 +253,9 @@ class HeatConfig:
     ``curvature="hessian"``, a `sentinel_token` without ``masking="sentinel"``, a `rank_scope` or
     `passes` other than the default without ``estimator="low_rank"``. Amounts of sampling
     (`probes`, `probes_max`, `top_k`, `confidence`, `codes`, `rank`, `sketch`, `seed`) may be set
-    where nothing is sampled, and the shape of windows (`overlap`, `sink`, `tail`) where there are
-    none, so that one set of them serves every variant; they are then without effect.
+    where nothing is sampled, and the shape of windows (`overlap`, `sink`, `tail`) and their
+    `window_weights` where there are none, so that one set of them serves every variant; they are
+    then without effect.
 
     Raises
     ------
@@ -288,6 +293,9 @@ class HeatConfig:
     overlap: float = field(default=_UNSET, metadata=_spec(0.5, _below_one))
     sink: int = field(default=_UNSET, metadata=_spec(1, _integer(minimum=0)))
     tail: int = field(default=_UNSET, metadata=_spec(64, _integer(minimum=0)))
+    window_weights: WindowWeights = field(
+        default=_UNSET, metadata=_spec("probability", _one_of(WindowWeights))
+    )
     rank: int = field(default=_UNSET, metadata=_spec(64, _integer(minimum=1)))
     rank_scope: RankScope = field(default=_UNSET, metadata=_spec("sequence", _one_of(RankScope)))
     passes: Literal[1, 2] = field(default=_UNSET, metadata=_spec(1, _integer(minimum=1, maximum=2)))

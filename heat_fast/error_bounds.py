@@ -90,13 +90,14 @@ def bounds(model: Any, approximate: Attribution, exact: Attribution, *, sample: 
     every window that holds it.
 
     Raises `InputError` where the two are not of one prompt, target and setting, where one was
-    normalised or screened, or where `exact` has windows itself.
+    normalised or screened, where `exact` has windows itself, or where those of `approximate` are
+    not averaged alike (`window_weights="uniform"`), as the theorem has them.
 
     Example:
         >>> import heat_fast
         >>> model, prompt = heat_fast.load_demo_model().model, list(range(5, 25))
         >>> exact = heat_fast.attribute(model, None, prompt, 9, probes=2)
-        >>> cut = {"window": 12, "sink": 1, "tail": 3}
+        >>> cut = {"window": 12, "sink": 1, "tail": 3, "window_weights": "uniform"}
         >>> windowed = heat_fast.attribute(model, None, prompt, 9, "win", probes=2, **cut)
         >>> found = heat_fast.bounds(model, windowed, exact, sample=2)
         >>> total = found.window + found.curvature + found.information
@@ -167,6 +168,12 @@ def _check(
     if len(plan_windows(len(exact.token_ids), other)) > 1:
         raise InputError(
             f"exact has window={other.window}: expected one context. Repeat it with window=None."
+        )
+    several = len(plan_windows(len(exact.token_ids), config)) > 1
+    if several and config.window_weights != "uniform":
+        raise InputError(
+            f"an attribution with window_weights={config.window_weights!r}: expected 'uniform', "
+            "for the theorem's terms are plain means over windows. Repeat it with that."
         )
     if sample < 1:
         raise InputError(f"sample={sample}: expected at least 1. Pass the number of tokens to run.")

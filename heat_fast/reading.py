@@ -129,6 +129,8 @@ def _parts(result: Attribution) -> list[str]:
             f"{count} {'window' if count == 1 else 'windows'} of {windows['tokens']:,} tokens"
         )
         if leakage is not None:
+            if metadata.get("config", {}).get("window_weights") == "probability":
+                lines[-1] += ", weighted by the probability of the target in each"
             lines[-1] += f" (leakage {leakage:.1%}: how far windows disagree on what they share)"
     return lines
 

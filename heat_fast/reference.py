@@ -448,13 +448,16 @@ def attribute_in_windows(
     overlap: float = 0.5,
     sink: int = 1,
     tail: int = 64,
+    window_weights: str = "probability",
     **settings: Any,
 ) -> dict[str, Tensor]:
     """Algorithm 1 with windows: `attribute` on each, and the means of its components [T, N].
 
     A window is the first `sink` tokens, the last `tail` tokens and `window - sink - tail` between
     them, which move on by their share `1 - overlap`, and for the last time to the tail. Sums over
-    the windows that hold a token, divided by their number. `settings` and `probes` as for
+    the windows that hold a token, divided by their number; the gate's are divided by the sum of
+    their weights. A window's weight is the target's probability in it relative to its largest in
+    any (1 where `window_weights` is "uniform", as in the paper). `settings` and `probes` as for
     `attribute`; a window's first token takes the first probe, whichever token that is.
 
     Example:
@@ -481,11 +484,19 @@ def attribute_in_windows(
     names = ("gate", "curvature", "information", "log_prob_drop", "gradient_norm")
     sums = {name: torch.zeros(len(target_ids), count, dtype=torch.float64) for name in names}
     visits = torch.zeros(count, dtype=torch.float64)
-    for tokens in held:
-        found = attribute(model, [prompt_ids[i] for i in tokens], target_ids, probes, **settings)
-        for name in names:
-            for place, token in enumerate(tokens):
-                sums[name][:, token] += getattr(found, name)[:, place]
-        for token in tokens:
+    weighed = torch.zeros(len(target_ids), count, dtype=torch.float64)
+    windows = [
+        attribute(model, [prompt_ids[i] for i in tokens], target_ids, probes, **settings)
+        for tokens in held
+    ]
+    probabilities = torch.stack([found.target_log_probs for found in windows]).exp()
+    for tokens, found, probability in zip(held, windows, probabilities, strict=True):
+        weight = probability / probabilities.amax(0)
+        if window_weights == "uniform":
+            weight = torch.ones_like(weight)
+        for place, token in enumerate(tokens):
+            for name in names:
+                sums[name][:, token] += weight * getattr(found, name)[:, place]
             visits[token] += 1
-    return {name: total / visits for name, total in sums.items()}
+            weighed[:, token] += weight
+    return {name: total / (weighed if name == "gate" else visits) for name, total in sums.items()}

@@ -13,16 +13,25 @@ A prompt of at most `window` tokens is one window.
 Each window is run as its own short context, at positions `0, 1, ...`, its gate normalised in it.
 With `W(i)` the windows that hold token i, every component is then
 
-    mean_i = 1 / |W(i)| * sum_{w in W(i)} value_w[i]
+    effect_i = 1 / |W(i)| * sum_{w in W(i)} a_w effect_w[i]
+    gate_i   = sum_{w in W(i)} a_w gate_w[i] / sum_{w in W(i)} a_w
 
-(the paper's count normaliser), and the score is made of these means. What crosses from one stretch
-to another is lost: `leakage` tells how far windows that share tokens disagree about them.
+and the score is made of these means. Every `a_w` is 1 where `window_weights="uniform"` (the paper's
+count normaliser). By default it is the target's probability in the window, as a share of its
+largest in any window,
+
+    a_w = P_w(target) / max_v P_v(target),
+
+for what a window says about a token that it does not predict is no reason for that token: a window
+without the evidence would be heard as loudly as the one with it, and its gradients are often
+larger. What crosses from one stretch to another is lost: `leakage` tells how far windows that share
+tokens disagree about them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -33,6 +42,9 @@ from heat_fast.config import HeatConfig
 from heat_fast.kernels.window_mean import window_mean
 from heat_fast.lowrank import Quality
 from heat_fast.screening import Screening, share_of
+
+#: The least weight of a window, so that a token which is in such windows alone has a mean gate.
+LEAST_WEIGHT = 1e-12
 
 
 @dataclass(frozen=True)
@@ -92,6 +104,31 @@ class Finding:
     log_probs: Tensor
     quality: Quality | None = None
 
+    def times(self, share: Tensor) -> Finding:
+        """The same with its components, their errors and what was screened multiplied, `[n, 1]`."""
+
+        def of(value: Tensor) -> Tensor:
+            return value * share.to(value)
+
+        parts = replace(
+            self.parts,
+            gate=of(self.parts.gate),
+            curvature=of(self.parts.curvature),
+            information=of(self.parts.information),
+            log_prob_drop=of(self.parts.log_prob_drop),
+            gradient_norm=of(self.parts.gradient_norm),
+        )
+        screening = self.screening
+        if screening is not None and screening.estimates is not None:
+            information, drop, weighted = screening.estimates
+            screening = replace(screening, estimates=(of(information), of(drop), of(weighted)))
+        return replace(
+            self,
+            parts=parts,
+            stderr=None if self.stderr is None else of(self.stderr),
+            screening=screening,
+        )
+
     @staticmethod
     def joined(parts: Sequence[Finding]) -> Finding:
         """Those of several groups of targets as one; nothing was screened."""
@@ -119,21 +156,38 @@ class Finding:
         )
 
 
-def accumulate(plan: Plan, findings: Sequence[Finding]) -> Finding:
+def weights(findings: Sequence[Finding], weighting: str) -> Tensor:
+    """`a_w` of every window and target, `[windows, n]` in float64, from 0 to 1."""
+    log_probs = torch.stack([finding.log_probs for finding in findings]).double()
+    if weighting == "uniform":
+        return torch.ones_like(log_probs)
+    # No window gives the target any probability: none is to be preferred.
+    relative = (log_probs - log_probs.amax(0)).exp().nan_to_num(1.0)
+    return relative.clamp_min(LEAST_WEIGHT)
+
+
+def accumulate(plan: Plan, findings: Sequence[Finding], weighting: str) -> Finding:
     """The means over windows, `[n, N]` each; of one window, that window itself.
 
-    Information that screening left out is in no mean: a token is skipped only where every one of
-    its windows skipped it. The standard error of a mean is at most the mean of the standard errors,
-    however the windows' errors are correlated, and is given as that. The log-probabilities of the
-    targets are those of the last window, whose stretch reaches to the end of the prompt.
+    `weighting`: the configuration's `window_weights`. Information that screening left out is in no
+    mean: a token is skipped only where every one of its windows skipped it. The standard error of a
+    mean is at most the mean of the standard errors, however the windows' errors are correlated, and
+    is given as that. The log-probabilities of the targets are those of the last window, whose
+    stretch reaches to the end of the prompt.
     """
     if len(findings) == 1:
         return findings[0]
+    shares = weights(findings, weighting)[..., None]
+    findings = [each.times(share) for each, share in zip(findings, shares, strict=True)]
     parts = [finding.parts for finding in findings]
     screenings = [each.screening for each in findings if each.screening is not None]
     skipped = [torch.tensor(each.skipped) for each in screenings if each.skipped is not None]
     measured = [~each for each in skipped] or None
     gate = _mean(plan, [part.gate for part in parts])
+    gate /= _mean(
+        plan,
+        [share.to(gate).expand_as(part.gate) for share, part in zip(shares, parts, strict=True)],
+    )
     screening = _screened_together(plan, screenings, skipped, gate) if screenings else None
     together = Components(
         gate=gate,

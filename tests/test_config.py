@@ -26,6 +26,7 @@ def test_defaults_are_the_papers() -> None:
     assert (config.aggregate, config.seed, config.token_budget) == ("mean", 0, None)
     assert (config.layers, config.coverage, config.branch_tolerance) == (None, None, None)
     assert (config.window, config.overlap, config.sink, config.tail) == (None, 0.5, 1, 64)
+    assert config.window_weights == "probability"
 
 
 def test_is_frozen_and_hashable() -> None:
@@ -70,6 +71,7 @@ def test_gs_preset_changes_the_curvature_and_can_be_overridden() -> None:
         *[("layers", value) for value in (0, -1, 2.0, True, "all")],
         *[("window", value) for value in (0, 9.0, "auto", True)],
         *[("overlap", value) for value in (-0.1, 1, 1.5, math.nan, "0.5", None)],
+        *[("window_weights", value) for value in ("mean", None, 1)],
         *[(name, value) for name in ("sink", "tail") for value in (-1, 0.5, None)],
         *[("coverage", value) for value in (0, 1.0, -0.1, math.nan, "0.9", True)],
         *[("branch_tolerance", value) for value in (0, -0.1, math.inf, "0.02", False)],

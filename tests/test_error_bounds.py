@@ -14,7 +14,7 @@ from assertions import assert_close
 from heat_fast import Attribution, InputError, bounds
 
 TARGETS = [4, 6]
-WINDOW: dict[str, Any] = {"window": 10, "sink": 1, "tail": 3}
+WINDOW: dict[str, Any] = {"window": 10, "sink": 1, "tail": 3, "window_weights": "uniform"}
 APPROXIMATE: dict[str, dict[str, Any]] = {
     "win": {"variant": "win", **WINDOW},
     "lr": {"variant": "lr", "rank": 5},

@@ -7,6 +7,8 @@ from __future__ import annotations
 import doctest
 import io
 import json
+import math
+from dataclasses import replace
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -29,7 +31,7 @@ from heat_fast.cost import flops
 from heat_fast.decoder import view
 from heat_fast.reference import attribute_in_windows
 from heat_fast.terminal import render
-from heat_fast.windows import Finding, accumulate, leakage, plan_windows
+from heat_fast.windows import LEAST_WEIGHT, Finding, accumulate, leakage, plan_windows, weights
 from oracles import COMPONENTS, measure, probe_signs
 
 LENGTH = 13
@@ -40,6 +42,8 @@ SHAPE: dict[str, Any] = {"window": 6, "sink": 1, "tail": 2}
 TOLERANCES = dict(zip(COMPONENTS, (1e-9, 1e-7, 1e-9, 1e-9, 1e-9), strict=True))
 # The same windows run by themselves: sums of a few numbers in another order.
 SAME = 1e-13
+# Weighted with the windows' probabilities, which results hold in float32.
+WEIGHTED = 1e-6
 
 
 @cache
@@ -125,6 +129,7 @@ CASES: dict[str, dict[str, Any]] = {
     "plain": {"sink": 0, "tail": 0},
     "no_overlap": {"overlap": 0.0, "sink": 2, "tail": 1},
     "last_layers": {"layers": 1, "overlap": 0.7},
+    "uniform": {"window_weights": "uniform"},
 }
 
 
@@ -170,23 +175,34 @@ EVERY: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.parametrize("uniform", [True, False], ids=["uniform", "probability"])
 @pytest.mark.parametrize("settings", EVERY.values(), ids=EVERY)
-def test_means_of_windows_run_by_themselves(settings: dict[str, Any]) -> None:
+def test_means_of_windows_run_by_themselves(settings: dict[str, Any], uniform: bool) -> None:
     model, ids, settings = model_of("mistral"), ids_of("mistral"), {"probes": PROBES} | settings
-    together = measure(model, ids, TARGETS, **SHAPE, **settings)
+    weights = "uniform" if uniform else "probability"
+    together = measure(model, ids, TARGETS, window_weights=weights, **SHAPE, **settings)
     plan = plan_windows(LENGTH, HeatConfig(**SHAPE))
     sums = {part: torch.zeros(2, LENGTH, dtype=torch.float64) for part in COMPONENTS}
     errors, visits = torch.zeros(2, LENGTH), torch.zeros(LENGTH, dtype=torch.float64)
-    for number in range(len(plan)):
+    weighed = torch.zeros(2, LENGTH, dtype=torch.float64)
+    runs = [
+        measure(model, [ids[i] for i in plan.indices(number)], TARGETS, **settings)
+        for number in range(len(plan))
+    ]
+    probabilities = torch.stack([run.result.target_log_probs for run in runs]).double().exp()
+    for number, alone in enumerate(runs):
         indices = plan.indices(number)
-        alone = measure(model, [ids[i] for i in indices], TARGETS, **settings)
+        share = (probabilities[number] / probabilities.amax(0))[:, None]
+        share = torch.ones_like(share) if uniform else share
         for part in COMPONENTS:
-            sums[part][:, indices] += alone[part]
+            sums[part][:, indices] += share * alone[part]
         if alone.result.curvature_stderr is not None:
-            errors[:, indices] += alone.result.curvature_stderr
+            errors[:, indices] += share * alone.result.curvature_stderr
         visits[indices] += 1
+        weighed[:, indices] += share
     for part in COMPONENTS:
-        assert_close(part, sums[part] / visits, together[part], rtol=SAME)
+        mean = sums[part] / (weighed if part == "gate" else visits)
+        assert_close(part, mean, together[part], rtol=SAME if uniform else WEIGHTED)
     stderr = together.result.curvature_stderr
     if stderr is not None:
         assert_close("stderr", errors / visits, stderr, rtol=1e-6)
@@ -229,7 +245,8 @@ def test_the_models_own_target_is_the_last_windows() -> None:
 
 def test_coverage_in_windows() -> None:
     """A token counts where it was measured, and is skipped only where no window measured it."""
-    length, shape = 61, {"window": 40, "sink": 1, "tail": 3}
+    length = 61
+    shape: dict[str, Any] = {"window": 40, "sink": 1, "tail": 3, "window_weights": "uniform"}
     model, ids = model_of("llama"), ids_of("llama", 48) + ids_of("llama", 13)
     settings: dict[str, Any] = {"curvature": "none", "coverage": 0.2}
     together = measure(model, ids, TARGETS, **shape, **settings)
@@ -270,14 +287,49 @@ def test_leakage_and_means_by_hand() -> None:
     config = HeatConfig(window=3, sink=1, tail=0, overlap=0.5, beta=0.0, gamma=1.0)
     plan = plan_windows(4, config)  # 0 1 2 and 0 2 3
     findings = [finding([1.0, 7.0, 2.0]), finding([3.0, 4.0, 9.0])]
-    together = accumulate(plan, findings)
     expected: Tensor = torch.tensor([[2.0, 7.0, 3.0, 9.0]], dtype=torch.float64)
-    assert torch.equal(together.parts.information, expected)
+    for weighting in ("uniform", "probability"):  # both windows give the target log P = 0
+        together = accumulate(plan, findings, weighting)
+        assert torch.equal(together.parts.information, expected)
+        assert torch.equal(together.parts.gate, torch.ones_like(expected))
     # Shared: tokens 0 and 2, scores (1, 2) and (3, 4).
     assert leakage(plan, findings, config) == pytest.approx((2 + 2) / (4 + 6))
     assert leakage(plan, [findings[0], finding([1.0, 2.0, 0.0])], config) == 0
     assert leakage(plan, [finding([0, 5, 2]), finding([3, 0, 5])], config) == 1
     assert leakage(plan, [finding([0, 5, 0]), finding([0, 0, 5])], config) == 0
+
+
+# --- weights ------------------------------------------------------------------------------------
+
+
+def test_a_window_counts_as_much_as_it_predicts_the_target() -> None:
+    config = HeatConfig(window=3, sink=1, tail=0, overlap=0.5)
+    plan = plan_windows(4, config)  # 0 1 2 and 0 2 3
+    found = [finding([1.0, 7.0, 2.0]), finding([3.0, 4.0, 9.0])]
+    gates = [torch.tensor([[0.2, 0.5, 0.3]]).double(), torch.tensor([[0.6, 0.3, 0.1]]).double()]
+    logs = [torch.tensor([-3.0]), torch.tensor([-3.0 - math.log(4)])]
+    found = [
+        replace(each, parts=replace(each.parts, gate=gate), log_probs=log)
+        for each, gate, log in zip(found, gates, logs, strict=True)
+    ]
+    parts = accumulate(plan, found, "probability").parts
+    expected = torch.tensor([[(1 + 3 / 4) / 2, 7.0, (2 + 4 / 4) / 2, 9 / 4]]).double()
+    assert_close("I", expected, parts.information, rtol=1e-6)
+    gate = torch.tensor([[(0.2 + 0.6 / 4) / 1.25, 0.5, (0.3 + 0.3 / 4) / 1.25, 0.1]]).double()
+    assert_close("gate", gate, parts.gate, rtol=1e-6)
+    assert torch.equal(
+        accumulate(plan, found, "uniform").parts.information,
+        torch.tensor([[2.0, 7.0, 3.0, 9.0]]).double(),
+    )
+
+
+def test_weights_of_targets_that_are_out_of_reach() -> None:
+    improbable = [
+        replace(finding([1.0]), log_probs=torch.tensor(row))
+        for row in ([0.0, -math.inf], [-500.0, -math.inf])
+    ]
+    told = weights(improbable, "probability")
+    assert told.tolist() == [[1.0, 1.0], [LEAST_WEIGHT, 1.0]]
 
 
 # --- what is told -------------------------------------------------------------------------------
@@ -300,7 +352,8 @@ def test_the_result_says_what_was_done(tmp_path: Path) -> None:
     assert 0 < windows["leakage"] < 1
     assert windows["log_probs"][-1] == pytest.approx(result.target_log_probs.tolist(), abs=1e-6)
     text = shown(result)
-    assert f"{len(plan)} windows of 6 tokens (leakage {windows['leakage']:.1%}" in text
+    assert f"{len(plan)} windows of 6 tokens, weighted by the probability of the target" in text
+    assert f"in each (leakage {windows['leakage']:.1%}" in text
     assert "gate and curvature through the last 2 of 3 blocks" in text
     result.save(tmp_path / "result.safetensors")
     loaded = heat_fast.load(tmp_path / "result.safetensors")

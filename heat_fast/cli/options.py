@@ -174,6 +174,13 @@ def _settings(
         int | None,
         setting(metavar="N", help="Last tokens that every window keeps; 64 if left out."),
     ] = None,
+    window_weights: Annotated[
+        str | None,
+        setting(
+            values=settings.WindowWeights,
+            help="How windows count: by the probability they give the target, or all alike.",
+        ),
+    ] = None,
     rank: Annotated[int | None, setting(help="Rank of --estimator low_rank.")] = None,
     rank_scope: Annotated[
         str | None,
