@@ -289,7 +289,9 @@ def _calibrate(model: Any, tokens: int, targets: int, config: HeatConfig, wanted
         codes=FIRST_CODES if config.codes == "auto" else config.codes,
     )
     attributor = Attributor(model, None, known)
-    attributor.attribute(ids[:8], ids[8:9])  # the first run pays for caches and threads
+    attributor.attribute(
+        ids[: min(8, short)], ids[short : short + 1]
+    )  # the first run pays for caches and threads
     begin = time.perf_counter()
     attributor.attribute(ids[:short], ids[short:])
     elapsed = time.perf_counter() - begin

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -418,6 +420,9 @@ def test_errors_say_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
         baselines.get("reagent", share=2)
     with pytest.raises(ConfigError, match=r"noise='a'.*above 0"):
         baselines.get("causal_tracing", noise="a")
+    for seed in ("x", 1.5, None, True, -1, 2**63):
+        with pytest.raises(ConfigError, match=r"seed=.*: expected a whole number of at least 0"):
+            baselines.get("random", seed=seed)
     model = build("llama")
     with pytest.raises(ConfigError, match=r"layer=9 of a model of 3 blocks"):
         baselines.Peering(layer=9)(model, None, [3, 4])
@@ -428,3 +433,17 @@ def test_errors_say_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "sklearn.linear_model", None)
     with pytest.raises(MissingPackageError, match=r"heat-fast\[evaluation\]"):
         baselines.ContextCite()(model, None, [3, 4, 5])
+
+
+@pytest.mark.parametrize("name", ["random", "integrated_gradients", "sea_cot", "leave_one_out"])
+def test_numpys_numbers_are_numbers(name: str) -> None:
+    """They are kept as Python's, so that the result can be written."""
+    given: dict[str, Any] = {"seed": np.int64(3)}
+    given |= {
+        "integrated_gradients": {"steps": np.int64(2)},
+        "sea_cot": {"chains": np.int32(1)},
+    }.get(name, {})
+    method = baselines.get(name, **given)
+    assert method == baselines.get(name, **{key: int(value) for key, value in given.items()})
+    assert all(type(getattr(method, key)) is int for key in given)
+    json.dumps(method(build("llama"), None, [3, 4], [5]).metadata)

@@ -88,7 +88,8 @@ def test_every_setting_has_an_option() -> None:
         (["compare", "--against", "gs", "--prompt", "a", "--messages", "b"], "both --messages and"),
         (["compare", "--against", "gs", "--messages", "one.json"], "holds no list of messages"),
         (["compare", "--against", "gs", "--model", "a"], "--prompt-file F or --messages F"),
-        (["compare", "--against", "g", "--prompt", "a"], "unknown variant 'g'"),
+        (["compare", "--against", "g", "--prompt", "a"], "--against: unknown variant 'g'"),
+        (["compare", "one.json", "one.json", "--id", "one"], "holds one result"),
         (["compare", "--against", "gs", "--prompt", ""], "prompt is empty"),
         (["estimate", "--beta", "-1"], "--beta -1.0 is not valid"),
         (["estimate", "--json", "no-folder/x"], "does not exist"),
@@ -191,6 +192,12 @@ def test_compare_shows_saved_results_side_by_side(folder: Path) -> None:
     assert [each["ranks"] for each in data["leading"]] == [[2, 1], [1, 3], [3, 2]]
 
 
+def test_compare_one_result_with_one_of_many(folder: Path) -> None:
+    text = worked("compare", "one.json", "both.jsonl", "--id", "one", "--top", "3")
+    assert "100%" in text
+    assert "100%" in worked("compare", "both.jsonl", "one.json", "--id", "1", "--top", "3")
+
+
 def test_compare_two_variants_on_one_prompt(model_folder: str) -> None:
     options = ("--model", model_folder, "--prompt", "abcd", "--probes", "1", "--json", "-")
     data = json.loads(worked("compare", "--variant", "full", "--against", "gs", *options))
@@ -242,6 +249,15 @@ def test_estimate_tells_what_the_library_tells(model_folder: str) -> None:
     assert data["hvp"] == 36
     text = worked("estimate", *options, "--probes", "auto")
     assert "at most 1,152" in text and "not timed" in text
+
+
+@pytest.mark.parametrize(("tokens", "targets"), [(1, 1), (3, 5), (1, 30), (7, 1)])
+def test_an_estimate_of_a_short_prompt_is_timed(
+    model_folder: str, tokens: int, targets: int
+) -> None:
+    options = ("--model", model_folder, "--tokens", str(tokens), "--targets", str(targets))
+    data = json.loads(worked("estimate", *options, "--variant", "gs", "--json", "-"))
+    assert data["seconds"] > 0
 
 
 def test_bench_measures_what_it_says(model_folder: str) -> None:

@@ -161,6 +161,65 @@ def test_a_run_goes_on_with_the_same_device_and_dtype(
     assert len(rows.read_text().splitlines()) == 1
 
 
+def test_a_finished_run_is_held_to_what_it_was_measured_on(tmp_path: Path) -> None:
+    """Nothing is left to measure, and no model is loaded that could tell."""
+    data = tmp_path / "data.jsonl"
+    (tmp_path / "plan.toml").write_text(
+        PLAN.replace('name = "synthetic"', 'name = "wikibio"\npath = "data.jsonl"')
+    )
+    plan = load_plan(tmp_path / "plan.toml")
+    rows = [
+        {"prompt": "Ann is", "continuation": "tall."},
+        {"prompt": "Bo was", "continuation": "up."},
+    ]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = evaluate(plan, tmp_path / "out")
+    assert evaluate(plan, tmp_path / "out", device="cpu", dtype="float32") == found
+    with pytest.raises(InputError, match="now it is on cpu in float64: expected the same"):
+        evaluate(plan, tmp_path / "out", dtype="float64")
+    with pytest.raises(InputError, match="now it is on cuda in float32: expected the same"):
+        evaluate(plan, tmp_path / "out", device="cuda")
+    data.write_text("".join(json.dumps(row | {"prompt": "Bea is"}) + "\n" for row in rows))
+    with pytest.raises(InputError, match=r"rows of another '.*' of wikibio: .* another folder"):
+        evaluate(plan, tmp_path / "out")
+
+
+def test_a_folder_that_cannot_be_written(plan: Any, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path / "file", tmp_path / "file" / "folder"):
+        with pytest.raises(InputError, match=r"cannot write into .*file.*: expected a folder"):
+            evaluate(plan, place)
+    assert (tmp_path / "file").read_text() == ""
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "told"),
+    [
+        ('name = "random"', 'name = "random"\nseed = "x"', r"methods\]\] random: seed='x'"),
+        ('name = "heat-gs"', 'name = "heat-gs"\nprobes = 0', r"methods\]\] heat-gs: probes=0"),
+        ('name = "embedded"', 'name = "embedded"\npath = 3', r"path of .*models.* is 3: .*quotes"),
+        ("limit = 3", "limit = 3\npath = 5", r"path of .*data.* is 5: .*quotes"),
+    ],
+)
+def test_values_of_a_plan_are_checked_before_it_runs(
+    tmp_path: Path, before: str, after: str, told: str
+) -> None:
+    (tmp_path / "plan.toml").write_text(PLAN.replace(before, after))
+    with pytest.raises(InputError, match=told):
+        load_plan(tmp_path / "plan.toml")
+
+
+def test_a_bar_in_a_label_leaves_the_table_whole(tmp_path: Path) -> None:
+    given = PLAN.replace('name = "random"', 'name = "random"\nlabel = "a|b"')
+    (tmp_path / "plan.toml").write_text(given.replace("limit = 3", "limit = 1"))
+    plan = load_plan(tmp_path / "plan.toml")
+    write_tables(plan, evaluate(plan, tmp_path / "out"), tmp_path / "out")
+    [line] = [
+        each for each in (tmp_path / "out/tables.md").read_text().splitlines() if "a\\|b" in each
+    ]
+    assert line.replace("\\|", "").count("|") == 4
+
+
 def test_what_failed_is_tried_again(tmp_path: Path) -> None:
     long, short = ({"prompt": text, "continuation": "end."} for text in ("word " * 600, "Ann is"))
     data = tmp_path / "data.jsonl"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import platform
 import time
 from abc import ABC, abstractmethod
@@ -15,6 +14,7 @@ from torch import Tensor
 from heat_fast._version import __version__
 from heat_fast.attributor import Attributor, _embedding_device
 from heat_fast.baselines.case import Case
+from heat_fast.baselines.settings import check_settings, setting, whole
 from heat_fast.config import suggest
 from heat_fast.errors import ConfigError
 from heat_fast.forward import unchanged
@@ -36,7 +36,10 @@ class Baseline(ABC):
 
     name: ClassVar[str]
 
-    seed: int = 0
+    seed: int = setting(0, whole(0, 2**63 - 1))
+
+    def __post_init__(self) -> None:
+        check_settings(self)
 
     @abstractmethod
     def scores(self, case: Case) -> Tensor | dict[str, Tensor]:
@@ -124,29 +127,13 @@ def get(name: str, **settings: Any) -> Baseline:
         )
     method = _METHODS[name]
     known = [each.name for each in dataclasses.fields(method)]
-    for setting in settings:
-        if setting not in known:
+    for given in settings:
+        if given not in known:
             raise ConfigError(
-                f"unknown setting {setting!r} of {name}: expected one of {', '.join(known)}. "
-                + suggest(setting, known)
+                f"unknown setting {given!r} of {name}: expected one of {', '.join(known)}. "
+                + suggest(given, known)
             )
     return method(**settings)
-
-
-def check_choice(setting: str, value: Any, known: tuple[str, ...]) -> None:
-    """Raise `ConfigError` unless the value is one of those known."""
-    if value not in known:
-        raise ConfigError(
-            f"{setting}={value!r}: expected one of {', '.join(map(repr, known))}. Choose one."
-        )
-
-
-def check_count(setting: str, value: Any, minimum: int = 1) -> None:
-    """Raise `ConfigError` unless the value is a whole number of at least `minimum`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise ConfigError(
-            f"{setting}={value!r}: expected a whole number of at least {minimum}. Pass one."
-        )
 
 
 def as_result(
@@ -172,11 +159,3 @@ def as_result(
         target_log_probs=log_probs,
         metadata=metadata,
     )
-
-
-def check_number(setting: str, value: Any, most: float = math.inf) -> None:
-    """Raise `ConfigError` unless the value is a number above 0 and not above `most`."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not 0 < value <= most or math.isinf(value):
-        limit = "" if math.isinf(most) else f" and at most {most:g}"
-        raise ConfigError(f"{setting}={value!r}: expected a number above 0{limit}. Pass one.")

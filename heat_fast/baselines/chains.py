@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from heat_fast.baselines.base import Baseline, check_count, check_number, register
+from heat_fast.baselines.base import Baseline, register
 from heat_fast.baselines.case import Case
+from heat_fast.baselines.settings import positive, setting, whole
 from heat_fast.forward import context_length
 from heat_fast.generation import PLAIN_SAMPLING, without_end
 from heat_fast.prompt import check_length
@@ -33,14 +34,9 @@ class SelfEntailedChains(Baseline):
     prompt. From 0 to 1. Cost: `chains` generations and T + 1 times as many tokens read once more.
     """
 
-    chains: int = 8
-    length: int = 32
-    temperature: float = 0.7
-
-    def __post_init__(self) -> None:
-        check_count("chains", self.chains)
-        check_count("length", self.length)
-        check_number("temperature", self.temperature)
+    chains: int = setting(8, whole())
+    length: int = setting(32, whole())
+    temperature: float = setting(0.7, positive())
 
     def scores(self, case: Case) -> Tensor:
         """See `Baseline.scores`."""

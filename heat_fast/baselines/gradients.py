@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from heat_fast.baselines.base import Baseline, check_choice, check_count, register
+from heat_fast.baselines.base import Baseline, register
 from heat_fast.baselines.case import Case
+from heat_fast.baselines.settings import choice, setting, whole
 from heat_fast.information import replacement
 
 
@@ -23,10 +24,7 @@ class TokenGradients(Baseline):
     `norm`: `"l2"` or `"l1"`; papers use either. Cost: 1 forward, T backwards.
     """
 
-    norm: str = "l2"
-
-    def __post_init__(self) -> None:
-        check_choice("norm", self.norm, ("l2", "l1"))
+    norm: str = setting("l2", choice("l2", "l1"))
 
     def scores(self, case: Case) -> Tensor:
         """See `Baseline.scores`."""
@@ -72,12 +70,8 @@ class IntegratedGradients(Baseline):
     are context and stay as they are. Cost: `steps` + 2 forwards, `steps` T backwards.
     """
 
-    steps: int = 50
-    baseline: str = "zero"
-
-    def __post_init__(self) -> None:
-        check_count("steps", self.steps)
-        check_choice("baseline", self.baseline, ("zero", "mean"))
+    steps: int = setting(50, whole())
+    baseline: str = setting("zero", choice("zero", "mean"))
 
     def scores(self, case: Case) -> Tensor:
         """See `Baseline.scores`."""

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from heat_fast.baselines.base import Baseline, check_choice, check_count, check_number, register
+from heat_fast.baselines.base import Baseline, register
 from heat_fast.baselines.case import Case
+from heat_fast.baselines.settings import choice, positive, setting, whole
 from heat_fast.information import replacement
 
 
@@ -31,17 +32,11 @@ class LearnedMask(Baseline):
     tokens stay. From 0 to 1. Draws nothing at random. Cost: 2 T `steps` forwards and backwards.
     """
 
-    steps: int = 100
-    rate: float = 0.2
-    complement: float = 1.0
-    sparsity: float = 2.0
-    masking: str = "zero"
-
-    def __post_init__(self) -> None:
-        check_count("steps", self.steps)
-        check_choice("masking", self.masking, ("zero", "mean"))
-        for setting in ("rate", "complement", "sparsity"):
-            check_number(setting, getattr(self, setting))
+    steps: int = setting(100, whole())
+    rate: float = setting(0.2, positive())
+    complement: float = setting(1.0, positive())
+    sparsity: float = setting(2.0, positive())
+    masking: str = setting("zero", choice("zero", "mean"))
 
     def scores(self, case: Case) -> Tensor:
         """See `Baseline.scores`."""

@@ -9,15 +9,9 @@ import torch
 from torch import Tensor
 
 from heat_fast.attributor import Attributor
-from heat_fast.baselines.base import (
-    Baseline,
-    as_result,
-    check_choice,
-    check_count,
-    check_number,
-    register,
-)
+from heat_fast.baselines.base import Baseline, as_result, register
 from heat_fast.baselines.case import Case
+from heat_fast.baselines.settings import choice, positive, setting, whole
 from heat_fast.config import HeatConfig
 from heat_fast.errors import InputError, MissingPackageError
 
@@ -43,10 +37,7 @@ class LeaveOneOut(Baseline):
     tokens from i on, half of N whole ones.
     """
 
-    masking: Literal["zero", "mean"] = "zero"
-
-    def __post_init__(self) -> None:
-        check_choice("masking", self.masking, ("zero", "mean"))
+    masking: Literal["zero", "mean"] = setting("zero", choice("zero", "mean"))
 
     def scores(self, case: Case) -> dict[str, Tensor]:
         """See `Baseline.scores`."""
@@ -79,16 +70,10 @@ class ContextCite(Baseline):
     0. Signed. Needs scikit-learn (`heat-fast[evaluation]`). Cost: `ablations` forwards.
     """
 
-    ablations: int = 64
-    sources: str = "token"
-    keep: float = 0.5
-    alpha: float = 0.01
-
-    def __post_init__(self) -> None:
-        check_count("ablations", self.ablations, 2)
-        check_choice("sources", self.sources, ("token", "sentence"))
-        check_number("keep", self.keep, 1)
-        check_number("alpha", self.alpha)
+    ablations: int = setting(64, whole(2))
+    sources: str = setting("token", choice("token", "sentence"))
+    keep: float = setting(0.5, positive(1))
+    alpha: float = setting(0.01, positive())
 
     def scores(self, case: Case) -> Tensor:
         """See `Baseline.scores`."""
@@ -149,12 +134,8 @@ class ReAGent(Baseline):
     forwards.
     """
 
-    steps: int = 64
-    share: float = 0.3
-
-    def __post_init__(self) -> None:
-        check_count("steps", self.steps)
-        check_number("share", self.share, 1)
+    steps: int = setting(64, whole())
+    share: float = setting(0.3, positive(1))
 
     def scores(self, case: Case) -> Tensor:
         """See `Baseline.scores`."""
@@ -193,12 +174,8 @@ class CausalTracing(Baseline):
     3 here). Signed. Cost: `samples` (N L + 1) forwards, of half the blocks on average.
     """
 
-    samples: int = 3
-    noise: float = 3.0
-
-    def __post_init__(self) -> None:
-        check_count("samples", self.samples)
-        check_number("noise", self.noise)
+    samples: int = setting(3, whole())
+    noise: float = setting(3.0, positive())
 
     def scores(self, case: Case) -> Tensor:
         """See `Baseline.scores`."""

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from heat_fast.baselines.base import Baseline, check_choice, check_count, register
+from heat_fast.baselines.base import Baseline, register
 from heat_fast.baselines.case import Case
+from heat_fast.baselines.settings import choice, optional, setting, whole
 from heat_fast.decoder.norm import wide
 from heat_fast.errors import ConfigError
 from heat_fast.gate import _flow, _targets
@@ -50,11 +51,7 @@ class Peering(Baseline):
     threshold. Signed. Cost: 1 forward, of one token more.
     """
 
-    layer: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.layer is not None:
-            check_count("layer", self.layer, 0)
+    layer: int | None = setting(None, optional(whole(0)))
 
     def scores(self, case: Case) -> Tensor:
         """See `Baseline.scores`."""
@@ -85,13 +82,8 @@ class TokenDistributionDynamics(Baseline):
     not read yet. Signed. Cost: 1 forward (forward direction), N forwards (backward), or N + 1.
     """
 
-    direction: str = "bidirectional"
-    alternative: int | None = None
-
-    def __post_init__(self) -> None:
-        check_choice("direction", self.direction, ("forward", "backward", "bidirectional"))
-        if self.alternative is not None:
-            check_count("alternative", self.alternative, 0)
+    direction: str = setting("bidirectional", choice("forward", "backward", "bidirectional"))
+    alternative: int | None = setting(None, optional(whole(0)))
 
     def scores(self, case: Case) -> Tensor:
         """See `Baseline.scores`."""
@@ -142,12 +134,8 @@ class ProgressiveInference(Baseline):
     prediction is uniform, `1 / V`. Signed. Cost: 1 forward, or `passes` + 1.
     """
 
-    mode: str = "single"
-    passes: int = 64
-
-    def __post_init__(self) -> None:
-        check_choice("mode", self.mode, ("single", "masked"))
-        check_count("passes", self.passes)
+    mode: str = setting("single", choice("single", "masked"))
+    passes: int = setting(64, whole())
 
     def scores(self, case: Case) -> Tensor:
         """See `Baseline.scores`."""

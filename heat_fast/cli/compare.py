@@ -10,8 +10,8 @@ from heat_fast.cli import options
 from heat_fast.cli.attribute import read_prompt
 from heat_fast.cli.common import UsageError, check_places, standard_output, write_json
 from heat_fast.cli.models import load_model
-from heat_fast.cli.results import read_result
-from heat_fast.config import PRESETS, HeatConfig
+from heat_fast.cli.results import holds_many, read_result
+from heat_fast.config import PRESETS, HeatConfig, suggest
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -76,12 +76,22 @@ def compare(
                 "a prompt or target without --against: expected it beside saved results only with "
                 "--against VARIANT. Leave it out, or give two variants instead of files."
             )
-        pair = read_result(left, name), read_result(right, name)
         names = left, right
+        several = any(map(holds_many, names))
+        # Of a file of one result beside a file of many the name chooses nothing.
+        first, second = (
+            read_result(path, name if holds_many(path) or not several else None) for path in names
+        )
+        pair = first, second
     else:
         if left is not None:
             raise UsageError(
                 f"both {left!r} and --against: expected saved results, or two variants. Drop one."
+            )
+        if against not in PRESETS:
+            raise UsageError(
+                f"--against: unknown variant {against!r}: expected one of {', '.join(PRESETS)}. "
+                + suggest(against, PRESETS)
             )
         other = config.replace(variant=against)
         text = read_prompt(prompt, prompt_file, messages)

@@ -64,6 +64,8 @@ def evaluate(
             output,
             lambda done, total: bar.update(task, completed=done, total=total),
             load,
+            device=None if device == "auto" else device,
+            dtype=None if dtype == "auto" else dtype,
         )
     write_plots(chosen, write_tables(chosen, rows, output), output)
     with standard_output():

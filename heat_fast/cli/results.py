@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def read_result(path: str, name: str | None = None) -> Attribution:
     """The result of a file; of a file of many, the one whose id is `name` or that is row `name`."""
-    if not is_parquet(path) and Path(path).suffix.lower() not in (".jsonl", ".ndjson"):
+    if not holds_many(path):
         if name is not None:
             raise UsageError(
                 f"--id {name}, but {path!r} holds one result: expected a file of many (.jsonl or "
@@ -37,6 +37,11 @@ def read_result(path: str, name: str | None = None) -> Attribution:
             "one, or with the number of its row (from 1)."
         )
     return first
+
+
+def holds_many(path: str) -> bool:
+    """Whether a file is one of many results, by its name."""
+    return is_parquet(path) or Path(path).suffix.lower() in (".jsonl", ".ndjson")
 
 
 def _many(path: str) -> Iterator[Attribution]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from heat_fast import baselines, datasets
 from heat_fast.combine import Components, combine
 from heat_fast.config import PRESETS, HeatConfig, nearest
-from heat_fast.errors import InputError
+from heat_fast.errors import ConfigError, InputError
 from heat_fast.evaluation.measures import MEASURES, Method
 from heat_fast.metrics import DECODING_GRID
 from heat_fast.result import Attribution
@@ -119,7 +119,10 @@ def load_plan(
             replace(each, settings={**each.settings, "limit": limit}) for each in parts["data"]
         )
     for each in parts["methods"]:
-        make_method(each)
+        try:
+            make_method(each)
+        except ConfigError as error:
+            raise InputError(f"[[methods]] {each.label}: {error}") from error
     for each in parts["metrics"]:
         _known("metrics", [each.name], MEASURES)
         _known(f"[[metrics]] {each.name}", each.settings, MEASURES[each.name].settings)
@@ -223,6 +226,12 @@ def _entries(table: str, rows: Any) -> tuple[Entry, ...]:
         settings = {key: value for key, value in row.items() if key not in ("name", "label")}
         if table in ("models", "data"):
             _known(f"[[{table}]] {row['name']}", row, _KEYS[table])
+            for key in ("path", "narratives"):
+                if not isinstance(row.get(key, ""), str):
+                    raise InputError(
+                        f"{key} of [[{table}]] {row['name']} is {row[key]!r}: expected the name of "
+                        "a file or folder, in quotes. Correct it."
+                    )
         found.append(Entry(row["name"], str(row.get("label", row["name"])), settings))
     _different(table, found)
     return tuple(found)

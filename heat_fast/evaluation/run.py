@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -29,22 +31,28 @@ def evaluate(
     output: str | os.PathLike[str],
     progress: Progress = lambda done, total: None,
     load: Callable[[str | None], tuple[Any, Any]] = read_model,
+    *,
+    device: str | None = None,
+    dtype: str | None = None,
 ) -> list[dict[str, Any]]:
     """Run a plan into a folder; a run that was stopped goes on where it was.
 
     Of every example the first target token is explained, all of them where the data set has
     `targets = "all"`, or the token that the model decodes. A row holds model, data, method,
     example, `targets`, `values` by metric, `skipped` (metric: reason), `seconds`, `device`,
-    `dtype`, and `error` where the attribution failed; rows are appended to `rows.jsonl` and flushed
-    to the disk one by one. A run that goes on tries again what failed: of rows of one attribution
-    the last counts. Where two decodings give the same token, its row is measured once. Returns all
-    rows in the order of the plan.
+    `dtype`, `digest` of the example, and `error` where the attribution failed; rows are appended to
+    `rows.jsonl` and flushed to the disk one by one. A run that goes on tries again what failed: of
+    rows of one attribution the last counts. Where two decodings give the same token, its row is
+    measured once. Returns all rows in the order of the plan.
 
     load: model and tokenizer of a folder or hub name, or of None, the embedded model; by default
     they are loaded onto the CPU.
+    device, dtype: where and in what it loads them ("cuda", "float64"), where that is asked for:
+    a run with nothing left to do loads none, and is held to these.
 
-    Raises `InputError` where the folder holds the results of another plan, or rows of a model on
-    another device or in another dtype than it is now.
+    Raises `InputError` where the folder holds the results of another plan, of examples that have
+    changed since, or rows of a model on another device or in another dtype than it is now, and
+    where it cannot be written.
     """
     folder = Path(output)
     _claim(folder, plan)
@@ -56,6 +64,8 @@ def evaluate(
         return *of, tuple(row["targets"])
 
     known = {_key(row): row for row in _rows(folder / ROWS)}
+    for kept in known.values():
+        _check_place(folder, kept, device, dtype)
     # Failures are not shared: each has its own reason.
     measured = {
         explained(row): row for row in known.values() if row.get("targets") and row["error"] is None
@@ -69,6 +79,7 @@ def evaluate(
             loaded: tuple[Any, Any] | None = None  # only where something is left to do
             for entry in plan.data:
                 for example in data[entry.label]:
+                    digest = _digest(example)
                     asked: Asked | HeatError | None = None
                     for method, run in methods.items():
                         key = (model.label, entry.label, method, example.id)
@@ -76,7 +87,10 @@ def evaluate(
                         if before is None or before["error"] is not None:
                             if loaded is None:
                                 loaded = load(model_name(model, plan.folder))
-                                _check_place(folder, model.label, loaded[0], known.values())
+                                now = _place_of(loaded[0])
+                                for kept in known.values():
+                                    if kept["model"] == model.label:
+                                        _check_place(folder, kept, *now)
                             asked = asked or _ask(entry, example, *loaded)
                             row: dict[str, Any] = dict(zip(_FIELDS, key, strict=True))
                             row["targets"] = (
@@ -84,31 +98,50 @@ def evaluate(
                             )
                             same = measured.get(explained(row))
                             row |= _taken(same) if same else _measure(plan, asked, run)
+                            row["digest"] = digest
                             if row != before:  # else it failed as before
                                 append(row)
                             known[key] = row
                             if row["targets"] and row["error"] is None:
                                 measured[explained(row)] = row
+                        elif before.get("digest", digest) != digest:
+                            raise InputError(
+                                f"{str(folder)!r} holds rows of another {example.id!r} of "
+                                f"{entry.label}: expected the examples that they were measured "
+                                "on. Choose another folder, or bring the data back."
+                            )
                         found.append(known[key])
                         done += 1
                         progress(done, total)
     return found
 
 
-def _check_place(folder: Path, label: str, model: Any, rows: Iterable[dict[str, Any]]) -> None:
-    """See that a model is where, and what, its rows were measured with."""
+def _place_of(model: Any) -> tuple[str, str]:
+    """Device and dtype of a model."""
     from heat_fast.attributor import _embedding_device
 
     embed = model.get_input_embeddings()
-    now = str(_embedding_device(embed)), str(embed.weight.dtype).removeprefix("torch.")
-    for row in rows:
-        then = row.get("device", now[0]), row.get("dtype", now[1])  # failures have neither
-        if row["model"] == label and then != now:
-            raise InputError(
-                f"{str(folder)!r} holds rows of {label} on {then[0]} in {then[1]}, now it is on "
-                f"{now[0]} in {now[1]}: expected the same, so that rows can be compared. Go on "
-                f"with device {then[0]} and dtype {then[1]}, or choose another folder."
-            )
+    return str(_embedding_device(embed)), str(embed.weight.dtype).removeprefix("torch.")
+
+
+def _check_place(folder: Path, row: dict[str, Any], device: str | None, dtype: str | None) -> None:
+    """See that a row was measured on the device and in the dtype of now, where they are known."""
+    if "device" not in row or "dtype" not in row:  # it failed
+        return
+    moved = device is not None and device not in (row["device"], row["device"].partition(":")[0])
+    if moved or dtype not in (None, row["dtype"]):
+        raise InputError(
+            f"{str(folder)!r} holds rows of {row['model']} on {row['device']} in {row['dtype']}, "
+            f"now it is on {device or row['device']} in {dtype or row['dtype']}: expected the "
+            f"same, so that rows can be compared. Go on with device {row['device']} and dtype "
+            f"{row['dtype']}, or choose another folder."
+        )
+
+
+def _digest(example: Example) -> str:
+    """What tells an example from another of the same id."""
+    text = json.dumps(asdict(example), sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _taken(row: dict[str, Any]) -> dict[str, Any]:
@@ -184,7 +217,14 @@ def _key(row: dict[str, Any]) -> tuple[str, ...]:
 
 def _claim(folder: Path, plan: Plan) -> None:
     """Keep the plan in the folder, or see that it is that of the rows that are there."""
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ROWS).touch()
+    except OSError as error:
+        raise InputError(
+            f"cannot write into {str(folder)!r} ({error.strerror}): expected a folder, new or of "
+            "an earlier run. Choose another."
+        ) from error
     kept, resolved = folder / PLAN, json.loads(json.dumps(plan.resolved()))
     rows = folder / ROWS
     if kept.exists() and rows.exists() and rows.stat().st_size:

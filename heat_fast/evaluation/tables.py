@@ -16,7 +16,7 @@ def markdown(plan: Plan, cells: Sequence[Cell]) -> str:
     """One table per model and data set: methods by metrics."""
     return "\n\n".join(
         f"**{model}, {data}**, n = {_counts(some)}\n\n"
-        + _rows(plan, some, _plain, "| ", " | ", " |")
+        + _rows(plan, some, _plain, "| ", " | ", " |", _barred)
         for (model, data), some in grouped(cells).items()
     )
 
@@ -70,6 +70,11 @@ def _rows(
 def _mark(cell: Cell) -> str:
     """An asterisk where it differs from the first method at 5 %."""
     return "*" if cell.p is not None and cell.p < 0.05 else ""
+
+
+def _barred(label: str) -> str:
+    """A label as a Markdown table reads it."""
+    return label.replace("|", r"\|")
 
 
 def _escaped(label: str) -> str:
