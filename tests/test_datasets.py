@@ -11,6 +11,7 @@ import types
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 import heat_fast
 from heat_fast import datasets
 from heat_fast.datasets.public import reading
-from heat_fast.datasets.text import common, merge
+from heat_fast.datasets.text import common, merge, sentences
 from heat_fast.errors import HeatError, InputError
 
 SETS = Path(
@@ -61,6 +62,23 @@ def test_longra_reads_spans_and_texts(tmp_path: Path) -> None:
     assert first.texts("evidence") == second.texts("evidence") == ["big"]
     assert first.texts("distractor") == second.texts("distractor") == ["(so I thought)"]
     assert first.extra["prompt_no_distractor"] == "It was big, even"
+
+
+def test_spans_move_with_the_white_space_around_a_prompt(tmp_path: Path) -> None:
+    row = {"prompt": " \tIt was big, even ", "target": "bigger", "prompt_no_distractor": "It was"}
+    spans = {"antecedent_char_span": [9, 12], "distractor_char_span": [0, 8]}
+    [example] = datasets.longra(write(tmp_path / "rows.jsonl", {**row, **spans}))
+    assert example.prompt == "It was big, even"
+    assert example.texts("evidence") == ["big"]
+    assert example.texts("distractor") == ["It was"]  # white space that is not read is no part
+
+
+def test_ids_differ_from_one_another_and_from_those_that_are_given(tmp_path: Path) -> None:
+    row = {"support": "Ice is cold.", "question": "What is cold?", "correct_answer": "ice"}
+    given = ["a", "a", "a-2", "b", "a", "a-4", "a-2"]
+    path = write(tmp_path / "rows.jsonl", *({**row, "id": name} for name in given))
+    found = [example.id for example in datasets.sciq(path)]
+    assert found == ["a", "a-3", "a-2", "b", "a-5", "a-4", "a-2-2"]
 
 
 def test_tellmewhy_marks_the_helpful_sentences(tmp_path: Path) -> None:
@@ -109,6 +127,13 @@ def test_narrativeqa_reads_nested_fields(tmp_path: Path) -> None:
     assert datasets.narratives(path, most_words=3) == ["Tom finds gold."]
 
 
+def test_narrativeqa_takes_a_text_as_one_answer(tmp_path: Path) -> None:
+    row = {"summary": "Tom lives in Rome.", "question": "Where?", "answers": "Rome"}
+    [example] = datasets.narrativeqa(write(tmp_path / "rows.jsonl", row))
+    assert (example.target, example.texts("evidence")) == (" Rome", ["Rome"])
+    assert example.extra["answers"] == ("Rome",)
+
+
 def test_authors_count_words_of_the_support(tmp_path: Path) -> None:
     row = {
         "input_text": "He left. <s> Ice is cold water. <s> Question: What is ice?",
@@ -134,8 +159,10 @@ def test_formats_hold_the_same_rows(tmp_path: Path) -> None:
     lines = datasets.sciq(write(tmp_path / "rows.jsonl", *rows))
     assert len(lines) == 3
     assert datasets.sciq(tmp_path / "rows.json") == lines
+    assert datasets.sciq((tmp_path / "rows.json").rename(tmp_path / "ROWS.JSON")) == lines
     assert datasets.sciq(tmp_path / "rows.parquet") == lines
-    assert datasets.sciq(tmp_path / "rows.jsonl", limit=2) == lines[:2]
+    for limit in (2, numpy.int64(2)):
+        assert datasets.sciq(tmp_path / "rows.jsonl", limit=limit) == lines[:2]
 
 
 def test_the_hub_is_asked_for_the_public_set(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,6 +192,8 @@ def test_the_hub_is_asked_for_the_public_set(monkeypatch: pytest.MonkeyPatch) ->
         (("longra",), {}, "not on the Hugging Face hub"),
         (("sciq", "here.jsonl"), {"split": "test"}, "both a path and split"),
         (("sciq", "here.jsonl"), {"limit": -1}, "limit is -1"),
+        (("sciq", "here.jsonl"), {"limit": 1.5}, "limit is 1.5"),
+        (("sciq", "here.jsonl"), {"limit": "x"}, "limit is 'x'"),
         (("sciq", "/nowhere/rows.jsonl"), {}, "/nowhere/rows.jsonl"),
     ],
 )
@@ -176,12 +205,58 @@ def test_bad_arguments(arguments: Any, settings: Any, message: str) -> None:
 def test_bad_rows(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no field support"):
         datasets.sciq(write(tmp_path / "rows.jsonl", {"text": "x"}))
+    row = {"support": "Ice is cold.", "question": "What is cold?", "correct_answer": "ice"}
+    with pytest.raises(InputError, match=r"row 2 of .*rows.jsonl': there is no field question"):
+        datasets.sciq(write(tmp_path / "rows.jsonl", row, {"support": "Ice is cold."}))
+    with pytest.raises(InputError, match=r"row 1 of .*rows.jsonl': there is no field paragraph"):
+        datasets.narratives(write(tmp_path / "rows.jsonl", row))
     (tmp_path / "rows.jsonl").write_text("{\n")
     with pytest.raises(InputError, match="row 1 of"):
         datasets.sciq(tmp_path / "rows.jsonl")
     (tmp_path / "rows.json").write_text("{}")
     with pytest.raises(InputError, match="no array of objects"):
         datasets.sciq(tmp_path / "rows.json")
+
+
+LONGRA = {"prompt": "It was big, even", "target": "bigger", "prompt_no_distractor": "It was big"}
+STORY = {"summary": "Tom lives in Rome.", "question": "Where does Tom live?"}
+WHY = {"narrative": "A b. C d.", "question": "Why?", "answer": "So.", "helpful_sentences": [1]}
+PAIR = {
+    "input_text": "He left. <s> Ice is cold. <s> What is ice?",
+    "narrative_segment": "He left.",
+    "sciq_support_segment": "Ice is cold.",
+    "question": "What is ice?",
+    "answer": "cold",
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "field", "value"),
+    [
+        *(
+            ("longra", {**LONGRA, "distractor": "was"}, "antecedent_char_span", value)
+            for value in ([None, 3], ["a", "b"], [7.5, 9.9], [7, 99], [-3, -1], [True, 3], [7], "x")
+        ),
+        *(
+            ("narrativeqa", STORY, "answers", value)
+            for value in (None, [None], [{"x": 1}], [3], {"text": "Rome"}, 3)
+        ),
+        *(
+            ("authors", PAIR, "important_word_indices_in_sciq_support", value)
+            for value in (None, ["1"], [1.0], 1)
+        ),
+        *(("tellmewhy", WHY, "helpful_sentences", value) for value in (3, 0, "1", ["1"], [1.0])),
+        ("tellmewhy", WHY, "original_narrative_form", [3]),
+    ],
+)
+def test_fields_of_the_wrong_kind(
+    tmp_path: Path, name: str, row: dict[str, Any], field: str, value: Any
+) -> None:
+    path = write(tmp_path / "rows.jsonl", {**row, field: value})
+    with pytest.raises(
+        InputError, match=rf"row 1 of .*rows.jsonl': {field} is .*: expected .+\. C"
+    ):
+        datasets.load(name, path)
 
 
 @pytest.mark.parametrize("name", ["prompt", "target"])
@@ -221,6 +296,12 @@ def test_curated_widens_evidence_by_annotations() -> None:
 def test_curated_says_when_pairs_run_out() -> None:
     with pytest.raises(InputError, match=r"make 1 pairs: expected 2"):
         datasets.curated(["Tom left."], [science()], count=2)
+
+
+@pytest.mark.parametrize("space", [" ", " " * 6, "\n\t     \n"])
+def test_sentences_end_whatever_white_space_follows(space: str) -> None:
+    assert len(sentences(f"The cat sat.{space}The dog ran.")) == 2
+    assert len(sentences(f"It was Mr.{space}Lee.")) == len(sentences(f"J.{space}Smith ran.")) == 1
 
 
 # --- annotators -----------------------------------------------------------------------------------
@@ -303,6 +384,12 @@ def test_synthetic_is_split_into_support_and_distractor() -> None:
     assert datasets.synthetic(2, seed=1)[0] == datasets.synthetic(2)[1]
     with pytest.raises(InputError, match="count is -1"):
         datasets.synthetic(-1)
+    assert datasets.synthetic(numpy.int64(2), seed=numpy.uint8(255)) == datasets.synthetic(2, 255)
+    for wrong in ("x", 1.5, True, None):
+        with pytest.raises(InputError, match=f"count is {wrong!r}: expected a whole number"):
+            datasets.synthetic(wrong)
+        with pytest.raises(InputError, match=f"seed is {wrong!r}: expected a whole number"):
+            datasets.restated(1, wrong)
     with pytest.raises(InputError, match="split is 'test'"):
         datasets.synthetic(1, **{"split": "test"})
 

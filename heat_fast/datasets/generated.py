@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from heat_fast.datasets.checks import check_whole
 from heat_fast.datasets.example import Example, Span
 from heat_fast.demo import corpus
 from heat_fast.demo.corpus import Split, make_example, make_restatement
@@ -24,15 +25,15 @@ def synthetic(count: int, seed: int = 0, split: Split = "held_out") -> list[Exam
 
     split: "held_out", "validation" or "train", by what the embedded model has seen.
 
-    Raises InputError for a negative count or seed and an unknown split.
+    Raises InputError for a count or seed that is no whole number or negative, and an unknown split.
 
     >>> [example] = synthetic(1)
     >>> example.target.strip() in example.texts("evidence")
     True
     """
-    _check(count, seed, split)
+    numbers = _numbers(count, seed, split)
     found = []
-    for number in range(seed, seed + count):
+    for number in numbers:
         made = make_example(number, split)
         start, stop = made.question
         extra = {
@@ -55,10 +56,10 @@ def restated(count: int, seed: int = 0, split: Split = "held_out") -> list[Examp
     >>> all(text in example.target for text in example.texts("evidence"))
     True
     """
-    _check(count, seed, split)
+    numbers = _numbers(count, seed, split)
     return [
         _example(f"restated-{split}-{number}", make_restatement(number, split), {})
-        for number in range(seed, seed + count)
+        for number in numbers
     ]
 
 
@@ -74,15 +75,15 @@ def _example(name: str, made: corpus.Example, extra: dict[str, Any]) -> Example:
     )
 
 
-def _check(count: int, seed: int, split: str) -> None:
-    if count < 0 or seed < 0:
-        raise InputError(
-            f"count is {count} and seed {seed}: expected whole numbers of at least 0. Raise them."
-        )
+def _numbers(count: int, seed: int, split: str) -> range:
+    """The seeds of so many examples, after checking the arguments."""
+    first = check_whole("seed", seed)
+    numbers = range(first, first + check_whole("count", count))
     if split not in ("train", "validation", "held_out"):
         raise InputError(
             f"split is {split!r}: expected 'held_out', 'validation' or 'train'. Choose one of them."
         )
+    return numbers
 
 
 def _swapped(made: corpus.Example) -> dict[str, Any]:

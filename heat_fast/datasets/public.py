@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import re
+import reprlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import islice
-from typing import Any, Final
+from itertools import count, islice
+from typing import Any, Final, TypeVar
 
 from heat_fast.config import suggest
+from heat_fast.datasets.checks import check_whole, is_whole
 from heat_fast.datasets.example import Example, Span
 from heat_fast.datasets.rows import PathLike, file_rows, hub_rows
-from heat_fast.datasets.text import answer_span, merge, sentences
+from heat_fast.datasets.text import answer_span, common, merge, sentences, shift, strip
 from heat_fast.errors import InputError
 
 Row = Mapping[str, Any]
 # An example of a row, or None for a row that lacks what an example needs.
 Build = Callable[[Row, str], Example | None]
+Made = TypeVar("Made")
 
 #: Where the hub has a set, and the split that is read when none is named.
 HUB: Final = {
@@ -40,10 +43,11 @@ def load(
     split: of the set on the hub.
     limit: most examples; with it the hub is streamed, so that no more is downloaded than is read.
 
-    Rows without what an example needs (an answer, a support) are left out.
+    Rows without what an example needs (an answer, a support) are left out. Ids differ: an id that
+    comes again has a number behind it.
 
     Raises InputError for an unknown name, a file or split that cannot be read, and fields that
-    are missing; HeatError where `datasets` is needed and not installed.
+    are missing or of the wrong kind; HeatError where `datasets` is needed and not installed.
     """
     if name not in _BUILD:
         raise InputError(
@@ -51,29 +55,51 @@ def load(
             f"{suggest(name, _BUILD)}"
         )
     build = _BUILD[name]
-    found = (
-        build(row, str(row.get("id") or f"{name}-{number}"))
-        for number, row in enumerate(_rows(name, path, split, limit))
-    )
-    return _apart(list(islice((each for each in found if each is not None), limit)))
+
+    def made(row: Row, number: int) -> Example | None:
+        return build(row, str(row.get("id") or f"{name}-{number}"))
+
+    return _apart(list(islice(_read(name, path, split, limit, made), limit)))
 
 
 def _apart(examples: list[Example]) -> list[Example]:
     """The same with ids that differ: a question that has several answers comes several times."""
+    taken = {each.id for each in examples}
     seen: Counter[str] = Counter()
     found = []
     for each in examples:
         seen[each.id] += 1
-        again = seen[each.id]
-        found.append(each if again == 1 else replace(each, id=f"{each.id}-{again}"))
+        if seen[each.id] > 1:
+            names = (f"{each.id}-{again}" for again in count(seen[each.id]))
+            each = replace(each, id=next(name for name in names if name not in taken))
+            taken.add(each.id)
+        found.append(each)
     return found
 
 
+def _read(
+    name: str,
+    path: PathLike | None,
+    split: str | None,
+    limit: int | None,
+    make: Callable[[Row, int], Made | None],
+) -> Iterator[Made]:
+    """What is made of the rows of a set, counted from 0; an error says which row it is about."""
+    rows = _rows(name, path, split, limit)
+    source = HUB[name][0] if path is None else repr(str(path))
+
+    def attempt(number: int, row: Row) -> Made | None:
+        try:
+            return make(row, number)
+        except InputError as error:
+            raise InputError(f"row {number + 1} of {source}: {error}") from error
+
+    return (found for found in map(attempt, count(), rows) if found is not None)
+
+
 def _rows(name: str, path: PathLike | None, split: str | None, limit: int | None) -> Iterator[Row]:
-    if limit is not None and limit < 0:
-        raise InputError(
-            f"limit is {limit}: expected at least 0. Leave it out to read all examples."
-        )
+    if limit is not None:
+        check_whole("limit", limit)
     if path is not None:
         if split is not None:
             raise InputError(
@@ -105,24 +131,42 @@ def _text(row: Row, *names: str) -> str:
         present |= name.split(".")[0] in row
     if not present:
         raise InputError(
-            f"a row has no field {' or '.join(names)}: expected it beside {sorted(row)}. Rename "
+            f"there is no field {' or '.join(names)}: expected it beside {sorted(row)}. Rename "
             "the field, or load the set that this file holds."
         )
     return ""
 
 
-def _span(row: Row, span: str, name: str, text: str) -> tuple[Span, ...]:
-    """A span that a row gives as characters, or else as the text itself."""
-    value = row.get(span)
-    if isinstance(value, (list, tuple)) and len(value) == 2:
-        return ((int(value[0]), int(value[1])),)
-    if value is not None:
+def _list(name: str, value: Any, kind: str, fits: Callable[[Any], bool]) -> Sequence[Any]:
+    """The value of a field that holds a list, or an error."""
+    if not isinstance(value, (list, tuple)) or not all(map(fits, value)):
         raise InputError(
-            f"{span} is {value!r}: expected [start, stop], characters of the prompt. Correct it."
+            f"{name} is {reprlib.repr(value)}: expected a list of {kind}. Correct the field."
         )
-    piece = _text(row, name)
-    start = text.find(piece) if piece else -1
-    return () if start < 0 else ((start, start + len(piece)),)
+    return value
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _span(row: Row, span: str, name: str, prompt: str) -> tuple[Span, ...]:
+    """A span that a row gives as characters of its prompt, or else as the text itself."""
+    value = row.get(span)
+    if value is None:
+        piece = _text(row, name)
+        place = prompt.find(piece) if piece else -1
+        return () if place < 0 else ((place, place + len(piece)),)
+    whole = row["prompt"]
+    pair = isinstance(value, (list, tuple)) and len(value) == 2 and all(map(is_whole, value))
+    if not pair or not 0 <= value[0] < value[1] <= len(whole):
+        raise InputError(
+            f"{span} is {reprlib.repr(value)}: expected [start, stop] with 0 <= start < stop <= "
+            f"{len(whole)}, characters of the prompt. Correct the field."
+        )
+    # The prompt is read without the white space around it.
+    kept = strip(whole, (0, len(whole)))
+    return shift(common([(value[0], value[1])], [kept]), -kept[0])
 
 
 def reading(
@@ -174,8 +218,13 @@ def _tellmewhy(row: Row, name: str) -> Example | None:
 
 def _helpful(row: Row, narrative: str) -> tuple[Span, ...]:
     """The sentences that helped the annotator, which the set counts from 1."""
-    chosen, found, place = row.get("helpful_sentences") or (), [], 0
-    for number, sentence in enumerate(row.get("original_narrative_form") or (), start=1):
+
+    def given(name: str, kind: str, fits: Callable[[Any], bool]) -> Sequence[Any]:
+        return () if row.get(name) is None else _list(name, row[name], kind, fits)
+
+    chosen = given("helpful_sentences", "whole numbers", is_whole)
+    told, found, place = given("original_narrative_form", "texts", _is_text), [], 0
+    for number, sentence in enumerate(told, start=1):
         start = narrative.find(sentence.strip(), place)
         if start < 0:
             continue
@@ -216,17 +265,27 @@ def _sciq(row: Row, name: str) -> Example | None:
 def _narrativeqa(row: Row, name: str) -> Example | None:
     if "paragraph" in row and "question" not in row:
         raise InputError(
-            "a row has a paragraph and no question: expected question, answers and summary. Read "
+            "there is a paragraph and no question: expected question, answers and summary. Read "
             "paragraphs with narratives()."
         )
     summary = _text(row, "summary", "document.summary.text")
     question = _text(row, "question", "question.text")
-    answers = [
-        each["text"] if isinstance(each, Mapping) else str(each) for each in row.get("answers", ())
-    ]
+    answers = _answers(row)
     answer = answers[0].strip() if answers else ""
     evidence = answer_span(summary, answer.rstrip("."), question)
-    return reading(name, summary, question, answer, evidence, answers=tuple(answers))
+    return reading(name, summary, question, answer, evidence, answers=answers)
+
+
+def _answers(row: Row) -> tuple[str, ...]:
+    """All answers of a row, as texts or as the hub nests them; a text alone is one answer."""
+
+    def text(each: Any) -> Any:
+        return each.get("text") if isinstance(each, Mapping) else each
+
+    given = row.get("answers")
+    found = [given] if isinstance(given, str) else given
+    found = _list("answers", found, "texts", lambda each: _is_text(text(each)))
+    return tuple(map(text, found))
 
 
 def _authors(row: Row, name: str) -> Example | None:
@@ -237,12 +296,12 @@ def _authors(row: Row, name: str) -> Example | None:
     if not (prompt and support and answer) or not prompt.startswith(narrative) or begin < 0:
         return None
     pieces = [found.span() for found in re.finditer(r"\S+", support)]
-    evidence = []
-    for number in row.get("important_word_indices_in_sciq_support", ()):
+    evidence, field = [], "important_word_indices_in_sciq_support"
+    for number in _list(field, row.get(field, ()), "whole numbers", is_whole):
         if not 0 <= number < len(pieces):
             raise InputError(
                 f"{name} marks word {number} of its support: expected at most {len(pieces) - 1}, "
-                "words counted from 0. Correct important_word_indices_in_sciq_support."
+                f"words counted from 0. Correct {field}."
             )
         start, stop = pieces[number]
         # The authors split at spaces; a full stop is not a word of theirs.
@@ -323,8 +382,8 @@ def narrativeqa(
     """NarrativeQA (Kočiský et al. 2018): the summary of a story and a question about it.
 
     Support: the summary; target: the first answer; `extra` has all answers; evidence: the answer
-    where the summary has its words. Fields: question, answers and summary, as text or as the hub
-    nests them. For the curated set see :func:`narratives`.
+    where the summary has its words. Fields: question, answers (a list, or one text) and summary, as
+    text or as the hub nests them. For the curated set see :func:`narratives`.
     """
     return load("narrativeqa", path, split=split, limit=limit)
 
@@ -352,14 +411,17 @@ def narratives(
     these are the leading sentences of at most `most_words` words, at least one: the beginning of
     a story refers to nothing before it. Arguments and errors as in :func:`load`.
     """
-    found: dict[str, None] = {}
-    for row in _rows("narrativeqa", path, split, limit):
-        if limit is not None and len(found) >= limit:
-            break
+    check_whole("most_words", most_words)
+
+    def segment(row: Row, _: int) -> str | None:
         text = _text(row, "paragraph", "summary", "document.summary.text")
-        segment = text if "paragraph" in row else _leading(text, most_words)
-        if segment:
-            found[segment] = None
+        return (text if "paragraph" in row else _leading(text, most_words)) or None
+
+    found: dict[str, None] = {}
+    for each in _read("narrativeqa", path, split, limit, segment):
+        if len(found) == limit:
+            break
+        found[each] = None
     return list(found)
 
 

@@ -16,7 +16,7 @@ PathLike = str | os.PathLike[str]
 
 def file_rows(path: PathLike) -> Iterator[Mapping[str, Any]]:
     """Rows of a file: JSON Lines, a JSON array (.json) or Parquet (.parquet)."""
-    if Path(path).suffix == ".json":
+    if Path(path).suffix.lower() == ".json":
         yield from _array(Path(path))
         return
     for row in batch.read_rows(path):

@@ -7,10 +7,10 @@ from collections.abc import Iterable
 
 from heat_fast.datasets.example import Span
 
-# A mark that ends a sentence, closing signs, space, and what can begin the next one.
-_END = re.compile(r"[.!?][\"')\]]*\s+(?=[\"'(\[]?[A-Z0-9•])")
+# The last word of a sentence with the mark and closing signs, space, and what can begin the next.
+_END = re.compile(r"(?<!\w)(\w*[.!?][\"')\]]*)\s+(?=[\"'(\[]?[A-Z0-9•])")
 # Words whose full stop ends no sentence: titles and single letters.
-_OPEN = re.compile(r"(?:\b[A-Za-z]|\b(?:Dr|Mr|Mrs|Ms|St|Jr|Sr|vs|No|Lt|Col|Gen|Capt|Prof))\.\s+$")
+_OPEN = re.compile(r"(?:[A-Za-z]|Dr|Mr|Mrs|Ms|St|Jr|Sr|vs|No|Lt|Col|Gen|Capt|Prof)\.")
 
 
 def words(text: str) -> list[str]:
@@ -29,9 +29,7 @@ def sentences(text: str) -> list[Span]:
     >>> [text[start:stop] for start, stop in sentences(text)]
     ['Dr. Lee slept.', 'Was it late?', 'Yes.']
     """
-    ends = [
-        found.end() for found in _END.finditer(text) if not _OPEN.search(text[: found.end()][-8:])
-    ]
+    ends = [found.end() for found in _END.finditer(text) if not _OPEN.fullmatch(found[1])]
     pieces = zip([0, *ends], [*ends, len(text)], strict=True)
     return [strip(text, piece) for piece in pieces if text[slice(*piece)].strip()]
 
