@@ -10,6 +10,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from hypothesis import given
@@ -231,6 +232,67 @@ def test_evidence_of_the_embedded_model_is_found_faithful(demo: Any) -> None:
     assert marked.value > 0.5 and marked.value > chance_level.value
 
 
+@pytest.mark.parametrize("name", ["llama_bias", "gpt2"])
+def test_prompts_fit_the_context_of_the_model(name: str) -> None:
+    model = families.build(name)
+    ids = families.prompt_ids(name, 65)
+    fits, long = (Case(ids[:count], 4, range(count)) for count in (64, 65))
+    for metric in (
+        metrics.soft_ns,
+        metrics.soft_nc,
+        metrics.comprehensiveness,
+        metrics.sufficiency,
+        metrics.aopc_fractions,
+        metrics.aopc_order,
+        metrics.filter_delta,
+        metrics.snippet_delta,
+        metrics.patch_effects,
+    ):
+        with pytest.raises(InputError, match=r"case 1: the prompt has 65 tokens: .* at most 64"):
+            metric(model, [fits, long])
+    assert len(metrics.patch_effects(model, [fits])[0]) == 64
+    assert len(metrics.comprehensiveness(model, [fits])) == 1
+
+
+@pytest.mark.parametrize("kind", [numpy.array, torch.tensor, tuple])
+def test_ids_are_numbers_of_any_kind(kind: Any) -> None:
+    target = kind([1, 0])[1]
+    found, model = Case(kind([0, 1]), target, [1, 0]), Bag()
+    for metric in (metrics.soft_ns, metrics.aopc_order, metrics.comprehensiveness):
+        assert metric(model, [found]) == metric(model, [GOOD])
+
+    def attribute(model: Any, ids: Any, target: Any) -> Tensor:
+        embedded: Tensor = model.embed(torch.as_tensor(ids))
+        return embedded[:, int(target)]
+
+    moved, same = (
+        metrics.sensitivity(model, attribute, [(ids, aim)])
+        for ids, aim in ((kind([0, 1]), target), ([0, 1], 0))
+    )
+    assert moved == same and same.value > 0
+    foil, plain = (kind([2, 1]), kind([2])[0]), ([2, 1], 2)
+    area = metrics.aopc_counterfactual(model, [found], [foil])
+    assert area == metrics.aopc_counterfactual(model, [GOOD], [plain])
+
+
+# --- what scores are good for ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "drop, count, masked",
+    [(0.7, 90, 63), (0.29, 100, 29), (0.6, 7, 4), (numpy.float32(0.7), 90, 63), (1, 5, 5)],
+)
+def test_the_share_that_is_masked_is_exact(drop: float, count: int, masked: int) -> None:
+    # No embedding of the whole prompt is 0.
+    model, zeros = Bag(), []
+    model.register_forward_pre_hook(
+        lambda _, __, given: zeros.append(int((given["inputs_embeds"] == 0).all(-1).sum())),
+        with_kwargs=True,
+    )
+    metrics.filter_delta(model, [Case([0] * count, 0, range(count))], drop=drop)
+    assert sum(zeros) == masked
+
+
 # --- alignment ------------------------------------------------------------------------------------
 
 
@@ -344,7 +406,7 @@ def test_decoding_stability_by_hand() -> None:
 
 def test_window_leakage_is_that_of_windows_and_bounds() -> None:
     model, ids = families.build("llama"), families.prompt_ids("llama", 18)
-    cut: Any = {"window": 10, "sink": 1, "tail": 3}
+    cut: Any = {"window": 10, "sink": 1, "tail": 3, "window_weights": "uniform"}
     exact = heat_fast.attribute(model, None, ids, 4, probes=1)
     windowed = heat_fast.attribute(model, None, ids, 4, "win", probes=1, **cut)
     told = metrics.window_leakage([windowed, exact])
@@ -364,6 +426,22 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
     "no case": (lambda: metrics.soft_ns(Bag(), []), "at least one"),
     "no Case": (lambda: metrics.soft_ns(Bag(), [[1]]), "expected a Case"),  # type: ignore[list-item]
     "no model": (lambda: metrics.soft_ns(3, [GOOD]), "expected a loaded Hugging Face"),
+    "no model to disturb": (
+        lambda: metrics.sensitivity(None, lambda *_: [1], [([0], 1)]),
+        "expected a loaded Hugging Face",
+    ),
+    "id of a prompt": (
+        lambda: metrics.sensitivity(Bag(), lambda *_: [1], [([9], 1)]),
+        "token id 9 of prompt 0 is not in the vocabulary",
+    ),
+    "batch of ids": (
+        lambda: metrics.soft_ns(Bag(), [Case(numpy.array([[0, 1]]), 0, [1, 0])]),
+        "token id [0, 1] of case 0",
+    ),
+    "id of a foil": (
+        lambda: metrics.aopc_counterfactual(Bag(), [GOOD], [([0, 9], 1)]),
+        "token id 9 of foil 0",
+    ),
     "masks": (lambda: metrics.soft_ns(Bag(), [GOOD], masks=0), "masks=0"),
     "seed": (lambda: metrics.soft_ns(Bag(), [GOOD], seed=-1), "seed=-1"),
     "normalize": (lambda: metrics.soft_ns(Bag(), [GOOD], normalize="x"), "'minmax'"),

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,9 +13,10 @@ from torch import Tensor
 
 from heat_fast.decoder.norm import wide
 from heat_fast.errors import InputError
-from heat_fast.forward import unchanged
+from heat_fast.forward import context_length, unchanged
 from heat_fast.metrics._estimate import check_count, check_vector
 from heat_fast.planner import Budget, cpu_rows, run_batches
+from heat_fast.prompt import check_length
 from heat_fast.trunk import require_finite
 
 if TYPE_CHECKING:
@@ -29,7 +31,7 @@ LOGIT_ELEMENTS = 1 << 26
 class Case:
     """A prompt, the next token that was explained, and a score for every prompt token.
 
-    token_ids: N ids; target: an id; scores: `[N]`, of any method.
+    token_ids: N ids, a list, an array or a tensor; target: an id; scores: `[N]`, of any method.
 
     Example:
         >>> Case([5, 6, 7], 9, [0.1, 0.7, 0.2]).target
@@ -53,13 +55,31 @@ class Asker:
     """
 
     def __init__(self, model: Any, rows: int | None) -> None:
+        if not hasattr(model, "get_input_embeddings"):
+            raise InputError(
+                f"model is {type(model).__name__}: expected a loaded Hugging Face causal language "
+                "model. Load one with AutoModelForCausalLM.from_pretrained(...)."
+            )
         self.model = model
         self.embed = model.get_input_embeddings()
         weight = self.embed.weight
         self.vocabulary = int(weight.shape[0])
+        self.longest = context_length(model) if hasattr(model, "config") else None
         on_gpu = weight.device.type == "cuda"
         asked = None if rows is None else check_count("rows", rows)
         self.budget = Budget(asked or (GPU_ROWS if on_gpu else cpu_rows(weight.shape[-1])))
+
+    def plain(self, case: Case, where: str) -> Case:
+        """The case with ids that are Python's, all of them in the vocabulary."""
+        if not isinstance(case, Case):
+            raise InputError(
+                f"{where} is {type(case).__name__}: expected a Case. Write "
+                "Case(token_ids, target, scores), or Case.of(result)."
+            )
+        *token_ids, target = (
+            check_id(token, self.vocabulary, where) for token in (*case.token_ids, case.target)
+        )
+        return replace(case, token_ids=token_ids, target=target)
 
     def embeddings(self, token_ids: Sequence[int]) -> Tensor:
         """The input embeddings `[N, d]`."""
@@ -108,43 +128,40 @@ class Asker:
 @contextmanager
 def asking(model: Any, rows: int | None) -> Iterator[Asker]:
     """Ask a model; its modes, gradients and the global random state stay as they are."""
-    if not hasattr(model, "get_input_embeddings"):
-        raise InputError(
-            f"model is {type(model).__name__}: expected a loaded Hugging Face causal language "
-            "model. Load one with AutoModelForCausalLM.from_pretrained(...)."
-        )
-    device = model.get_input_embeddings().weight.device
+    asker = Asker(model, rows)
     with (
         torch.inference_mode(False),
         torch.no_grad(),
-        torch.autocast(device.type, enabled=False),
+        torch.autocast(asker.embed.weight.device.type, enabled=False),
         unchanged(model),
     ):
-        yield Asker(model, rows)
+        yield asker
 
 
-def read(cases: Sequence[Case], vocabulary: int) -> list[tuple[Case, Tensor]]:
-    """The cases with their scores `[N]`, checked."""
+def read(cases: Sequence[Case], asker: Asker) -> list[tuple[Case, Tensor]]:
+    """The cases with their scores `[N]`, checked: the model can read every prompt."""
     if len(cases) == 0:
         raise InputError("no case was given: expected at least one. Pass a list of Case.")
     found = []
     for number, case in enumerate(cases):
-        if not isinstance(case, Case):
-            raise InputError(
-                f"case {number} is {type(case).__name__}: expected a Case. Write "
-                "Case(token_ids, target, scores), or Case.of(result)."
-            )
-        for token in (*case.token_ids, case.target):
-            check_id(token, vocabulary, number)
         where = f"case {number}"
-        found.append((case, check_vector(case.scores, where, tokens=len(case.token_ids))))
+        plain = asker.plain(case, where)
+        tokens = len(plain.token_ids)
+        try:
+            check_length(tokens, 1, asker.longest)
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from error
+        found.append((plain, check_vector(case.scores, where, tokens=tokens)))
     return found
 
 
-def check_id(token: Any, vocabulary: int, number: int) -> None:
-    """Raise an error unless this is the id of a token."""
-    if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocabulary:
+def check_id(token: Any, vocabulary: int, where: str) -> int:
+    """The id of a token, an array's or a tensor's element too, or an error."""
+    found = token.tolist() if hasattr(token, "tolist") else token
+    wrong = isinstance(found, bool) or not isinstance(found, Integral)
+    if wrong or not 0 <= found < vocabulary:
         raise InputError(
-            f"token id {token!r} of case {number} is not in the vocabulary: expected whole numbers "
+            f"token id {found!r} of {where} is not in the vocabulary: expected whole numbers "
             f"from 0 to {vocabulary - 1}. Encode the prompt with the model's own tokenizer."
         )
+    return int(found)

@@ -13,7 +13,7 @@ from torch import Tensor
 from heat_fast.errors import InputError
 from heat_fast.information import replacement
 from heat_fast.metrics._estimate import Measurement, check_count, check_number, leading
-from heat_fast.metrics._model import Case, asking, read
+from heat_fast.metrics._model import Asker, Case, asking, read
 
 #: The shares of tokens that DeYoung et al. delete.
 FRACTIONS = (0.01, 0.05, 0.1, 0.2, 0.5)
@@ -34,8 +34,8 @@ def comprehensiveness(
 
     (DeYoung et al. 2020). From -1 to 1, higher is better. `fraction` of the tokens, rounded, at
     least one, and never all, are deleted: later tokens move up. Of equal scores the earlier token
-    leads. `seed`: of the bootstrap. Raises `InputError` for prompts of one token, and for scores
-    of the wrong length or not finite.
+    leads. `seed`: of the bootstrap. Raises `InputError` for prompts of one token or longer than the
+    model's context, and for scores of the wrong length or not finite.
 
     >>> import heat_fast
     >>> model = heat_fast.load_demo_model().model
@@ -127,7 +127,7 @@ def aopc_order(
         raise InputError(f"masking={masking!r}: expected 'zero', 'mean' or 'sentinel'. Choose one.")
     found = []
     with asking(model, rows) as asker:
-        for number, (case, scores) in enumerate(read(cases, asker.vocabulary)):
+        for number, (case, scores) in enumerate(read(cases, asker)):
             embeddings = asker.embeddings(case.token_ids)
             vector = replacement(asker.embed, masking, sentinel_token, embeddings)
             order = _order(scores, keep_first, number)[:steps]
@@ -177,15 +177,17 @@ def aopc_counterfactual(
             f"{len(cases)} cases and {len(foils)} foils: expected one foil for each case, the pair "
             "of its token ids and its target. Pass as many."
         )
-    edited = []
+    asker, edited = Asker(model, None), []
     for number, (case, (token_ids, target)) in enumerate(zip(cases, foils, strict=True)):
-        if len(token_ids) != len(case.token_ids) or list(token_ids) == list(case.token_ids):
+        own = asker.plain(case, f"case {number}").token_ids
+        foil = asker.plain(Case(token_ids, target, case.scores), f"foil {number}")
+        if len(foil.token_ids) != len(own) or foil.token_ids == own:
             raise InputError(
-                f"foil {number} has {len(token_ids)} tokens, its prompt {len(case.token_ids)}: "
+                f"foil {number} has {len(foil.token_ids)} tokens, its prompt {len(own)}: "
                 "expected as many, and at least one that differs, so that scores keep their "
                 "tokens. Replace the answer by one of as many tokens."
             )
-        edited.append(Case(token_ids, target, case.scores))
+        edited.append(foil)
     return aopc_order(model, edited, **settings)
 
 
@@ -206,7 +208,7 @@ def _deletion(
         check_number("fraction", fraction, 0, 1)
     found = []
     with asking(model, rows) as asker:
-        for number, (case, scores) in enumerate(read(cases, asker.vocabulary)):
+        for number, (case, scores) in enumerate(read(cases, asker)):
             embeddings = asker.embeddings(case.token_ids)
             everyone = list(range(len(scores)))
             order = _order(scores, keep_first, number)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -50,11 +52,12 @@ def filter_delta(
     >>> filter_delta(model, [Case([5, 6, 7], 9, [1, 2, 3])], drop=0.1).value
     0.0
     """
-    share = check_number("drop", drop, 0, 1)
+    check_number("drop", drop, 0, 1)
+    share = Fraction(str(drop))  # 0.7 as it is written: its float is a little less
 
     def masked(embeddings: Tensor, scores: Tensor) -> Tensor:
         order = torch.argsort(scores, descending=True, stable=True)
-        kept = order[: len(scores) - int(share * len(scores))].to(embeddings.device)
+        kept = order[: len(scores) - math.floor(share * len(scores))].to(embeddings.device)
         found = torch.zeros_like(embeddings)
         found[kept] = embeddings[kept]
         return found
@@ -84,7 +87,7 @@ def snippet_delta(
 def _delta(model: Any, cases: Sequence[Case], cut: Any, rows: int | None, seed: int) -> Measurement:
     found = []
     with asking(model, rows) as asker:
-        for case, scores in read(cases, asker.vocabulary):
+        for case, scores in read(cases, asker):
             embeddings = asker.embeddings(case.token_ids)
             contexts = [embeddings, cut(embeddings, scores)]
             sizes = [len(each) for each in contexts]

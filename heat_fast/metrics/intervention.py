@@ -45,7 +45,8 @@ def patch_effects(
 
     Returns `[N]` in float64 for each case, on the CPU; above 0 where the token helps the target.
     Cost: N runs of the prompt and N single rows on a cache of it; `rows` as in `soft_ns`. Raises
-    `InputError` for cases of a single token, an unknown reference, and ids outside the vocabulary.
+    `InputError` for cases of a single token or longer than the model's context, an unknown
+    reference, and ids outside the vocabulary.
 
     >>> import heat_fast
     >>> model = heat_fast.load_demo_model(1).model
@@ -58,7 +59,7 @@ def patch_effects(
             f"reference is {reference!r}: expected one of {', '.join(REFERENCES)}. Choose one."
         )
     with asking(model, rows) as asker:
-        checked = read(cases, asker.vocabulary)
+        checked = read(cases, asker)
         return [_effects(asker, case, reference, at) for at, (case, _) in enumerate(checked)]
 
 

@@ -22,7 +22,7 @@ from heat_fast.metrics._estimate import (
     check_vector,
     generator,
 )
-from heat_fast.metrics._model import check_id
+from heat_fast.metrics._model import Asker, Case
 
 if TYPE_CHECKING:
     from heat_fast.result import Attribution
@@ -73,17 +73,16 @@ def sensitivity(
     check_number("noise", noise, 0, float("inf"))
     if len(prompts) == 0:
         raise InputError("no prompt was given: expected at least one. Pass (token_ids, target).")
-    embed, found = model.get_input_embeddings(), []
+    asker, found = Asker(model, None), []
     for number, (token_ids, target) in enumerate(prompts):
-        for token in (*token_ids, target):
-            check_id(token, len(embed.weight), number)
-        runs = []
+        where, runs = f"prompt {number}", []
+        ids = asker.plain(Case(token_ids, target, None), where).token_ids
         for sample in range(samples):
-            shape = len(token_ids), embed.weight.shape[-1]
+            shape = len(ids), asker.embed.weight.shape[-1]
             drawn = torch.randn(shape, generator=generator(seed, number, sample))
-            with _noisy(embed, token_ids, noise * drawn):
+            with _noisy(asker.embed, ids, noise * drawn):
                 scores = attribute(model, token_ids, target)
-            row = check_vector(scores, f"prompt {number}", tokens=len(token_ids))
+            row = check_vector(scores, where, tokens=len(ids))
             total = float(row.abs().sum())
             if normalize and total == 0:
                 raise InputError(

@@ -46,8 +46,9 @@ def soft_ns(
     depend on `seed`, the example and the mask's number alone: methods compared with one seed are
     compared on the same random numbers. Deterministic on a device up to rounding.
 
-    Raises `InputError` for scores of the wrong length, not finite or outside what `normalize`
-    takes, and `NumericalError` where the zeroed prompt changes nothing (`H_0` = 0).
+    Raises `InputError` for prompts longer than the model's context, for scores of the wrong length,
+    not finite or outside what `normalize` takes, and `NumericalError` where the zeroed prompt
+    changes nothing (`H_0` = 0).
 
     >>> import heat_fast
     >>> model = heat_fast.load_demo_model().model
@@ -142,7 +143,7 @@ def _soft(
     check_count("keep_first", keep_first, 0)
     found = []
     with asking(model, rows) as asker:
-        for number, (case, scores) in enumerate(read(cases, asker.vocabulary)):
+        for number, (case, scores) in enumerate(read(cases, asker)):
             embeddings = asker.embeddings(case.token_ids)
             retained = _retention(scores, normalize, number)[:, None]
 
