@@ -306,6 +306,118 @@ def test_wrapped_linears_equal_their_plain_matrices(name: str, wrapper: Any) -> 
         assert_close(f"{name} {wrapper.__name__} {part}", values, actual[part], rtol=EXACT)
 
 
+# --- norms that an adapter stands before ---------------------------------------------------------
+
+
+class Tuned(nn.Module):
+    """A norm and two tuned copies of it, of which one is called; as PEFT's LN tuning does it."""
+
+    def __init__(self, base: nn.Module, tuned: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base
+        self.ln_tuning_layers = nn.ModuleDict({"other": copy.deepcopy(base), "mine": tuned})
+        self.active_adapters, self.merged, self.disable_adapters = ["mine"], False, False
+
+    @property
+    def weight(self) -> Tensor:
+        return self.base_layer.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base_layer.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        tuned = self.active_adapters and not self.merged and not self.disable_adapters
+        called = self.ln_tuning_layers[self.active_adapters[0]] if tuned else self.base_layer
+        return called(x)
+
+    def change(self, state: str) -> None:
+        if state == "merged":
+            layers = self.ln_tuning_layers
+            self.base_layer, layers["mine"] = layers["mine"], self.base_layer
+        if state == "inactive":
+            self.active_adapters = []
+        self.merged, self.disable_adapters = state == "merged", state == "disabled"
+
+
+def tuned_norms(name: str, state: str) -> tuple[Any, Any]:
+    """A model with an adapter in every norm's place, and the plain one that it computes."""
+    wrapped = families.build(name, dtype=torch.float64)
+    plain = copy.deepcopy(wrapped)
+    norms = [path for path, each in plain.named_modules() if type(each).__name__.endswith("Norm")]
+    assert len(norms) >= 4
+    for path in norms:
+        parent, _, own = path.rpartition(".")
+        base = wrapped.get_submodule(path)
+        tuned = copy.deepcopy(base)
+        with torch.no_grad():
+            for parameter in tuned.parameters():
+                parameter.add_(0.3 * torch.randn_like(parameter))
+        if state in {"active", "merged"}:
+            setattr(plain.get_submodule(parent), own, copy.deepcopy(tuned))
+        substitute = Tuned(base, tuned)
+        substitute.change(state)
+        setattr(wrapped.get_submodule(parent), own, substitute)
+    return wrapped, plain
+
+
+@pytest.mark.parametrize("state", ["active", "merged", "disabled", "inactive"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "phi3", "gemma2", "gpt2", "gpt_neox", "gptj"])
+def test_tuned_norms_are_those_that_the_adapter_calls(name: str, state: str) -> None:
+    wrapped, plain = tuned_norms(name, state)
+    ids = families.prompt_ids(name, 7)
+    expected = measure(plain, ids, [4, 6], probes=2)
+    actual = measure(wrapped, ids, [4, 6], probes=2)
+    for part, values in expected.parts.items():
+        assert_close(f"{state} {part}", values, actual[part], rtol=EXACT)
+
+
+@pytest.mark.parametrize("state", ["active", "merged", "disabled"])
+def test_pefts_own_tuned_norms(state: str) -> None:
+    peft = pytest.importorskip("peft", reason="PEFT is not installed")
+    targets = ["input_layernorm", "post_attention_layernorm", "norm"]
+    config = peft.LNTuningConfig(task_type="CAUSAL_LM", target_modules=targets)
+    model = peft.get_peft_model(families.build("llama", dtype=torch.float64), config).eval()
+    with torch.no_grad():
+        for path, parameter in model.named_parameters():
+            if "ln_tuning" in path:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    if state == "merged":
+        model.base_model.merge_adapter()
+    if state == "disabled":
+        model.base_model.disable_adapter_layers()
+        plain = families.build("llama", dtype=torch.float64)
+    else:
+        plain = copy.deepcopy(model).merge_and_unload()
+    ids = families.prompt_ids("llama", 7)
+    expected = measure(plain, ids, [4, 6], probes=2)
+    actual = measure(model, ids, [4, 6], probes=2)
+    for part, values in expected.parts.items():
+        assert_close(f"{state} {part}", values, actual[part], rtol=EXACT)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "gptj"])
+@pytest.mark.parametrize("active", [["mine", "other"], ["absent"]])
+def test_tuned_norms_without_one_active_adapter(name: str, active: list[str]) -> None:
+    wrapped, _ = tuned_norms(name, "active")
+    for each in wrapped.modules():
+        if isinstance(each, Tuned):
+            each.active_adapters = active
+    with pytest.raises(UnsupportedModelError, match=r"active adapters .*merge_and_unload\(\)"):
+        view(wrapped, 7)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "gpt_neox", "gptj", "opt"])
+def test_what_is_no_norm_is_named(name: str) -> None:
+    model = families.build(name)
+    for path, each in list(model.named_modules()):
+        if type(each).__name__.endswith("Norm"):
+            parent, _, own = path.rpartition(".")
+            setattr(model.get_submodule(parent), own, nn.Sequential(each))
+    with pytest.raises(UnsupportedModelError, match=r"a Sequential in place of a norm .*merge it"):
+        view(model, 7)
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.compile's own
 @pytest.mark.parametrize(
     ("wrap", "advice"),

@@ -10,15 +10,16 @@ from torch import Tensor, nn
 
 from heat_fast.decoder.norm import Norm
 from heat_fast.decoder.rotary import Rotary
+from heat_fast.errors import UnsupportedModelError
 
 
 def rms_norm(module: Any, *, weight_offset: float = 0.0) -> Norm:
     """An RMSNorm; Gemma's stores `w - 1` and multiplies before it leaves float32."""
-    eps = module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps
+    norm, eps = _tuned(module)
     return Norm(
-        module.weight,
+        norm.weight,
         None,
-        float(eps),
+        eps,
         centered=False,
         weight_offset=weight_offset,
         late_cast=weight_offset != 0.0,
@@ -27,7 +28,40 @@ def rms_norm(module: Any, *, weight_offset: float = 0.0) -> Norm:
 
 def layer_norm(module: Any) -> Norm:
     """A LayerNorm, with or without weight and bias."""
-    return Norm(module.weight, module.bias, float(module.eps), centered=True, late_cast=True)
+    norm, eps = _tuned(module)
+    return Norm(norm.weight, norm.bias, eps, centered=True, late_cast=True)
+
+
+def norm_weight(module: Any) -> Tensor:
+    """The weight of a norm, which has the dtype and device of what the norm is applied to."""
+    weight: Tensor = _tuned(module)[0].weight
+    return weight
+
+
+def _tuned(module: Any) -> tuple[Any, float]:
+    """The norm that a module computes with, and its epsilon.
+
+    PEFT's LN tuning puts a layer in the norm's place that calls one of several: the model's own, or
+    the active adapter's copy of it. Merging swaps the two. Its own weight is always the former's.
+    """
+    norm = module
+    while hasattr(norm, "ln_tuning_layers"):
+        active = [] if norm.merged or norm.disable_adapters else list(norm.active_adapters)
+        if len(active) > 1 or not set(active) <= set(norm.ln_tuning_layers):
+            raise UnsupportedModelError(
+                f"a {type(norm).__name__} in place of a norm has the active adapters {active}, of "
+                f"its own {list(norm.ln_tuning_layers)}: expected one of these at most. Activate "
+                "one with set_adapter(...), or merge it into the model with merge_and_unload()."
+            )
+        norm = norm.ln_tuning_layers[active[0]] if active else norm.base_layer
+    eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+    if eps is None or not hasattr(norm, "weight"):
+        raise UnsupportedModelError(
+            f"a {type(norm).__name__} in place of a norm has no weight or no epsilon: expected a "
+            "norm, whose derivatives are written out. If it is an adapter, merge it into the model "
+            "(PEFT: merge_and_unload()); else put the norm back."
+        )
+    return norm, float(eps)
 
 
 def rotary_tables(module: nn.Module, like: Tensor, length: int, *layer_type: str) -> Rotary:

@@ -12,7 +12,7 @@ from torch import nn
 
 from heat_fast.decoder.attention import Attention, SeparateProjection
 from heat_fast.decoder.block import Block
-from heat_fast.decoder.families.common import rms_norm, rotary_tables
+from heat_fast.decoder.families.common import norm_weight, rms_norm, rotary_tables
 from heat_fast.decoder.head import Head
 from heat_fast.decoder.linear import Linear
 from heat_fast.decoder.mlp import Mlp
@@ -38,7 +38,7 @@ def build(model: nn.Module, length: int) -> Decoder:
             "this transformers version scales Gemma's embeddings inside the model; a version whose "
             "embedding layer scales its own output is needed. Upgrade transformers."
         )
-    like = body.norm.weight
+    like = norm_weight(body.norm)
     if config.model_type == "gemma2":
         tables = dict.fromkeys(config.layer_types, rotary_tables(body.rotary_emb, like, length))
     else:

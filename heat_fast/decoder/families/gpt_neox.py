@@ -8,7 +8,7 @@ from torch import nn
 
 from heat_fast.decoder.attention import Attention, FusedProjection
 from heat_fast.decoder.block import Block
-from heat_fast.decoder.families.common import layer_norm, rotary_tables
+from heat_fast.decoder.families.common import layer_norm, norm_weight, rotary_tables
 from heat_fast.decoder.head import Head
 from heat_fast.decoder.linear import Linear
 from heat_fast.decoder.mlp import Mlp
@@ -23,7 +23,7 @@ def build(model: nn.Module, length: int) -> Decoder:
     causal: Any = model
     body = causal.gpt_neox
     unembedding = causal.get_output_embeddings()  # its attribute's name varies with the version
-    rotary = rotary_tables(body.rotary_emb, body.final_layer_norm.weight, length)
+    rotary = rotary_tables(body.rotary_emb, norm_weight(body.final_layer_norm), length)
     return Decoder(
         model=model,
         length=length,

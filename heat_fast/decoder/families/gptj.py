@@ -9,7 +9,7 @@ from torch import nn
 
 from heat_fast.decoder.attention import Attention, SeparateProjection
 from heat_fast.decoder.block import Block
-from heat_fast.decoder.families.common import layer_norm
+from heat_fast.decoder.families.common import layer_norm, norm_weight
 from heat_fast.decoder.head import Head
 from heat_fast.decoder.linear import Linear
 from heat_fast.decoder.mlp import Mlp
@@ -26,7 +26,7 @@ def build(model: nn.Module, length: int) -> Decoder:
     return Decoder(
         model=model,
         length=length,
-        blocks=tuple(_block(layer, length, body.ln_f.weight.dtype) for layer in body.h),
+        blocks=tuple(_block(layer, length, norm_weight(body.ln_f).dtype) for layer in body.h),
         head=Head(
             layer_norm(body.ln_f), Linear(causal.lm_head), device=module_device(causal.lm_head)
         ),

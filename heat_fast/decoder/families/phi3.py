@@ -8,7 +8,7 @@ from torch import nn
 
 from heat_fast.decoder.attention import Attention, FusedProjection
 from heat_fast.decoder.block import Block
-from heat_fast.decoder.families.common import rms_norm, rotary_tables
+from heat_fast.decoder.families.common import norm_weight, rms_norm, rotary_tables
 from heat_fast.decoder.head import Head
 from heat_fast.decoder.linear import Linear
 from heat_fast.decoder.mlp import Mlp
@@ -22,7 +22,7 @@ def build(model: nn.Module, length: int) -> Decoder:
     """View a Phi-3 model."""
     causal: Any = model
     body, config = causal.model, causal.config
-    rotary = rotary_tables(body.rotary_emb, body.norm.weight, length)
+    rotary = rotary_tables(body.rotary_emb, norm_weight(body.norm), length)
     layers = body.layers[: config.num_hidden_layers]
     return Decoder(
         model=model,
