@@ -6,6 +6,7 @@ import sys
 from itertools import pairwise
 from typing import Any
 
+import numpy
 import pytest
 import torch
 
@@ -105,6 +106,25 @@ def test_spans_that_cannot_be(where: dict[str, Any], message: str) -> None:
 
     with pytest.raises(InputError, match=re.escape(message)):
         pieces().span(**where)
+
+
+def test_whole_numbers_of_numpy_are_positions() -> None:
+    result, whole = pieces(), numpy.int64
+    span = result.span(tokens=(whole(3), whole(13)))
+    assert span == result.span(tokens=(3, 13))
+    assert result.span(tokens=numpy.array([3, 13])) == span
+    assert {type(span.start), type(span.stop)} == {int}
+    assert result.span(characters=(whole(8), numpy.uint8(17))) == result.span(characters=(8, 17))
+    assert result.top_spans(whole(3)) == result.top_spans(3)
+    assert target_range((" t0", " t1"), (whole(0), whole(1))) == (0, 1)
+    assert result.span_to_span("It sat", (whole(0), whole(1))) == result.span_to_span(
+        "It sat", (0, 1)
+    )
+    for wrong in (True, numpy.True_, numpy.float64(1)):
+        with pytest.raises(InputError, match="is no range"):
+            result.span(tokens=(0, wrong))
+        with pytest.raises(InputError, match="expected a whole number"):
+            result.top_spans(wrong)
 
 
 def test_characters_need_positions() -> None:
