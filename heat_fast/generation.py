@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from numbers import Integral, Real
 from typing import Any, Final
 
 import torch
@@ -11,7 +12,7 @@ import torch
 from heat_fast.attributor import Attributor
 from heat_fast.config import HeatConfig
 from heat_fast.errors import ConfigError, InputError
-from heat_fast.forward import unchanged
+from heat_fast.forward import context_length, unchanged
 from heat_fast.progress import Progress
 from heat_fast.prompt import encode_prompt
 from heat_fast.result import Attribution
@@ -66,6 +67,10 @@ def generate_and_attribute(
     response is in `target_tokens`, what it was generated with in ``metadata["generation"]``. The
     model, its generation settings and torch's random state are left as they were found.
 
+    The whole prompt and `max_new_tokens - 1` tokens of the response have to fit into the model's
+    context, with windows too. Where they do not, nothing is generated, though the response might
+    have ended earlier: the error says the largest `max_new_tokens` that fits.
+
     Raises what `attribute` raises, and InputError for generation arguments that cannot be used.
 
     >>> import heat_fast
@@ -96,7 +101,7 @@ def generate_and_attribute(
         attributor, prompt, max_new_tokens=max_new_tokens, arguments=arguments, seed=settings.seed
     )
     result = attributor.attribute(prompt, response, target_span=target_span, progress=progress)
-    told = {"max_new_tokens": max_new_tokens, "seed": settings.seed}
+    told = {"max_new_tokens": int(max_new_tokens), "seed": settings.seed}
     told |= {name: _plain(value) for name, value in arguments.items()}
     return dataclasses.replace(result, metadata={**result.metadata, "generation": told})
 
@@ -111,7 +116,7 @@ def generate(
 ) -> list[int]:
     """The ids of one response of the model, without the special token that ends it."""
     model: Any = attributor.model
-    whole = isinstance(max_new_tokens, int) and not isinstance(max_new_tokens, bool)
+    whole = isinstance(max_new_tokens, Integral) and not isinstance(max_new_tokens, bool)
     if not whole or max_new_tokens < 1:
         raise InputError(
             f"max_new_tokens={max_new_tokens!r}: expected a whole number of at least 1."
@@ -125,6 +130,7 @@ def generate(
     weight = model.get_input_embeddings().weight
     device = weight.device
     encoded = encode_prompt(prompt, attributor.tokenizer, int(weight.shape[0]))
+    _check_room(len(encoded), max_new_tokens, context_length(model))
     ids = torch.tensor([encoded.token_ids], device=device)
     given = {"do_sample": False, **arguments}
     devices = [device] if device.type == "cuda" else []
@@ -134,7 +140,7 @@ def generate(
             output = model.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
-                max_new_tokens=max_new_tokens,
+                max_new_tokens=int(max_new_tokens),
                 **given,
             )
         except (TypeError, ValueError) as error:
@@ -159,6 +165,34 @@ def without_end(response: list[int], model: Any, tokenizer: Any) -> list[int]:
     return kept or response[:1]
 
 
+def _check_room(prompt_tokens: int, max_new_tokens: int, longest: int | None) -> None:
+    """Raise InputError where the longest response would not fit into the model's context.
+
+    The prompt is read whole, also where the attribution cuts it into windows. The response may end
+    earlier, but whether it does is only known once it has been generated.
+    """
+    needed = prompt_tokens + max_new_tokens - 1
+    if longest is None or needed <= longest:
+        return
+    if prompt_tokens > longest:
+        raise InputError(
+            f"the prompt has {prompt_tokens} tokens: expected at most {longest}, the length of the "
+            "model's context, for a response is generated from the whole prompt, also where it is "
+            f"explained in windows. Shorten the prompt by {prompt_tokens - longest} tokens, or "
+            "pass a response that you have to attribute()."
+        )
+    raise InputError(
+        f"max_new_tokens={max_new_tokens} behind a prompt of {prompt_tokens} tokens needs {needed} "
+        f"positions (the last new token is not read): expected at most {longest}, the length of "
+        f"the model's context. Pass max_new_tokens={longest - prompt_tokens + 1} or less, or "
+        "shorten the prompt."
+    )
+
+
 def _plain(value: Any) -> Any:
     """A value as the metadata can hold it."""
-    return value if isinstance(value, (bool, int, float, str, type(None))) else str(value)
+    if isinstance(value, (bool, int, float, str, type(None))):
+        return value
+    if isinstance(value, Real):  # NumPy's
+        return int(value) if isinstance(value, Integral) else float(value)
+    return str(value)

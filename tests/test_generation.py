@@ -210,6 +210,76 @@ def test_the_end_of_a_response_is_no_part_of_it() -> None:
     assert again.target_ids == (first.target_ids[:keep] or (end,))
 
 
+def test_whole_numbers_of_numpy_are_taken() -> None:
+    model, prompt = build("llama"), [5, 6, 7]
+    model.generation_config.eos_token_id = None
+    found = heat_fast.generate_and_attribute(
+        model,
+        None,
+        prompt,
+        max_new_tokens=numpy.int64(3),
+        generation={"num_beams": numpy.int64(2), "length_penalty": numpy.float32(0.5)},
+        target_span=(numpy.int64(0), numpy.int64(2)),
+        variant="gs",
+    )
+    assert len(found.target_ids) == 2
+    told = found.metadata["generation"]
+    assert told == {"max_new_tokens": 3, "seed": 0, "num_beams": 2, "length_penalty": 0.5}
+    assert {type(value) for value in told.values()} == {int, float}
+    for wrong in (numpy.int64(0), numpy.float64(1), True):
+        with pytest.raises(InputError, match="expected a whole number of at least 1"):
+            heat_fast.generate_and_attribute(
+                model, None, prompt, max_new_tokens=wrong, variant="gs"
+            )
+
+
+@pytest.mark.parametrize(
+    ("name", "length", "new", "message"),
+    [
+        # Learned positions end; rotary ones go on, but the attribution would refuse the response.
+        (
+            "gpt2",
+            60,
+            10,
+            "needs 69 positions (the last new token is not read): expected at most 64",
+        ),
+        ("gpt2", 60, 10, "Pass max_new_tokens=5 or less"),
+        ("opt", 64, 2, "Pass max_new_tokens=1 or less"),
+        ("llama", 250, 20, "Pass max_new_tokens=7 or less"),
+        ("gpt2", 100, 1, "the prompt has 100 tokens: expected at most 64"),
+        ("gpt2", 100, 1, "Shorten the prompt by 36 tokens"),
+        ("llama", 300, 1, "the prompt has 300 tokens: expected at most 256"),
+    ],
+)
+@pytest.mark.parametrize("windows", [{}, {"window": 32, "tail": 8}], ids=["whole", "windows"])
+def test_what_does_not_fit_is_not_generated(
+    windows: dict[str, int],
+    name: str,
+    length: int,
+    new: int,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import re
+
+    model: Any = build(name)
+    monkeypatch.setattr(model, "generate", lambda *_, **__: pytest.fail("it was generated"))
+    with pytest.raises(InputError, match=re.escape(message)):
+        heat_fast.generate_and_attribute(
+            model, None, prompt_ids(name, length), max_new_tokens=new, variant="gs", **windows
+        )
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt", "llama_bias"])
+def test_what_just_fits_is_generated(name: str) -> None:
+    model, prompt = build(name), prompt_ids(name, 60)
+    model.generation_config.eos_token_id = None
+    found = heat_fast.generate_and_attribute(
+        model, None, prompt, max_new_tokens=5, variant="gs", layers=1, coverage=0.5
+    )
+    assert len(found.target_ids) == 5
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
