@@ -45,11 +45,16 @@ STDERR: Final = "curvature_stderr"
 
 @dataclasses.dataclass(frozen=True)
 class TopToken:
-    """One line of a ranking: a prompt token, its score and its components, over all targets."""
+    """One line of a ranking: a prompt token, its score and its components, over all targets.
+
+    share: its part of the scores of the whole prompt, 0 to 1; see :meth:`Attribution.shares`.
+    Components that were not measured are 0; see :attr:`Attribution.measured`.
+    """
 
     index: int
     token: str
     score: float
+    share: float
     gate: float
     curvature: float
     information: float
@@ -212,6 +217,26 @@ class Attribution:
         """How targets are aggregated unless asked otherwise: the configuration's choice."""
         return str(self.metadata.get("config", {}).get("aggregate", "mean"))
 
+    @property
+    def method(self) -> str | None:
+        """The name of the method of `heat_fast.baselines` whose scores these are; None: HEAT's."""
+        if not isinstance(self.metadata.get("measured"), tuple):
+            return None
+        return str(self.metadata.get("config", {}).get("variant", "unknown"))
+
+    @property
+    def measured(self) -> tuple[str, ...]:
+        """Names of the [T, N] arrays that hold measurements; the others are 0 and say nothing.
+
+        All, unless the curvature was left out, or ``metadata["measured"]`` names what another
+        method measured.
+        """
+        if self.method is not None:
+            named = (*self.metadata["measured"], "target_scores")
+            return tuple(name for name in COMPONENTS if name in named)
+        left_out = self.metadata.get("config", {}).get("curvature") == "none"
+        return tuple(name for name in COMPONENTS if not (left_out and name == "curvature"))
+
     def aggregated(self, name: str, how: str | None = None) -> Tensor:
         """One component over all targets, [N] (paper Eq. 23).
 
@@ -240,31 +265,48 @@ class Attribution:
     def top(self, k: int = 10, *, special: bool = True) -> list[TopToken]:
         """The k prompt tokens with the highest scores, highest first (all, where k exceeds N).
 
+        Scores of other methods may be negative: such tokens count against the target. Rank and
+        share then follow the magnitude, ``|score|``, and `score` keeps its sign: a token strongly
+        against the target ranks beside those strongly for it. The page, the notebook's view, the
+        terminal and the figures follow the same rule.
+
         `special=False` leaves out special tokens and those of the chat template; of a prompt that
-        has no others nothing is left. Equal scores keep the order of the prompt. Components are
+        has no others nothing is left. Equal ones keep the order of the prompt. Components are
         aggregated like the scores.
         """
         if isinstance(k, bool) or not isinstance(k, int) or k < 1:
             raise InputError(f"top({k!r}): expected a whole number of at least 1.")
-        order = self.ranking(self.scores, special=special)
+        scores = self.scores
+        order, shares = self.ranking(scores, special=special), self.shares(scores)
         columns = {name: self.aggregated(name) for name in ("gate", "curvature", "information")}
         return [
             TopToken(
                 index=index,
                 token=self.tokens[index],
-                score=self.scores[index].item(),
+                score=scores[index].item(),
+                share=shares[index].item(),
                 **{name: values[index].item() for name, values in columns.items()},
             )
             for index in order[:k]
         ]
 
     def ranking(self, scores: Tensor, *, special: bool = True) -> list[int]:
-        """Prompt tokens in descending order of some scores [N]; see :meth:`top` for `special`."""
-        order: list[int] = torch.argsort(scores, descending=True, stable=True).tolist()
+        """Prompt tokens by descending magnitude of some scores [N]; see :meth:`top`."""
+        order: list[int] = torch.argsort(scores.abs(), descending=True, stable=True).tolist()
         if special:
             return order
         hidden = [a or b for a, b in zip(self.special, self.template, strict=True)]
         return [index for index in order if not hidden[index]]
+
+    def shares(self, scores: Tensor | None = None) -> Tensor:
+        """Each prompt token's part of some scores [N], by default :attr:`scores`; float64, 0 to 1.
+
+            share[i] = |score[i]| / sum_j |score[j]|
+
+        So they sum to 1, of signed scores too; where all scores are 0, they are 0. `top` says more.
+        """
+        sizes = (self.scores if scores is None else scores).double().abs()
+        return sizes / sizes.sum() if bool(sizes.any()) else sizes
 
     # --- spans ----------------------------------------------------------------------------------
 
@@ -326,8 +368,8 @@ class Attribution:
         top = ", ".join(f"{line.token!r} {line.score:.3g}" for line in self.top(3))
         variant = self.metadata.get("config", {}).get("variant", "?")
         return (
-            f"Attribution({len(self)} prompt tokens, target {targets}, variant {variant!r}, "
-            f"top: {top})"
+            f"Attribution({len(self)} prompt tokens, target {targets}, "
+            f"{'method' if self.method else 'variant'} {variant!r}, top: {top})"
         )
 
     # --- writing --------------------------------------------------------------------------------
@@ -401,6 +443,8 @@ class Attribution:
 
     def plot(self, k: int = 15) -> Figure:
         """A matplotlib figure: the k highest tokens as bars, and their components beside them.
+
+        Tokens are those of :meth:`top`; components that were not measured are left out.
 
         Raises InputError where k is no whole number of at least 1, MissingPackageError without
         matplotlib.

@@ -2,7 +2,8 @@
 
 With colour, a token's background goes from pale yellow to dark brown in steps of equal perceived
 lightness (distinguishable in every form of colour blindness), each with its own black or white
-text, so that dark and light terminals show the same. Without colour (piped, or NO_COLOR) and on
+text, so that dark and light terminals show the same; negative scores go from pale to dark blue in
+the same steps. Without colour (piped, or NO_COLOR) and on
 terminals of 16 colours, which cannot show the steps, the tokens of the table are marked
 ``[rank|token]`` in the prompt instead.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from typing import Any, Final
 
 from rich.cells import cell_len
@@ -25,7 +27,7 @@ from heat_fast.result import Attribution
 __all__ = ["is_ascii", "number", "print_result", "prompt_text", "render", "top_table", "visible"]
 
 # Eight steps of OKLCH lightness from 0.96 to 0.40; the text colour is the one of higher contrast
-# (at least 4.9 : 1 throughout).
+# (at least 4.6 : 1 throughout).
 _PALETTE: Final = (
     ("#fff2af", "black"),
     ("#fad278", "black"),
@@ -36,10 +38,27 @@ _PALETTE: Final = (
     ("#8e462d", "white"),
     ("#693830", "white"),
 )
-_STYLES: Final = tuple(
-    Style(color="#000000" if ink == "black" else "#ffffff", bgcolor=paper)
-    for paper, ink in _PALETTE
+_NEGATIVE_PALETTE: Final = (
+    ("#e2f4ff", "black"),
+    ("#aedfff", "black"),
+    ("#75c7ff", "black"),
+    ("#4dadf2", "black"),
+    ("#3992d9", "black"),
+    ("#2878c0", "white"),
+    ("#215da8", "white"),
+    ("#1b428f", "white"),
 )
+
+
+def _styles(palette: Sequence[tuple[str, str]]) -> tuple[Style, ...]:
+    inks = {"black": "#000000", "white": "#ffffff"}
+    return tuple(Style(color=inks[ink], bgcolor=paper) for paper, ink in palette)
+
+
+_STYLES: Final = _styles(_PALETTE)
+_NEGATIVE_STYLES: Final = _styles(_NEGATIVE_PALETTE)
+#: The columns of components: their names here and in the result.
+_COMPONENTS: Final = ("gate", "curvature", "information")
 _BAR_WIDTH: Final = 10
 _GAP: Final = 2  # between two columns
 # A token column that is not shortened below this where another column could go instead.
@@ -69,7 +88,7 @@ def render(
     return Group(
         prompt_text(result, colour=colour, ascii_only=ascii_only, top=top, special=special),
         Text(),
-        _legend(colour, ascii_only),
+        _legend(colour, signed=bool((result.scores < 0).any())),
         Text(),
         top_table(
             result,
@@ -97,14 +116,14 @@ def prompt_text(
     """The prompt as flowing text, each token coloured by its score (or marked by its rank)."""
     text = Text(overflow="fold")
     scores = result.scores.tolist()
-    highest = max(scores)
+    highest = max(map(abs, scores))
     ranks = {row.index: rank for rank, row in enumerate(result.top(top, special=special), start=1)}
     for segment in segments(result):
-        score = max((scores[index] for index in segment.tokens), default=0.0)
+        score = max((scores[index] for index in segment.tokens), key=abs, default=0.0)
         rank = min((ranks[index] for index in segment.tokens if index in ranks), default=None)
         ranked = rank is not None and not colour
-        level = _level(score, highest) if colour else 0
-        shown = _flowing(segment.text, ascii_only, mark_spaces=ranked or level > 0)
+        style = _style(score, highest) if colour else None
+        shown = _flowing(segment.text, ascii_only, mark_spaces=ranked or style is not None)
         if ranked:
             body = shown.lstrip(" ")
             text.append(shown[: len(shown) - len(body)])
@@ -113,7 +132,7 @@ def prompt_text(
             text.append(f"[{rank}|{line}]", style="bold")
             text.append("\n" * (len(body) - len(line)))
         else:
-            text.append(shown, style=_STYLES[level - 1] if level else None)
+            text.append(shown, style=style)
     return text
 
 
@@ -126,20 +145,21 @@ def top_table(
     width: int = 80,
     special: bool = True,
 ) -> Table:
-    """The k highest-scoring tokens with their score, its share of the total and components.
+    """The tokens of `result.top(k)` with their score, its share and the measured components.
 
-    Information that screening left out is a dash. What does not fit into `width` columns is left
-    out whole, the bar first, then the share, then components from the last; long tokens are
-    shortened. A number is never cut.
+    Bars of negative scores are of another character. Information that screening left out is a dash.
+    What does not fit into `width` columns is left out whole, the bar first, then the share, then
+    components from the last; long tokens are shortened. A number is never cut.
     """
     rows = result.top(k, special=special)
-    total = math.fsum(result.scores.tolist())
-    highest = rows[0].score if rows else 0.0
+    nothing = not bool(result.scores.any())
+    highest = abs(rows[0].score) if rows else 0.0
     skipped = result.information_skipped or (False,) * len(result)
 
     def bar(score: float) -> str:
-        filled = round(_BAR_WIDTH * score / highest) if highest > 0 else 0
-        return ("#" if ascii_only else "█") * filled
+        filled = round(_BAR_WIDTH * abs(score) / highest) if highest > 0 else 0
+        positive, negative = ("#", "-") if ascii_only else ("█", "░")
+        return (negative if score < 0 else positive) * filled
 
     tokens = [visible(row.token, ascii_only) for row in rows]
     columns = {
@@ -147,22 +167,24 @@ def top_table(
         "pos": [str(row.index) for row in rows],
         "token": tokens,
         "score": [number(row.score) for row in rows],
-        "share": [f"{row.score / total:.1%}" if total > 0 else "-" for row in rows],
+        "share": ["-" if nothing else f"{row.share:.1%}" for row in rows],
         "": [bar(row.score) for row in rows],
         "gate": [number(row.gate) for row in rows],
         "curvature": [number(row.curvature) for row in rows],
         "information": ["-" if skipped[row.index] else number(row.information) for row in rows],
     }
+    for name in set(_COMPONENTS) - set(result.measured):
+        del columns[name]
     token_width = _fit(columns, width)
     table = Table(box=None, padding=(0, _GAP, 0, 0), pad_edge=False, header_style="bold")
     for name in columns:
         left = name in ("token", "")
         table.add_column(name, justify="left" if left else "right", no_wrap=True, overflow="crop")
     for index, row in enumerate(rows):
-        level = _level(row.score, highest) if colour else 0
+        style = _style(row.score, highest) if colour else None
         cells = {name: Text(column[index]) for name, column in columns.items()}
         token = _shorten(tokens[index], token_width, ascii_only)
-        cells["token"] = Text(token, style=_STYLES[level - 1] if level else "")
+        cells["token"] = Text(token, style=style or "")
         table.add_row(*cells.values())
     return table
 
@@ -180,7 +202,8 @@ def _fit(columns: dict[str, list[str]], width: int) -> int:
     ):
         if _room(widths, width) >= min(longest, token):
             break
-        del columns[name], widths[name]
+        if name in columns:
+            del columns[name], widths[name]
     return max(min(longest, _room(widths, width)), _SHORTEST_TOKEN)
 
 
@@ -205,13 +228,15 @@ def _shorten(text: str, width: int, ascii_only: bool) -> str:
 # --- parts ----------------------------------------------------------------------------------------
 
 
-def _legend(colour: bool, ascii_only: bool) -> Text:
+def _legend(colour: bool, *, signed: bool) -> Text:
     if not colour:
-        return Text("[rank|token] marks the tokens of the table.", style="italic")
-    legend = Text("low ", style="italic")
-    for style in _STYLES:
+        told = "; rank and share follow the magnitude of the score" if signed else ""
+        return Text(f"[rank|token] marks the tokens of the table{told}.", style="italic")
+    legend = Text("negative " if signed else "low ", style="italic")
+    for style in (*reversed(_NEGATIVE_STYLES), *_STYLES) if signed else _STYLES:
         legend.append("  ", style=style)
-    legend.append(" high (square root of the score, relative to the highest)", style="italic")
+    words = "positive (square root of the magnitude" if signed else "high (square root of the score"
+    legend.append(f" {words}, relative to the highest)", style="italic")
     return legend
 
 
@@ -236,7 +261,10 @@ def _targets(result: Attribution, ascii_only: bool) -> Text:
 def _target_rows(
     result: Attribution, ascii_only: bool, width: int, special: bool
 ) -> list[RenderableType]:
-    """Of a target of several tokens: what drives each of them, with its share of that score."""
+    """Of a target of several tokens: what drives each of them, with its share of that score.
+
+    The share of a negative score has a minus sign.
+    """
     if len(result.target_ids) == 1:
         return []
     table = Table(box=None, padding=(0, _GAP, 0, 0), pad_edge=False, header_style="bold")
@@ -244,10 +272,10 @@ def _target_rows(
     table.add_column("driven by", no_wrap=True, overflow="ellipsis")
     rows = zip(result.target_tokens, result.target_scores, strict=True)
     for token, scores in list(rows)[:_TARGETS_SHOWN]:
-        total = math.fsum(scores.tolist())
+        shares = result.shares(scores).tolist()
         drivers = []
         for index in result.ranking(scores, special=special)[:_DRIVERS_SHOWN]:
-            share = scores[index].item() / total if total > 0 else 0.0
+            share = math.copysign(shares[index], scores[index].item() + 0.0)
             name = _shorten(visible(result.tokens[index], ascii_only), width // 5, ascii_only)
             drivers.append(f"{name} {share:.0%}")
         target = _shorten(visible(token, ascii_only), width // 5, ascii_only)
@@ -262,7 +290,9 @@ def _facts(result: Attribution) -> Text:
     counts = metadata.get("counts", {})
     facts = [
         metadata.get("model"),
-        f"variant {metadata.get('config', {}).get('variant', 'unknown')}",
+        f"method {result.method}"
+        if result.method
+        else f"variant {metadata.get('config', {}).get('variant', 'unknown')}",
         " ".join(str(metadata[key]) for key in ("device", "dtype") if key in metadata),
         None if seconds is None else f"{seconds:.2f} s",
         f"{counts['hvp']:,} HVPs" if "hvp" in counts else None,
@@ -284,8 +314,12 @@ def is_ascii(console: Console) -> bool:
     return not console.encoding.lower().startswith("utf")
 
 
-def _level(score: float, highest: float) -> int:
-    return colour_step(score, highest, len(_STYLES))
+def _style(score: float, highest: float) -> Style | None:
+    """The colours of a score, where it is strong enough for any."""
+    level = colour_step(abs(score), highest, len(_STYLES))
+    if level == 0:
+        return None
+    return (_NEGATIVE_STYLES if score < 0 else _STYLES)[level - 1]
 
 
 def _flowing(text: str, ascii_only: bool, *, mark_spaces: bool) -> str:

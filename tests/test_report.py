@@ -25,9 +25,36 @@ from heat_fast.errors import HeatError, InputError, MissingPackageError, OutputE
 from heat_fast.reading import colour_step, number, segments
 from heat_fast.report import notes, page, palette
 from heat_fast.report.page import COMPONENTS, render_page, render_view
+from heat_fast.result import COMPONENTS as COMPONENT_ARRAYS
+from heat_fast.result import Attribution
 from results import HOSTILE, made_up, story
 
 LIMIT = 300_000
+INFORMATION = ("information", "log_prob_drop", "target_scores")
+
+
+def of_method(
+    pieces: tuple[str, ...],
+    name: str,
+    measured: tuple[str, ...],
+    *,
+    config: dict[str, Any] | None = None,
+    **changes: Any,
+) -> Attribution:
+    """A result as `heat_fast.baselines` makes it, by default with scores of both signs."""
+    n_tokens = len(pieces)
+    zeros = {array: torch.zeros(1, n_tokens) for array in COMPONENT_ARRAYS if array not in measured}
+    scores = torch.tensor([[-4.0, -1.0, 3.0][:n_tokens]])
+    return dataclasses.replace(
+        made_up(pieces),
+        **zeros,
+        **{"target_scores": scores, "curvature_stderr": None, **changes},
+        metadata={
+            "config": {"variant": name, "aggregate": "mean", "seed": 0, **(config or {})},
+            "measured": list(measured),
+            "model": "LlamaForCausalLM",
+        },
+    )
 
 
 class Elements(HTMLParser):
@@ -318,6 +345,12 @@ def test_numbers_round_into_the_next_thousand() -> None:
         (
             {"window": 512},
             {"windows": {"stretches": [[0, 512], [256, 768]], "tokens": 512, "leakage": 0.25}},
+            "2 windows of 512 tokens, weighted by the probability of the target in each (leakage "
+            "25.0%",
+        ),
+        (
+            {"window": 512, "window_weights": "uniform"},
+            {"windows": {"stretches": [[0, 512], [256, 768]], "tokens": 512, "leakage": 0.25}},
             "2 windows of 512 tokens (leakage 25.0%",
         ),
         (
@@ -353,6 +386,85 @@ def test_the_formula_has_the_weights_that_were_used() -> None:
     assert notes.formula(made_up(("a",))) == "score = gate × (0.5 × curvature + 0.5 × information)"
     weights = made_up(("a",), config={"beta": 0.0, "gamma": 2.0, "alpha": 0.125})
     assert notes.formula(weights) == "score = gate × (2 × information + 0.125 × gradient)"
+
+
+def test_the_formula_has_no_part_that_was_left_out() -> None:
+    result = made_up(("a", "b"), config={"curvature": "none"})
+    assert notes.formula(result) == "score = gate × (0.5 × information)"
+    assert list(page_data(render_page(result))["rows"]) == ["score", "gate", "information", "drop"]
+
+
+# --- other methods --------------------------------------------------------------------------------
+
+NEVER_OF_ANOTHER_METHOD = (
+    "score = gate",
+    "paths that carry much attention",
+    "Gate",
+    "Curvature",
+    "curvature",
+    "Variant",
+)
+
+
+def visible_text(html: str) -> str:
+    """What a reader sees before the page's script has run, without the table of all metadata."""
+    shown = re.sub(r"<(details|script)\b.*?</\1>", "", html, flags=re.DOTALL)
+    return " ".join(Elements(shown).texts["body"])
+
+
+def test_another_methods_page_tells_its_name_and_what_it_measured() -> None:
+    result = of_method((("<s>", "the", " cat")), "leave_one_out", INFORMATION)
+    html = render_page(result)
+    assert list(page_data(html)["rows"]) == ["score", "information", "drop"]
+    page = Elements(html)
+    chosen = [attributes.get("value") for attributes in page.all("input")]
+    assert chosen[:3] == ["score", "information", "drop"]
+    assert [each["data-name"] for each in page.all("th") if "data-name" in each] == chosen[:3]
+    assert page.texts["dt"][:3] == ["Score", "Information", "Drop"]
+    assert page.texts["dt"][-2:] == ["Information", "Drop"]
+    text = visible_text(html)
+    assert "the method leave_one_out" in text
+    assert "Methodleave_one_out" in page.texts["tr"]
+    assert not [words for words in NEVER_OF_ANOTHER_METHOD if words in text]
+
+
+def test_scores_alone_leave_nothing_to_choose_or_explain() -> None:
+    page = Elements(render_page(of_method(("a", "b"), "input_x_gradient", ("target_scores",))))
+    assert [each.get("name") for each in page.all("input")] == [None, None]  # slider and rows
+    assert page.texts["dt"] == ["Score", "Summed score", "Share"]
+    assert not [each for each in page.all("p") if each.get("class") == "formula"]
+
+
+def test_cautions_of_another_method_are_its_own() -> None:
+    scores = ("target_scores",)
+    told = " ".join(notes.cautions(of_method(("a", "b"), "input_x_gradient", scores)))
+    assert "evidence about the model" in told
+    assert "both signs" in told
+    for words in ("urvature", "nformation", "attention sink"):
+        assert words not in told
+    unsigned = of_method(("a", "b"), "random", scores, target_scores=torch.ones(1, 2))
+    assert "both signs" not in " ".join(notes.cautions(unsigned))
+    masked = of_method(("a", "b"), "leave_one_out", INFORMATION, config={"masking": "zero"})
+    assert "attention sink" in " ".join(notes.cautions(masked))
+
+
+def test_the_view_of_another_method_has_its_columns_and_both_signs() -> None:
+    result = of_method((("<s>", "the", " cat")), "leave_one_out", INFORMATION)
+    view = Elements(render_view(result))
+    assert view.texts["th"] == ["#", "pos.", "token", "score", "share", "information"]
+    assert [line.split("%")[0] for line in view.texts["tr"][1:]] == [
+        "10<s>-4.0050.0",
+        "22·cat3.0037.5",
+        "31the-1.0012.5",
+    ]
+    classes = [each.get("class") for each in view.all("span") if each.get("class") != "quiet"]
+    assert classes == ["c9", "c4", "h8"]
+    legend = next(line for line in view.texts["p"] if "square root" in line)
+    assert legend.startswith("-4.00") and "4.00 (square root of the magnitude)" in legend
+    assert "Method: leave_one_out" in view.texts["p"][-1]
+
+
+# --- metadata -------------------------------------------------------------------------------------
 
 
 def test_all_metadata_is_there() -> None:
@@ -454,6 +566,23 @@ def test_the_heat_map_is_target_by_token() -> None:
     labels = [label.get_text() for label in figure.axes[0].get_xticklabels()]
     assert [int(label.split()[-1]) for label in labels] == columns
     assert "7 highest" in figure.axes[0].get_xlabel()
+
+
+def test_figures_show_negative_scores_and_measured_parts_alone() -> None:
+    pytest.importorskip("matplotlib")
+    result = of_method(("<s>", "the", " cat"), "leave_one_out", INFORMATION)
+    axes = result.plot().axes
+    assert [axis.get_title(loc="left") for axis in axes] == ["score", "information"]
+    assert [bar.get_width() for bar in axes[0].patches] == [-4.0, 3.0, -1.0]
+    assert axes[0].get_xlim()[0] < -4
+    colours = [bar.get_facecolor() for bar in axes[0].patches]
+    assert colours[0] == colours[2] != colours[1]
+    (image,) = result.plot_targets().axes[0].images
+    assert image.norm.vmin == -4 and image.norm.vmax == 4
+    shades = image.norm(torch.tensor([-4.0, -1.0, 0.0, 1.0, 4.0]).numpy())
+    assert shades.tolist() == pytest.approx([0.0, 0.25, 0.5, 0.75, 1.0])
+    scores = of_method(("a", "b"), "random", ("target_scores",))
+    assert [axis.get_title(loc="left") for axis in scores.plot().axes] == ["score"]
 
 
 def test_labels_are_taken_literally(tmp_path: Path) -> None:

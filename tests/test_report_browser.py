@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,12 +11,16 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 import browser as browsers
+from families import build, prompt_ids
+from heat_fast import baselines
 from heat_fast.reading import colour_step, number
 from heat_fast.report import palette
 from heat_fast.report.page import COMPONENTS
 from heat_fast.result import Attribution
+from heat_fast.terminal import render
 from results import HOSTILE, made_up, story
 
 pytestmark = pytest.mark.skipif(bool(browsers.missing()), reason=browsers.missing() or "-")
@@ -150,6 +155,44 @@ def test_the_switch_changes_colours_ranking_and_legend(show: Opener, name: str) 
     assert page.find(".steps.cool").is_displayed() == (name == "drop")
     if name == "drop":
         assert any(step.startswith("c") for step in page.steps())
+
+
+def test_signed_scores_rank_alike_on_page_terminal_and_in_top(show: Opener) -> None:
+    result = baselines.attribute(
+        build("llama"), None, prompt_ids("llama", 12), [11], method="input_x_gradient"
+    )
+    top = result.top()
+    assert any(row.score < 0 for row in top[:5]) and any(row.score > 0 for row in top[:5])
+    page = show(result)
+    rows = [row.text.split() for row in page.all("#rows tr")]
+    assert [int(row[1]) for row in rows] == [row.index for row in top]
+    for row, line in zip(top, rows, strict=True):
+        assert shown_number(line[3]) == pytest.approx(100 * row.share, abs=0.05)
+        assert line[4] == number(row.score)
+    file = io.StringIO()
+    console = Console(file=file, width=100)
+    console.print(render(result, console))
+    printed = [line.split()[:5] for line in file.getvalue().splitlines()]
+    for rank, row in enumerate(top, start=1):
+        share = f"{100 * row.share:.1f}%"
+        assert [str(rank), str(row.index), row.token, number(row.score), share] in printed
+    assert page.steps() == expected_steps(result.scores)
+    assert "negative" in page.find("#meter-score").get_attribute("class") or top[0].score > 0
+
+
+def test_a_method_that_measures_scores_alone_offers_nothing_else(show: Opener) -> None:
+    result = made_up(
+        PIECES, (" a", " b"), metadata={"measured": ["target_scores"], "config": {"variant": "m"}}
+    )
+    page = show(result)
+    assert page.all("#components") == []
+    page.hover(page.cell(2))
+    assert page.text("#value-score") == number(result.scores[2].item())
+    assert page.all("#value-gate, #value-curvature, #value-information, #value-drop") == []
+    assert [head.get_attribute("data-name") for head in page.all("th[data-name]")] == ["score"]
+    page.choose("max")
+    assert page.steps() == expected_steps(result.aggregated("target_scores", "max"))
+    assert not page.all(".formula")
 
 
 def test_hover_shows_the_token_and_its_parts(show: Opener) -> None:

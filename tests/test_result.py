@@ -103,6 +103,55 @@ def test_top_is_ordered_and_ties_keep_the_prompts_order() -> None:
             result.top(bad)  # type: ignore[arg-type]
 
 
+def test_top_ranks_by_magnitude_and_keeps_the_sign() -> None:
+    signed = make([[0.5, -2.0, 1.5]])
+    assert [(row.index, row.score) for row in signed.top()] == [(1, -2.0), (2, 1.5), (0, 0.5)]
+    assert [row.share for row in signed.top()] == [0.5, 0.375, 0.125]
+    assert signed.shares().tolist() == [0.125, 0.5, 0.375]
+    # Shares are of the whole prompt, whatever is left out of the ranking.
+    assert [row.share for row in signed.top(special=False)] == [0.5, 0.375]
+    # Equal magnitudes keep the order of the prompt, and rows of targets may cancel.
+    assert [row.index for row in make([[1.0, -1.0, 1.0]]).top()] == [0, 1, 2]
+    cancelled = make([[1.0, -3.0, 2.0], [1.0, 3.0, -4.0]])
+    assert [(row.index, row.share) for row in cancelled.top()] == [(0, 0.5), (2, 0.5), (1, 0.0)]
+    assert cancelled.shares(cancelled.target_scores[0]).tolist() == [1 / 6, 0.5, 1 / 3]
+    assert make([[0.0, -0.0, 0.0]]).shares().tolist() == [0.0] * 3
+
+
+def test_scores_without_negatives_rank_as_they_are() -> None:
+    scores = torch.rand(1, 37)
+    result = make(scores.tolist(), tokens=("a",) * 37, text=None, offsets=None)
+    assert [row.index for row in result.top(37)] == scores[0].argsort(descending=True).tolist()
+    expected = (scores[0].double() / scores[0].double().sum()).tolist()
+    assert result.shares().tolist() == pytest.approx(expected)
+
+
+def of_method(*measured: str, scores: list[list[float]] | None = None) -> Attribution:
+    """As `heat_fast.baselines` makes them: what is not measured is 0."""
+    rows = torch.tensor([[-4.0, 1.0, 3.0]] if scores is None else scores)
+    zeros = {name: torch.zeros_like(rows) for name in COMPONENTS if name not in measured}
+    return make(
+        rows.tolist(),
+        **(zeros | {"target_scores": rows}),
+        metadata={
+            "config": {"variant": "some_method", "aggregate": "mean"},
+            "measured": [*measured, "target_scores"],
+        },
+    )
+
+
+def test_a_result_tells_what_was_measured() -> None:
+    assert (make().method, make().measured) == (None, COMPONENTS)
+    assert make(metadata={}).measured == COMPONENTS
+    left_out = make(metadata={"config": {"curvature": "none"}})
+    assert set(COMPONENTS) - set(left_out.measured) == {"curvature"}
+    other = of_method("log_prob_drop", "information")
+    assert other.method == "some_method"
+    assert other.measured == ("information", "log_prob_drop", "target_scores")
+    assert of_method().measured == ("target_scores",)
+    assert "method 'some_method'" in repr(other) and "variant" not in repr(other)
+
+
 def test_arrays_are_float32_copies() -> None:
     source = torch.zeros(2, 3, dtype=torch.float64, requires_grad=True)
     result = make(gate=source)
@@ -414,6 +463,59 @@ def test_colours_get_darker_and_their_text_stays_readable() -> None:
         assert contrast(ink, paper) >= 4.5
         papers.append(contrast(paper, (0, 0, 0)))
     assert papers == sorted(papers, reverse=True)
+
+
+def test_both_palettes_are_equally_strong() -> None:
+    from heat_fast.terminal import _NEGATIVE_STYLES, _STYLES
+
+    for warm, cold in zip(_STYLES, _NEGATIVE_STYLES, strict=True):
+        papers = []
+        for style in (warm, cold):
+            assert style.color is not None and style.bgcolor is not None
+            ink, paper = (tuple(c.get_truecolor()) for c in (style.color, style.bgcolor))
+            assert contrast(ink, paper) >= 4.5
+            papers.append(contrast(paper, (0, 0, 0)))
+        assert warm.color == cold.color
+        # Hues of one perceived lightness differ a little in luminance.
+        assert papers[0] == pytest.approx(papers[1], rel=0.15)
+
+
+def test_negative_scores_are_ranked_marked_and_coloured() -> None:
+    result = make([[-4.0, 1.0, 3.0]])
+    text = shown(result, top=2)
+    assert text.startswith("[1|<s>]the [2|cat]\n")
+    assert "follow the magnitude" in text
+    assert re.search(r"1 +0 +<s> +-4\.00 +50\.0% +░{10} ", text)
+    assert re.search(r"2 +2 +·cat +3\.00 +37\.5% +█{8} ", text)
+    ascii_file = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    assert re.search(r"-4\.00 +50\.0% +-{10} ", shown(result, file=ascii_file))
+    coloured = shown(result, force_terminal=True, color_system="truecolor")
+    paper = dict(
+        (token, tuple(map(int, code.split(";48;2;")[1].split(";"))))
+        for code, token in re.findall(r"\x1b\[([\d;]+)m(<s>| cat)\x1b\[0m", coloured)
+    )
+    assert paper["<s>"][2] > paper["<s>"][0] and paper[" cat"][0] > paper[" cat"][2]
+    assert "negative" in coloured and "positive" in coloured
+    assert "negative" not in shown(make(), force_terminal=True, color_system="truecolor")
+
+
+def test_another_method_is_named_and_shows_what_it_measured() -> None:
+    text = shown(of_method("information"))
+    header = next(line for line in text.splitlines() if line.startswith("#"))
+    assert header.split() == ["#", "pos", "token", "score", "share", "information"]
+    assert "method some_method" in text and "variant" not in text
+    for width in (20, 30, 40, 100):
+        text = shown(of_method(), width=width)
+        header = next(line for line in text.splitlines() if line.startswith("#"))
+        assert header.split()[:4] == ["#", "pos", "token", "score"]
+        assert not {"gate", "curvature", "information"} & {*header.split()}
+
+
+def test_drivers_of_a_target_keep_their_sign() -> None:
+    result = make([[-4.0, 1.0, 3.0], [0.0, 2.0, -2.0]])
+    lines = [line.split() for line in shown(result).splitlines()]
+    assert ["·t0", "<s>", "-50%,", "·cat", "38%,", "the", "12%"] in lines
+    assert ["·t1", "the", "50%,", "·cat", "-50%,", "<s>", "0%"] in lines
 
 
 def test_no_color_is_honoured(monkeypatch: pytest.MonkeyPatch) -> None:

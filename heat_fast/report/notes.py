@@ -11,7 +11,7 @@ from typing import Any, Final
 from heat_fast.reading import approximations
 from heat_fast.result import Attribution
 
-__all__ = ["cautions", "facts", "formula", "settings"]
+__all__ = ["cautions", "facts", "formula", "meaning", "settings", "terms"]
 
 _LONGEST: Final = 240
 _CURVATURE: Final = {
@@ -28,34 +28,75 @@ _ESTIMATOR: Final = {
 }
 
 
-def formula(result: Attribution) -> str:
-    """The score in terms of its components, with the weights that were used."""
-    config = _config(result)
+#: Of each part, by its array: its name in formulas, and the setting that weighs it.
+_WEIGHED: Final = {
+    "curvature": ("curvature", "beta"),
+    "information": ("information", "gamma"),
+    "gradient_norm": ("gradient", "alpha"),
+}
+_TERMS: Final = {
+    "gate": "how much attention carries from the token to the predicted position, through all "
+    "layers",
+    "curvature": "how strongly the target's log-probability bends along the token's embedding",
+    "information": "how far the next-token distribution moves when the token is masked, in nats",
+    "log_prob_drop": "what the target's log-probability loses when the token is masked, in nats; "
+    "negative where it gains. It is not part of the score.",
+}
+
+
+def meaning(result: Attribution) -> str:
+    """What a high score says."""
+    if result.method is not None:
+        return (
+            f"Scores are those of the method {result.method}: the higher a score, the more the "
+            "method ascribes to the token."
+        )
+    return (
+        "A token with a high score lies on paths that carry much attention to the prediction, and "
+        "the prediction is sensitive to it."
+    )
+
+
+def formula(result: Attribution) -> str | None:
+    """The score in terms of its components, with the weights that were used; None: not HEAT's."""
+    if result.method is not None:
+        return None
+    config, measured = _config(result), result.measured
     terms = [
         f"{config[weight]:g} × {name}"
-        for weight, name in (("beta", "curvature"), ("gamma", "information"), ("alpha", "gradient"))
-        if isinstance(config.get(weight), int | float) and config[weight]
+        for array, (name, weight) in _WEIGHED.items()
+        if array in measured and isinstance(config.get(weight), int | float) and config[weight]
     ]
     if not terms:
         return "score = gate × (weighted curvature + weighted information)"
     return f"score = gate × ({' + '.join(terms)})"
 
 
+def terms(result: Attribution) -> dict[str, str]:
+    """What each measured part is, by the name of its array."""
+    return {name: text for name, text in _TERMS.items() if name in result.measured}
+
+
 def cautions(result: Attribution) -> list[str]:
     """What the score does not say, as far as it concerns this result, and what was approximated."""
-    config = _config(result)
+    config, measured = _config(result), result.measured
     lines = [
         "It is evidence about the model, not a proof of causation, and says nothing about whether "
         "the answer is true.",
     ]
+    if bool((result.target_scores < 0).any()):
+        lines.append(
+            "Scores have both signs: negative ones, in blue, count against the target. Rank and "
+            "share follow the magnitude."
+        )
     if config.get("masking") == "zero":
         lines.append(
             "The first token is often an attention sink: masking it by zeros changes much more "
             "than its meaning."
         )
-    if config.get("normalize") == "sum":
+    if result.method is None and config.get("normalize") == "sum":
         lines.append("Curvature and information were each scaled to a sum of 1 before mixing.")
-    elif config.get("curvature", "hessian") != "none":
+    elif {"curvature", "information"} <= {*measured}:
         lines.append(
             "Curvature and information have different scales: curvature grows with the width of "
             "the model, information is in nats. Without scaling one of them can dominate."
@@ -69,7 +110,7 @@ def cautions(result: Attribution) -> list[str]:
 
 
 def _made(result: Attribution) -> list[str]:
-    config = _config(result)
+    config = _config(result) if result.method is None else {}
     curvature, estimator = config.get("curvature"), config.get("estimator")
     lines = [_CURVATURE[curvature]] if curvature in _CURVATURE else []
     if curvature == "hessian" and estimator in _ESTIMATOR:
@@ -86,7 +127,8 @@ def facts(result: Attribution) -> list[tuple[str, str]]:
         ("Model", metadata.get("model")),
         ("Weights", _name(metadata.get("name"))),
         ("Device", " ".join(str(metadata[key]) for key in ("device", "dtype") if key in metadata)),
-        ("Variant", _config(result).get("variant")),
+        ("Method", result.method),
+        ("Variant", None if result.method else _config(result).get("variant")),
         ("Seed", metadata.get("seed", _config(result).get("seed"))),
         ("Prompt tokens", f"{len(result):,}"),
         ("Target tokens", f"{len(result.target_ids):,}"),

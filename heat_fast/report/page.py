@@ -41,6 +41,7 @@ COMPONENTS: Final = {
 _UNSAFE_IN_SCRIPT: Final = re.compile("[<>&\u2028\u2029\ud800-\udfff]")
 _TITLE_LENGTH: Final = 48
 _VIEW_ROWS: Final = 10
+_VIEW_COMPONENTS: Final = ("gate", "curvature", "information")
 
 
 def write_page(result: Attribution, path: str | os.PathLike[str]) -> None:
@@ -57,6 +58,7 @@ def render_page(result: Attribution) -> str:
     >>> render_page(result)[:15]
     '<!doctype html>'
     """
+    components, told = _measured(result), notes.terms(result)
     environment = _environment()
     style = environment.get_template("page.css").render(steps=palette.classes())
     script = environment.get_template("page.js").render()
@@ -69,10 +71,13 @@ def render_page(result: Attribution) -> str:
         target=_title(result),
         n_tokens=len(result),
         n_targets=len(result.target_ids),
-        components=tuple(COMPONENTS),
+        components=tuple(components),
+        signed=bool((result.target_scores < 0).any()),
         aggregate=result.aggregate,
         steps=palette.STEPS,
+        meaning=notes.meaning(result),
         formula=notes.formula(result),
+        terms=[(name, told[array]) for name, array in components.items() if array in told],
         cautions=notes.cautions(result),
         facts=notes.facts(result),
         settings=notes.settings(result),
@@ -84,11 +89,11 @@ def page_data(result: Attribution) -> dict[str, Any]:
 
     tokens, targets: texts, control characters as escapes. segments: a token's position where it
     stands for itself, else ``[text, position, ...]``. special, skipped: positions. rows: arrays
-    `[T, N]`, and log_probs `[T]`, as base64 of little-endian float32: exact, and shorter than
-    decimals.
+    `[T, N]` of what was measured, and log_probs `[T]`, as base64 of little-endian float32: exact,
+    and shorter than decimals.
     """
-    rows = {name: getattr(result, array) for name, array in COMPONENTS.items()}
-    if result.curvature_stderr is not None:
+    rows = {name: getattr(result, array) for name, array in _measured(result).items()}
+    if result.curvature_stderr is not None and "curvature" in rows:
         rows["stderr"] = result.curvature_stderr
     return {
         "tokens": [escape(token) for token in result.tokens],
@@ -105,21 +110,27 @@ def page_data(result: Attribution) -> dict[str, Any]:
 
 def render_view(result: Attribution) -> str:
     """The result as a fragment of HTML without a script, for a notebook."""
-    highest = max(result.scores.tolist())
-    total = math.fsum(result.scores.tolist())
+    scores = result.scores
+    highest = float(scores.abs().max())
+    signed = bool((scores < 0).any())
+    scale = _scale(signed=signed)
+    components = [name for name in _VIEW_COMPONENTS if name in result.measured]
     skipped = result.information_skipped or (False,) * len(result)
     rows = [
         {
             "rank": rank,
             "index": row.index,
             "token": visible(row.token),
-            "step": colour_step(row.score, highest, palette.STEPS),
+            "step": _step(row.score, highest),
             "numbers": [
                 number(row.score),
-                f"{row.score / total:.1%}" if total > 0 else "-",
-                number(row.gate),
-                number(row.curvature),
-                "-" if skipped[row.index] else number(row.information),
+                f"{row.share:.1%}" if highest > 0 else "-",
+                *(
+                    "-"
+                    if name == "information" and skipped[row.index]
+                    else number(getattr(row, name))
+                    for name in components
+                ),
             ],
         }
         for rank, row in enumerate(result.top(_VIEW_ROWS), start=1)
@@ -128,7 +139,11 @@ def render_view(result: Attribution) -> str:
         _environment()
         .get_template("view.html")
         .render(
-            steps=palette.classes()[: palette.STEPS],
+            steps=[step for step in palette.classes() if step[0] in scale],
+            scale=scale,
+            signed=signed,
+            highest=number(highest),
+            components=components,
             pieces=_pieces(result, highest),
             rows=rows,
             target=_title(result),
@@ -172,14 +187,14 @@ def _pieces(result: Attribution, highest: float) -> list[dict[str, Any]]:
     pieces: list[dict[str, Any]] = []
 
     def plain(text: str) -> None:
-        if pieces and pieces[-1]["step"] == 0:
+        if pieces and not pieces[-1]["step"]:
             pieces[-1]["text"] += text
         else:
-            pieces.append({"text": text, "step": 0, "title": ""})
+            pieces.append({"text": text, "step": "", "title": ""})
 
     for segment in segments(result):
-        score = max((scores[index] for index in segment.tokens), default=0.0)
-        step = colour_step(score, highest, palette.STEPS)
+        score = max((scores[index] for index in segment.tokens), key=abs, default=0.0)
+        step = _step(score, highest)
         text = escape(segment.text).replace("\t", "⇥").replace("\n", "↵\n")
         if step and text[0] == " " and text.strip(" "):  # a space before a word is not coloured
             plain(" ")
@@ -190,6 +205,23 @@ def _pieces(result: Attribution, highest: float) -> list[dict[str, Any]]:
         else:
             plain(text)
     return pieces
+
+
+def _measured(result: Attribution) -> dict[str, str]:
+    """What of `COMPONENTS` the result has."""
+    return {name: array for name, array in COMPONENTS.items() if array in result.measured}
+
+
+def _step(score: float, highest: float) -> str:
+    """The class of a score's colour: ``h9`` to ``h1``, ``c1`` to ``c9`` where negative, or none."""
+    step = colour_step(abs(score), highest, palette.STEPS)
+    return f"{'c' if score < 0 else 'h'}{step}" if step else ""
+
+
+def _scale(*, signed: bool) -> list[str]:
+    """The classes of a legend, from the lowest score to the highest."""
+    steps = range(1, palette.STEPS + 1)
+    return [*(f"c{step}" for step in reversed(steps) if signed), *(f"h{step}" for step in steps)]
 
 
 def _packed(segment: Segment, result: Attribution) -> int | list[Any]:

@@ -10,6 +10,7 @@ import io
 import unicodedata
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from heat_fast.errors import MissingPackageError
@@ -32,25 +33,30 @@ _MUTED = "#6a6257"
 def plot_top(result: Attribution, k: int = 15) -> Figure:
     """The k highest tokens: their scores as bars, and each component on a scale of its own.
 
+    Components that were not measured are left out. Negative scores are blue.
     Raises InputError where k is no whole number of at least 1, MissingPackageError without
     matplotlib.
     """
     top = result.top(k)
-    figure = _figure(width=9.0, height=1.3 + 0.27 * len(top))
-    axes: Any = figure.subplots(1, 4, sharey=True, width_ratios=(2, 1, 1, 1))
+    components = [name for name in _COMPONENTS if name in result.measured]
+    figure = _figure(width=4.5 + 1.5 * len(components), height=1.3 + 0.27 * len(top))
+    widths = (2, *(1 for _ in components))
+    (axes,) = figure.subplots(1, len(widths), sharey=True, width_ratios=widths, squeeze=False)
     labels = [_label(row.token, row.index) for row in top]
-    colour = palette.HEAT["light"][5]
-    for axis, name in zip(axes, ("score", *_COMPONENTS), strict=True):
+    for axis, name in zip(axes, ("score", *components), strict=True):
+        values = [getattr(row, name) for row in top]
+        step = 5 if name == "score" else 3
         axis.barh(
             range(len(top)),
-            [getattr(row, name) for row in top],
-            color=colour if name == "score" else palette.HEAT["light"][3],
+            values,
+            color=[(palette.COOL if each < 0 else palette.HEAT)["light"][step] for each in values],
             height=0.7,
         )
         _plain(axis)
         axis.set_title(name, fontsize=10, loc="left")
         axis.locator_params(axis="x", nbins=5 if name == "score" else 3)
-        axis.set_xlim(left=0)
+        if min(values) >= 0:
+            axis.set_xlim(left=0)
     axes[0].set_yticks(range(len(top)), labels=labels)
     axes[0].invert_yaxis()
     figure.suptitle(f"What led to {_targets(result)}", x=0.01, ha="left", fontsize=11)
@@ -61,7 +67,8 @@ def plot_targets(result: Attribution, k: int = 40) -> Figure:
     """The score of prompt tokens (columns) for every target token (rows), as colours.
 
     Of a longer prompt, the k tokens with the highest aggregated scores, in their order in the
-    prompt. The square root of the score is coloured, as on the page; the colour bar tells scores.
+    prompt. The square root of the score is coloured, as on the page, of negative scores in blue;
+    the colour bar tells scores.
     Raises InputError where k is no whole number of at least 1, MissingPackageError without
     matplotlib.
     """
@@ -69,13 +76,19 @@ def plot_targets(result: Attribution, k: int = 40) -> Figure:
     scores = result.target_scores[:, torch.tensor(columns)].numpy()
     n_targets = len(result.target_ids)
     figure = _figure(width=2.6 + 0.24 * len(columns), height=1.9 + 0.24 * n_targets)
-    from matplotlib.colors import LinearSegmentedColormap, PowerNorm
+    from matplotlib.colors import FuncNorm, LinearSegmentedColormap
 
+    # Both arms reach as far, so that a colour's strength means the same in either.
+    signed = bool((scores < 0).any())
+    highest = max(float(abs(scores).max()), torch.finfo(torch.float32).tiny)
+    negative = reversed(palette.COOL["light"]) if signed else ()
     axis: Any = figure.subplots()
     image = axis.imshow(
         scores,
-        cmap=LinearSegmentedColormap.from_list("heat", ["#ffffff", *palette.HEAT["light"]]),
-        norm=PowerNorm(0.5, vmin=0, vmax=max(float(scores.max()), torch.finfo(torch.float32).tiny)),
+        cmap=LinearSegmentedColormap.from_list(
+            "heat", [*negative, "#ffffff", *palette.HEAT["light"]]
+        ),
+        norm=FuncNorm((_root, _square), vmin=-highest if signed else 0, vmax=highest),
         aspect="auto",
         interpolation="nearest",
     )
@@ -90,7 +103,8 @@ def plot_targets(result: Attribution, k: int = 40) -> Figure:
     )
     _plain(axis)
     whole = len(columns) == len(result)
-    axis.set_xlabel("prompt token" if whole else f"the {len(columns)} highest prompt tokens")
+    rank = "strongest" if signed else "highest"
+    axis.set_xlabel("prompt token" if whole else f"the {len(columns)} {rank} prompt tokens")
     axis.set_ylabel("target token")
     figure.colorbar(image, ax=axis, label="score", shrink=0.9).outline.set_visible(False)
     return figure
@@ -114,6 +128,16 @@ def _figure(width: float, height: float) -> Figure:
             return data.getvalue()
 
     return Plot(figsize=(width, height), layout="constrained")
+
+
+def _root(values: Any) -> Any:
+    """The square root of the magnitude, with the sign of the value."""
+    return np.sign(values) * np.sqrt(np.abs(values))
+
+
+def _square(values: Any) -> Any:
+    """The inverse of `_root`."""
+    return np.sign(values) * np.square(values)
 
 
 def _plain(axis: Axes) -> None:

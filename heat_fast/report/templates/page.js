@@ -5,7 +5,7 @@
   const data = JSON.parse(byId("data").textContent);
   const N = data.tokens.length;
   const T = data.targets.length;
-  const COMPONENTS = ["score", "gate", "curvature", "information", "drop"];
+  const COMPONENTS = Object.keys(data.rows).filter((name) => name !== "stderr"); // those measured
   const MASKED = new Set(["information", "drop"]);
   const special = new Set(data.special);
   const skipped = new Set(data.skipped);
@@ -49,6 +49,7 @@
     return state.aggregate === "mean" ? found.map((value) => value / T) : found;
   });
 
+  // Rank and share follow the magnitude, as in Attribution.ranking and Attribution.shares.
   const strength = (name) => remembered("strength", name, () => {
     const sizes = Float64Array.from(values(name), Math.abs);
     const order = Array.from(sizes.keys()).sort((a, b) => sizes[b] - sizes[a] || a - b);
@@ -240,7 +241,9 @@
       const value = byId(`value-${name}`);
       value.textContent = shownValue(name, index) + (name === "curvature" ? shownError(index) : "");
       value.parentElement.classList.toggle("active", name === state.component);
-      byId(`meter-${name}`).value = highest > 0 ? sizes[index] / highest : 0;
+      const meter = byId(`meter-${name}`);
+      meter.value = highest > 0 ? sizes[index] / highest : 0;
+      meter.classList.toggle("negative", values(name)[index] < 0);
     }
     const notes = [];
     if (special.has(index)) notes.push("Special token.");
@@ -516,7 +519,7 @@
     prompt.addEventListener("keydown", onPromptKey);
     targets.addEventListener("keydown", onTargetKey);
     byId("clear").addEventListener("click", () => setSpan(null, null));
-    byId("components").addEventListener("change", (event) => {
+    byId("components")?.addEventListener("change", (event) => {
       state.component = event.target.value;
       refresh();
     });
