@@ -419,8 +419,17 @@ class Attributor:
             "token_budget": budget.rows,
             "workers": ledger.workers,
             "out_of_memory_retries": budget.halvings,
-            "implementation": {"curvature": "tangent sweeps", **_kernels(ran)},
+            "implementation": {"curvature": _SWEEPS[self.config.curvature], **_kernels(ran)},
         }
+
+
+#: How each curvature is computed.
+_SWEEPS = {
+    "hessian": "tangent sweeps",
+    "gauss_newton": "vector-Jacobian products",
+    "grad_squared": "one gradient",
+    "none": "none",
+}
 
 
 def _kernels(ran: Record) -> dict[str, Any]:

@@ -203,7 +203,8 @@ class HeatConfig:
         underestimates them. See :mod:`heat_fast.lowrank`.
     probes: Rademacher probes of the curvature estimator, at least 1, or ``"auto"``: rounds of
         probes, at most `probes_max`, until the order of the `top_k` highest scores is settled
-        with `confidence`. Defaults 10; 64, 10 and 0.95.
+        with `confidence`. Defaults 10; 64, 10 and 0.95. Gauss-Newton curvature, whose probes share
+        one sample of the logits' derivative, takes `probes_max` where it says ``"auto"``.
     codes: sign codes of the ``"coded"`` estimator, at least 2 there, or ``"auto"``: as many as
         the measured noise asks for. Default 8. Only ``"coded"`` reads it.
     layers: None (default: all), or how many of the last blocks gate and curvature go through:

@@ -359,7 +359,10 @@ def _gauss_newton(
 
     With Rademacher `e` over the vocabulary, `u = sqrt(p) o e - p (sqrt(p) . e)` has covariance
     `diag p - p p'`; rows `G_j = (J' u_j)` then give `H_ii r = -mean_j G_ji (G_ji . r)`, averaged
-    over the same number of probes r, which cost nothing more.
+    over the same number of probes r, which cost nothing more. The l1 norm of a noisy mean is too
+    large, by 10 to 17 % with 10 probes on average over 24 seeds, in four models, and 1 to 7 % with
+    32. (Taking out the noise's share of the energy, as `_Coded` does, leaves the error of one run
+    as it is: it is one sample for all tokens.)
     """
     tokens = trunk.prompt_length
     probes = config.probes_max if config.probes == "auto" else config.probes
@@ -369,7 +372,8 @@ def _gauss_newton(
     result = torch.zeros(len(adjoints), tokens, dtype=dtype)
     for index, adjoint in enumerate(adjoints):
         p = trunk.log_probs[adjoint.target].to(device).exp()
-        root = p.sqrt()
+        root, top = p.sqrt(), int(p.argmax())
+        rest = p[:top].sum() + p[top + 1 :].sum()
         factors = torch.empty(probes, tokens, trunk.embeddings.shape[-1], dtype=dtype)
         for sample in range(probes):
             sign = rademacher(
@@ -379,7 +383,10 @@ def _gauss_newton(
                 p.shape[0],
                 p.dtype,
             )
-            u = root * sign - p * (root @ sign)
+            # The likeliest token's entry by the probability of all others, or it would cancel.
+            others = root[:top] @ sign[:top] + root[top + 1 :] @ sign[top + 1 :]
+            u = root * sign - p * (others + root[top] * sign[top])
+            u[top] = sign[top] * root[top] * rest - p[top] * others
             pulled = pull_logits(trunk, adjoint.target, u[None], step)
             factors[sample] = pulled[:tokens].to(dtype).cpu()
         for token in range(tokens):

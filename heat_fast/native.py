@@ -61,7 +61,7 @@ def workspace(dtype: torch.dtype) -> Callable[[int], int]:
     kept: list[Tensor] = []
 
     def allocate(count: int) -> int:
-        kept.append(torch.empty(count, dtype=dtype))
+        kept.append(torch.empty(count, dtype=dtype, device="cpu"))
         return kept[-1].data_ptr()
 
     return allocate

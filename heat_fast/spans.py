@@ -124,14 +124,14 @@ def _span(result: Attribution, tokens: Range, name: str | None = None) -> Span:
         key: math.fsum(result.aggregated(key)[start:stop].tolist())
         for key in ("target_scores", "gate", "curvature", "information")
     }
-    score, total = values.pop("target_scores"), math.fsum(result.scores.tolist())
+    score = values.pop("target_scores")
+    share = math.fsum(result.shares()[start:stop].tolist())
     characters, text = None, "".join(result.tokens[start:stop])
     if result.offsets is not None and result.prompt_text is not None:
         pieces = [pair for pair in result.offsets[start:stop] if pair[0] < pair[1]]
         if pieces:
             characters = pieces[0][0], pieces[-1][1]
             text = result.prompt_text[slice(*characters)]
-    share = score / total if total > 0 else 0.0
     return Span(start, stop, text, characters, score, share, name=name, **values)
 
 

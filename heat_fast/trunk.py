@@ -188,9 +188,11 @@ def pull_logits(trunk: Trunk, target: int, logits_bar: Tensor, step: Step) -> Te
 
     Scaled to about 1 on the way through the blocks, as the adjoint of g is.
     """
-    x_bar = trunk.decoder.head.adjoint(trunk.last[target : target + 1], logits_bar)
+    scale = logits_bar.abs().amax().clamp_min(torch.finfo(logits_bar.dtype).tiny)
+    x_bar = trunk.decoder.head.adjoint(trunk.last[target : target + 1], logits_bar / scale)
     step(trunk.work.head_gradient(0))
-    return _pull(trunk, target, x_bar, step)[0]
+    pulled = _pull(trunk, target, x_bar, step)[0]
+    return pulled.to(wide(pulled.dtype)) * scale.to(pulled.device)
 
 
 def _pull(

@@ -288,6 +288,20 @@ def test_gauss_newton_converges(name: str) -> None:
     assert errors[1] < 0.12
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_gauss_newton_of_a_certain_prediction(dtype: torch.dtype) -> None:
+    """`1 - p` of 1e-9 is 0 in float32, and what is left of the sketch below float16's range."""
+    model = families.build("gptj", dtype=torch.float64)
+    ids, target = families.prompt_ids("gptj", 9), 5
+    model.lm_head.bias.data[target] += 24.0
+    settings: dict[str, Any] = {"curvature": "gauss_newton", "probes": 8}
+    expected = measure(model, ids, target, **settings)["curvature"]
+    actual = measure(model.to(dtype), ids, target, **settings)["curvature"].double()
+    assert 0 < float(expected.max()) < 1e-5
+    tolerance = 1e-3 if dtype == torch.float32 else 0.2
+    assert_close(str(dtype), expected, actual, rtol=tolerance)
+
+
 def test_coded_with_all_codes_is_block() -> None:
     """Rows of a whole Hadamard matrix cancel exactly; more than its order changes nothing."""
     targets = list(TARGETS)

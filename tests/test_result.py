@@ -13,6 +13,7 @@ import stat
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from rich.cells import cell_len
@@ -98,6 +99,7 @@ def test_top_is_ordered_and_ties_keep_the_prompts_order() -> None:
     flat = make([[1.0] * n], tokens=("a",) * n, text=None, offsets=None)
     assert [row.index for row in flat.top(n)] == list(range(n))
     assert len(flat.top(10 * n)) == n
+    assert result.top(np.int64(2)) == result.top(2)
     for bad in (0, -1, True, 2.0):
         with pytest.raises(InputError, match="at least 1"):
             result.top(bad)  # type: ignore[arg-type]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -40,14 +41,133 @@ HOOKED: dict[str, Callable[[Any], nn.Module]] = {
 }
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("place", HOOKED)
-def test_a_hook_above_the_submodules_is_refused(place: str) -> None:
-    model = families.build("llama")
-    hook = HOOKED[place](model).register_forward_hook(shift)
-    with pytest.raises(UnsupportedModelError, match="does not compute what the model computes"):
+def test_a_hook_above_the_submodules_is_refused(place: str, dtype: torch.dtype) -> None:
+    """In half precision too, where rounding would hide what it changes."""
+    model = families.build("llama", dtype)
+    module = HOOKED[place](model)
+    hook = module.register_forward_hook(shift)
+    with pytest.raises(UnsupportedModelError, match=r"hooks change .*some on model\."):
         attribute(model)
+    assert list(module._forward_hooks.values()) == [shift]
     hook.remove()
     attribute(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_patched_forward_is_refused(dtype: torch.dtype) -> None:
+    model = families.build("llama", dtype)
+    mlp, told = model.model.layers[1].mlp, "does not compute what the model computes"
+    own = mlp.forward
+    mlp.forward = lambda x: 3 * own(x) + 1
+    with pytest.raises(UnsupportedModelError, match=told):
+        attribute(model)
+
+
+def test_hooks_that_look_on_are_welcome() -> None:
+    model = families.build("llama")
+    expected, seen = attribute(model), []
+    for module in (model, *(place(model) for place in HOOKED.values())):
+        module.register_forward_hook(lambda *call: seen.append(call))
+        module.register_forward_pre_hook(lambda *call: seen.append(call))
+    assert torch.equal(attribute(model).scores, expected.scores)
+    assert len(seen) == 2 * (len(HOOKED) + 1)  # the model's own forward, once
+
+
+class Bottleneck(nn.Module):
+    """An adapter with a nonlinearity."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base = base
+        self.narrow, self.wide = nn.Linear(base.in_features, 8), nn.Linear(8, base.out_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.base(x)
+        return y + cast(Tensor, self.wide(torch.relu(self.narrow(x))))
+
+
+def last_row(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+    """A hook that adds to the last position alone."""
+    output = output.clone()
+    output[..., -1, :] += 1
+    return output
+
+
+BENT: dict[str, Callable[[Any], Any]] = {
+    "tanh": lambda model: model.model.layers[1].self_attn.q_proj.register_forward_hook(
+        lambda module, inputs, output: output + 0.5 * torch.tanh(output)
+    ),
+    "clamp": lambda model: model.model.layers[1].mlp.down_proj.register_forward_hook(
+        lambda module, inputs, output: output.clamp(-0.5, 0.5)
+    ),
+    "head": lambda model: model.lm_head.register_forward_hook(
+        lambda module, inputs, output: 5 * torch.tanh(output / 5)
+    ),
+    "adapter": lambda model: setattr(
+        model.model.layers[1].mlp, "down_proj", Bottleneck(model.model.layers[1].mlp.down_proj)
+    ),
+    "row": lambda model: model.model.layers[1].mlp.down_proj.register_forward_hook(last_row),
+}
+
+
+@pytest.mark.parametrize("how", BENT)
+def test_a_linear_layer_that_is_not_affine_is_refused(how: str) -> None:
+    """The logits agree, since the layer is called: only derivatives would be wrong."""
+    model = families.build("llama")
+    BENT[how](model)
+    with pytest.raises(UnsupportedModelError, match="in place of a linear layer is not affine"):
+        attribute(model)
+
+
+class Quantising(nn.Linear):
+    """Activations are rounded to int8 by their largest entry."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        step = x.abs().amax(-1, keepdim=True) / 127 + 1e-9
+        return super().forward((x / step).round() * step)
+
+
+def test_quantised_activations_are_affine_enough() -> None:
+    model = families.build("llama")
+    exact = attribute(model, curvature="none")
+    model.model.layers[1].mlp.down_proj.__class__ = Quantising
+    found = attribute(model, curvature="none")
+    assert not torch.equal(found.scores, exact.scores)
+    torch.testing.assert_close(found.scores, exact.scores, rtol=0.2, atol=0.01)
+
+
+def test_an_adapter_that_learns_a_prompt_is_refused() -> None:
+    model = families.build("llama")
+    model.active_peft_config = SimpleNamespace(is_prompt_learning=True)
+    with pytest.raises(UnsupportedModelError, match=r"learns a prompt .*get_base_model"):
+        attribute(model)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_model_of_inference_mode(name: str) -> None:
+    ids = families.prompt_ids(name, 9)
+
+    def scores(model: Any) -> Tensor:
+        return Attributor(model, None, HeatConfig(probes=2)).attribute(ids, 5).scores
+
+    with torch.inference_mode():
+        model = families.build(name)
+        inside = scores(model)
+    assert torch.equal(scores(model), inside)
+    assert torch.equal(scores(families.build(name)), inside)
+
+
+@pytest.mark.parametrize("settings", [{"variant": "gs"}, {"estimator": "coded"}, {"coverage": 0.5}])
+def test_torchs_default_device_does_not_matter(settings: dict[str, Any]) -> None:
+    """Where a user works on a GPU, say; on the meta device every tensor would lose its values."""
+    model = families.build("llama")
+    expected = attribute(model, **settings)
+    with torch.device("meta"):
+        found = attribute(model, **settings)
+        assert torch.empty(0).device.type == "meta"
+    assert torch.equal(found.scores, expected.scores)
 
 
 def test_a_hook_on_a_linear_layer_is_honoured() -> None:

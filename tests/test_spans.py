@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from itertools import pairwise
 from typing import Any
@@ -58,6 +59,15 @@ def test_which_tokens_belong_to_a_span(where: dict[str, Any], tokens: tuple[int,
     assert span.curvature == pytest.approx(
         result.aggregated("curvature")[slice(*tokens)].sum().item(), rel=1e-6
     )
+
+
+def test_shares_of_signed_scores_are_those_of_the_ranking() -> None:
+    result = pieces()
+    signed = result.target_scores * torch.tensor([1.0, -1.0] * 7)[: len(result)]
+    result = dataclasses.replace(result, target_scores=signed)
+    share = result.span(tokens=(3, 6)).share
+    assert share == pytest.approx(float(result.shares()[3:6].sum()))
+    assert result.span(tokens=(0, len(result))).share == pytest.approx(1)
 
 
 def test_neighbours_share_no_token_and_lose_none() -> None:

@@ -2,13 +2,19 @@
 
 `y = x W' + b`. The module is always *called* for the forward reading, so quantised weights,
 low-rank adapters and offloading hooks keep working. Because the map is affine it has no second
-derivative: `tangent` and `adjoint` are all that the second-order sweeps need of it.
+derivative: `tangent` and `adjoint` are all that the second-order sweeps need of it. Of a layer that
+is not plain, affinity is tested on the first activations that it sees.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+
+from heat_fast.errors import UnsupportedModelError
+
+# How far a layer may be from affine, of its largest output: quantised activations are rounded.
+_AFFINE = 0.02
 
 
 def is_hooked(module: nn.Module) -> bool:
@@ -48,6 +54,7 @@ class Linear:
         self.weight = dense_weight(module)
         self._differentiable = True
         self._matrix: Tensor | None = None
+        self._tested = self.weight is not None
 
     def out_features(self, row: Tensor) -> int:
         """Width of the output; a layer that does not say is asked by `row [1, in]`."""
@@ -64,7 +71,27 @@ class Linear:
     def forward(self, x: Tensor) -> Tensor:
         """`y = x W' + b`, by the module itself."""
         output: Tensor = self.module(x)
+        if not self._tested:
+            self._tested = True
+            self._test_affine(x, output)
         return output
+
+    def _test_affine(self, x: Tensor, y: Tensor) -> None:
+        """See that `-2 x` is mapped as an affine map does.
+
+        Twice, for what saturates; the negative, for what is linear on either side of 0. Both scale
+        exactly where activations are quantised by their largest entry.
+        """
+        expected = -2 * (y - self.module(x.new_zeros(1, x.shape[-1])).reshape(-1))
+        error = float((self.tangent(-2 * x) - expected).abs().max())
+        allowed = max(_AFFINE, 8 * torch.finfo(y.dtype).eps) * float(expected.abs().max())
+        if error > allowed:
+            raise UnsupportedModelError(
+                f"a {type(self.module).__name__} in place of a linear layer is not affine (off by "
+                f"{error:.2g}, expected at most {allowed:.2g}): a hook or a wrapper bends its "
+                "output, of which second derivatives are not known. Remove it, or merge it into "
+                "the weights."
+            )
 
     def tangent(self, x_dot: Tensor) -> Tensor:
         """`y. = x. W'`: the affine map without its offset."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +45,18 @@ class Decoder:
     def first_of(self, layers: int | None) -> int:
         """Index of the first of the last `layers` blocks; 0 for None, or where there are fewer."""
         return 0 if layers is None else max(0, len(self.blocks) - layers)
+
+    @property
+    def called(self) -> Iterator[nn.Module]:
+        """The submodules of the model that are called, and so run with their hooks."""
+        for linear in (
+            *(each for block in self.blocks for each in block.linears),
+            self.head.projection,
+        ):
+            yield from linear.module.modules()
+        for block in self.blocks:
+            if isinstance(block.mlp.activation, nn.Module):
+                yield from block.mlp.activation.modules()
 
     @property
     def concurrent(self) -> bool:
@@ -126,6 +138,13 @@ def check_supported(model: nn.Module) -> str:
                 f"submodules are run one by one. Pass the inner one, model."
                 f"{_WRAPPERS[ancestor.__name__]}."
             )
+    learned = getattr(model, "active_peft_config", None)
+    if getattr(learned, "is_prompt_learning", False):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has an adapter that learns a prompt "
+            f"({type(learned).__name__}): expected a model that reads the prompt's tokens alone. "
+            "Pass the model inside, model.get_base_model(), to explain it without the adapter."
+        )
     base = _base_model(model)
     config = getattr(base, "config", None)
     if getattr(config, "is_encoder_decoder", False):
