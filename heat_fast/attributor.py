@@ -24,8 +24,15 @@ from heat_fast.cost import curvature_work
 from heat_fast.curvature import Curvature, curvature, product_count
 from heat_fast.decoder import Decoder, check_supported, view
 from heat_fast.decoder.norm import wide
-from heat_fast.errors import HeatError, InputError, UnsupportedModelError
-from heat_fast.forward import check_faithful, check_model, context_length, unchanged
+from heat_fast.errors import HeatError, InputError
+from heat_fast.forward import (
+    check_faithful,
+    check_hooks,
+    check_in_memory,
+    check_model,
+    context_length,
+    unchanged,
+)
 from heat_fast.gate import gate
 from heat_fast.information import ExactBranches, information, replacement
 from heat_fast.kernels.dispatch import Record, using
@@ -150,12 +157,7 @@ class Attributor:
         span = self._span(response, target_span)
         # What comes after the span cannot matter to it.
         check_length(len(encoded), span.stop, longest, window)
-        device = _embedding_device(embed)
-        if device.type == "meta":
-            raise UnsupportedModelError(
-                f"the weights of {type(model).__name__} are on the meta device, without values: "
-                "expected a model in memory. Load it with from_pretrained, without offloading."
-            )
+        device = check_in_memory(self.model)
         try:
             # Within inference mode autograd could not differentiate the activations; autocast
             # would change dtypes behind the model's back.
@@ -294,6 +296,8 @@ class Attributor:
                 first=first,
                 lead=lead,
             )
+            if budget is None:
+                check_hooks(self.model, trunk)
             check_faithful(self.model, trunk)
             step(work.trunk())
         if targets is None:  # the trunk of a single target does not depend on it
@@ -457,11 +461,3 @@ def _reporting(
             "(component, done, total). Pass one of them, or leave it out."
         )
     return nullcontext(progress)
-
-
-def _embedding_device(embed: nn.Module) -> torch.device:
-    weight = embed.weight
-    assert isinstance(weight, Tensor)
-    hook = getattr(embed, "_hf_hook", None)
-    device = getattr(hook, "execution_device", None)
-    return torch.device(device) if device is not None else weight.device

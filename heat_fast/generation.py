@@ -12,7 +12,7 @@ import torch
 from heat_fast.attributor import Attributor
 from heat_fast.config import HeatConfig
 from heat_fast.errors import ConfigError, InputError
-from heat_fast.forward import context_length, unchanged
+from heat_fast.forward import check_in_memory, context_length, unchanged
 from heat_fast.progress import Progress
 from heat_fast.prompt import encode_prompt
 from heat_fast.result import Attribution
@@ -127,9 +127,9 @@ def generate(
             f"generation holds {taken[0]!r}: expected arguments that choose the words of one "
             "response (do_sample, temperature, num_beams, ...). Leave it out."
         )
-    weight = model.get_input_embeddings().weight
-    device = weight.device
-    encoded = encode_prompt(prompt, attributor.tokenizer, int(weight.shape[0]))
+    device = check_in_memory(model)
+    vocabulary = int(model.get_input_embeddings().weight.shape[0])
+    encoded = encode_prompt(prompt, attributor.tokenizer, vocabulary)
     _check_room(len(encoded), max_new_tokens, context_length(model))
     ids = torch.tensor([encoded.token_ids], device=device)
     given = {"do_sample": False, **arguments}

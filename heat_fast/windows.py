@@ -169,8 +169,9 @@ def weights(findings: Sequence[Finding], weighting: str) -> Tensor:
 def accumulate(plan: Plan, findings: Sequence[Finding], weighting: str) -> Finding:
     """The means over windows, `[n, N]` each; of one window, that window itself.
 
-    `weighting`: the configuration's `window_weights`. Information that screening left out is in no
-    mean: a token is skipped only where every one of its windows skipped it. The standard error of a
+    `weighting`: the configuration's `window_weights`. Information that screening left out of a
+    window is taken to be what the windows that measured it found, each by its weight; a token is
+    skipped only where every one of its windows skipped it. The standard error of a
     mean is at most the mean of the standard errors, however the windows' errors are correlated, and
     is given as that. The log-probabilities of the targets are those of the last window, whose
     stretch reaches to the end of the prompt.
@@ -183,17 +184,30 @@ def accumulate(plan: Plan, findings: Sequence[Finding], weighting: str) -> Findi
     screenings = [each.screening for each in findings if each.screening is not None]
     skipped = [torch.tensor(each.skipped) for each in screenings if each.skipped is not None]
     measured = [~each for each in skipped] or None
-    gate = _mean(plan, [part.gate for part in parts])
-    gate /= _mean(
-        plan,
-        [share.to(gate).expand_as(part.gate) for share, part in zip(shares, parts, strict=True)],
-    )
+    rows = [
+        share.to(part.gate).expand_as(part.gate) for share, part in zip(shares, parts, strict=True)
+    ]
+    average = _mean(plan, rows)
+    gate = _mean(plan, [part.gate for part in parts]) / average
+
+    def known(values: Sequence[Tensor]) -> Tensor:
+        """The mean of what was measured; a window that skipped a token is taken to be like it."""
+        if measured is None:
+            return _mean(plan, values)
+        counted = [row * each.to(row) for row, each in zip(rows, measured, strict=True)]
+        least = torch.finfo(gate.dtype).tiny  # tokens that no window measured have 0
+        return (
+            _mean(plan, values, measured)
+            / _mean(plan, counted, measured).clamp_min(least)
+            * average
+        )
+
     screening = _screened_together(plan, screenings, skipped, gate) if screenings else None
     together = Components(
         gate=gate,
         curvature=_mean(plan, [part.curvature for part in parts]),
-        information=_mean(plan, [part.information for part in parts], measured),
-        log_prob_drop=_mean(plan, [part.log_prob_drop for part in parts], measured),
+        information=known([part.information for part in parts]),
+        log_prob_drop=known([part.log_prob_drop for part in parts]),
         gradient_norm=_mean(plan, [part.gradient_norm for part in parts]),
         skipped=None if screening is None else screening.sums,
     )
@@ -256,7 +270,10 @@ def _mean(plan: Plan, rows: Sequence[Tensor], counted: Sequence[Tensor] | None =
 def _screened_together(
     plan: Plan, screenings: Sequence[Screening], skipped: Sequence[Tensor], gate: Tensor
 ) -> Screening:
-    """What the windows left out together: counts add up, of errors the worst window's is kept."""
+    """What the windows left out together: counts add up, of errors the worst window's is kept.
+
+    Errors and divergences of the audits are those of single windows, before they are weighted.
+    """
     never, estimates = None, None
     facts: dict[str, dict[str, Any]] = {}
     if skipped:

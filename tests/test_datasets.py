@@ -239,11 +239,11 @@ PAIR = {
         ),
         *(
             ("narrativeqa", STORY, "answers", value)
-            for value in (None, [None], [{"x": 1}], [3], {"text": "Rome"}, 3)
+            for value in ([None], [{"x": 1}], [3], {"text": "Rome"}, 3)
         ),
         *(
             ("authors", PAIR, "important_word_indices_in_sciq_support", value)
-            for value in (None, ["1"], [1.0], 1)
+            for value in (["1"], [1.0], 1)
         ),
         *(("tellmewhy", WHY, "helpful_sentences", value) for value in (3, 0, "1", ["1"], [1.0])),
         ("tellmewhy", WHY, "original_narrative_form", [3]),
@@ -257,6 +257,15 @@ def test_fields_of_the_wrong_kind(
         InputError, match=rf"row 1 of .*rows.jsonl': {field} is .*: expected .+\. C"
     ):
         datasets.load(name, path)
+
+
+def test_null_is_what_a_row_lacks(tmp_path: Path) -> None:
+    """A row without an answer is left out; one without marked words has no evidence."""
+    path = write(tmp_path / "rows.jsonl", {**STORY, "answers": None}, {**STORY, "answers": "Rome"})
+    assert len(datasets.narrativeqa(path)) == 1
+    field = "important_word_indices_in_sciq_support"
+    [example] = datasets.authors(write(tmp_path / "pairs.jsonl", {**PAIR, field: None}))
+    assert example.evidence == ()
 
 
 @pytest.mark.parametrize("name", ["prompt", "target"])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -12,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 import families
+import heat_fast
 from heat_fast import Attributor, HeatConfig, estimate
 from heat_fast.errors import ConfigError, InputError, UnsupportedModelError
-from heat_fast.forward import unchanged
+from heat_fast.forward import log_probs, unchanged
 from heat_fast.kernels.branch_attention import Masking, branch_attention
 from heat_fast.kernels.second_order_attention import Primal
 
@@ -72,7 +75,49 @@ def test_hooks_that_look_on_are_welcome() -> None:
         module.register_forward_hook(lambda *call: seen.append(call))
         module.register_forward_pre_hook(lambda *call: seen.append(call))
     assert torch.equal(attribute(model).scores, expected.scores)
-    assert len(seen) == 2 * (len(HOOKED) + 1)  # the model's own forward, once
+    # The model's own forward: twice for the hooks, once to be compared.
+    assert len(seen) == 3 * 2 * (len(HOOKED) + 1)
+
+
+@pytest.mark.parametrize("changes", [False, True])
+def test_hooks_below_a_forward_that_was_put_in_place(changes: bool) -> None:
+    """As accelerate does: a partial call of the module, and its own forward beside it."""
+    model = families.build("llama", torch.bfloat16)
+    for module in (model, model.model):
+        module._old_forward = module.forward
+        module.forward = partial(lambda self, *a, **k: self._old_forward(*a, **k), module)
+    norm = model.model.layers[1].input_layernorm
+    norm.register_forward_hook(lambda m, i, y: 1.02 * y if changes else None)
+    with pytest.raises(UnsupportedModelError, match="hooks change") if changes else nullcontext():
+        attribute(model)
+
+
+def test_a_kernel_that_is_not_deterministic_is_no_hook(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, calls = families.build("llama"), iter(range(99))
+    model.register_forward_hook(lambda *call: None)
+
+    def shaken(*arguments: Any) -> Tensor:
+        return log_probs(*arguments) + 1e-6 * next(calls)
+
+    monkeypatch.setattr("heat_fast.forward.log_probs", shaken)
+    attribute(model)
+
+
+def test_a_parametrised_norm_beside_a_hook() -> None:
+    model = families.build("llama")
+    expected = attribute(model)
+    norm = model.model.layers[1].input_layernorm
+    torch.nn.utils.parametrize.register_parametrization(norm, "weight", nn.Identity())
+    model.register_forward_hook(lambda *call: None)
+    assert torch.equal(attribute(model).scores, expected.scores)
+
+
+def test_rotary_tables_without_values() -> None:
+    model = families.build("llama").to("meta")
+    with pytest.raises(UnsupportedModelError, match="meta device"):
+        heat_fast.generate_and_attribute(model, None, IDS, max_new_tokens=1)
+    with unchanged(model):
+        pass
 
 
 class Bottleneck(nn.Module):
@@ -117,7 +162,9 @@ def test_a_linear_layer_that_is_not_affine_is_refused(how: str) -> None:
     """The logits agree, since the layer is called: only derivatives would be wrong."""
     model = families.build("llama")
     BENT[how](model)
-    with pytest.raises(UnsupportedModelError, match="in place of a linear layer is not affine"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"in place of a linear layer is not affine \(off by \d+%"
+    ):
         attribute(model)
 
 
@@ -140,7 +187,9 @@ def test_quantised_activations_are_affine_enough() -> None:
 
 def test_an_adapter_that_learns_a_prompt_is_refused() -> None:
     model = families.build("llama")
-    model.active_peft_config = SimpleNamespace(is_prompt_learning=True)
+    model.peft_config, model.active_adapter = {}, "gone"
+    attribute(model)
+    model.peft_config["gone"] = SimpleNamespace(is_prompt_learning=True)
     with pytest.raises(UnsupportedModelError, match=r"learns a prompt .*get_base_model"):
         attribute(model)
 

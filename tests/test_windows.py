@@ -30,6 +30,7 @@ from heat_fast.combine import Components
 from heat_fast.cost import flops
 from heat_fast.decoder import view
 from heat_fast.reference import attribute_in_windows
+from heat_fast.screening import Screening
 from heat_fast.terminal import render
 from heat_fast.windows import LEAST_WEIGHT, Finding, accumulate, leakage, plan_windows, weights
 from oracles import COMPONENTS, measure, probe_signs
@@ -321,6 +322,34 @@ def test_a_window_counts_as_much_as_it_predicts_the_target() -> None:
         accumulate(plan, found, "uniform").parts.information,
         torch.tensor([[2.0, 7.0, 3.0, 9.0]]).double(),
     )
+
+
+def test_what_a_window_skipped_is_taken_to_be_as_measured_elsewhere() -> None:
+    """1 nat in the likely window, 0 in the other: the token that this one skipped has no more."""
+    plan = plan_windows(4, HeatConfig(window=3, sink=1, tail=0, overlap=0.5))  # 0 1 2 and 0 2 3
+    nothing = torch.zeros(1, 1, dtype=torch.float64)
+    facts = {
+        "rounds": 1,
+        "audit": {"tokens": 1, "mean_information": 0.0, "largest_information": 0.0},
+    }
+
+    def window(score: list[float], skipped: tuple[bool, ...], log: float) -> Finding:
+        screening = Screening(skipped, (nothing,) * 3, {"coverage": facts})
+        found = replace(finding(score), screening=screening)
+        return replace(found, log_probs=torch.tensor([log]))
+
+    rare = math.log(0.1)
+    whole = [window([1, 1, 1], (False,) * 3, 0), window([0, 0, 5], (False,) * 3, rare)]
+    part = [
+        window([1, 0, 1], (False, True, False), 0),
+        window([0, 0, 5], (True, True, False), rare),
+    ]
+    expected = accumulate(plan, whole, "probability").parts.information
+    found = accumulate(plan, part, "probability")
+    assert_close("measured in both", [[0.5, 1.0, 0.5, 0.5]], expected, rtol=1e-7)
+    # Token 0: 1 nat at the mean weight of its windows. Token 1: skipped by its only one.
+    assert_close("skipped", [[0.55, 0.0, 0.55, 0.5]], found.parts.information, rtol=1e-7)
+    assert found.screening is not None and found.screening.skipped == (False, True, False, False)
 
 
 def test_weights_of_targets_that_are_out_of_reach() -> None:

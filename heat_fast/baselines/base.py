@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from heat_fast._version import __version__
-from heat_fast.attributor import Attributor, _embedding_device
+from heat_fast.attributor import Attributor
 from heat_fast.baselines.case import Case
 from heat_fast.baselines.settings import check_settings, setting, whole
 from heat_fast.config import suggest
 from heat_fast.errors import ConfigError
-from heat_fast.forward import unchanged
+from heat_fast.forward import check_in_memory, unchanged
 from heat_fast.kernels.dispatch import using
 from heat_fast.prompt import readable_tokens
 from heat_fast.result import COMPONENTS, Attribution
@@ -53,7 +53,7 @@ class Baseline(ABC):
         negative. Raises `InputError`, `ConfigError`, `UnsupportedModelError`, `NumericalError`.
         """
         Attributor(model, tokenizer)  # refuses what is no supported model or no tokenizer
-        device = _embedding_device(model.get_input_embeddings())
+        device = check_in_memory(model)
         started = time.perf_counter()
         with (
             torch.inference_mode(False),

@@ -16,10 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from heat_fast.attributor import _embedding_device
 from heat_fast.decoder import Decoder, Rows, view
 from heat_fast.decoder.norm import wide
-from heat_fast.forward import check_faithful, context_length
+from heat_fast.forward import check_faithful, check_hooks, check_in_memory, context_length
 from heat_fast.planner import Budget, cpu_rows, run_batches
 from heat_fast.prompt import EncodedPrompt, check_length, encode_prompt, encode_target
 from heat_fast.trunk import Trunk, require_finite, run_trunk
@@ -56,7 +55,7 @@ class Case:
         predicted = int(getattr(head, "out_features", vocabulary))
         targets = encode_target(target, tokenizer, min(vocabulary, predicted)) or ()
         check_length(len(encoded), max(1, len(targets)), longest)
-        device = _embedding_device(embed)
+        device = check_in_memory(model)
         ids = torch.tensor([*encoded.token_ids, *targets[:-1]], device=device)
         embeddings = embed(ids).detach()
         rows = GPU_ROWS if device.type == "cuda" else cpu_rows(embeddings.shape[-1])
@@ -198,6 +197,7 @@ class Case:
     def trunk(self) -> Trunk:
         """The context with what every block keeps of it, attention included."""
         trunk = run_trunk(self._decoder, self.embeddings, self.targets)
+        check_hooks(self.model, trunk)
         check_faithful(self.model, trunk)
         self.counts["forward"] += 2
         return trunk

@@ -283,6 +283,8 @@ def _answers(row: Row) -> tuple[str, ...]:
         return each.get("text") if isinstance(each, Mapping) else each
 
     given = row.get("answers")
+    if given is None:
+        return ()
     found = [given] if isinstance(given, str) else given
     found = _list("answers", found, "texts", lambda each: _is_text(text(each)))
     return tuple(map(text, found))
@@ -297,7 +299,8 @@ def _authors(row: Row, name: str) -> Example | None:
         return None
     pieces = [found.span() for found in re.finditer(r"\S+", support)]
     evidence, field = [], "important_word_indices_in_sciq_support"
-    for number in _list(field, row.get(field, ()), "whole numbers", is_whole):
+    given = row.get(field)
+    for number in _list(field, () if given is None else given, "whole numbers", is_whole):
         if not 0 <= number < len(pieces):
             raise InputError(
                 f"{name} marks word {number} of its support: expected at most {len(pieces) - 1}, "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from heat_fast.decoder.block import Block
 from heat_fast.decoder.head import Head
-from heat_fast.decoder.linear import is_hooked
+from heat_fast.decoder.linear import Linear, is_hooked
 from heat_fast.errors import UnsupportedModelError
 
 
@@ -47,16 +47,10 @@ class Decoder:
         return 0 if layers is None else max(0, len(self.blocks) - layers)
 
     @property
-    def called(self) -> Iterator[nn.Module]:
-        """The submodules of the model that are called, and so run with their hooks."""
-        for linear in (
-            *(each for block in self.blocks for each in block.linears),
-            self.head.projection,
-        ):
-            yield from linear.module.modules()
-        for block in self.blocks:
-            if isinstance(block.mlp.activation, nn.Module):
-                yield from block.mlp.activation.modules()
+    def linears(self) -> tuple[Linear, ...]:
+        """The affine submodules of all blocks and of the head."""
+        blocks = (linear for block in self.blocks for linear in block.linears)
+        return (*blocks, self.head.projection)
 
     @property
     def concurrent(self) -> bool:
@@ -65,11 +59,8 @@ class Decoder:
         Plain layers keep no state. Of anything else (hooks that fetch weights, adapters,
         quantised kernels) nothing is known.
         """
-        linears = [linear for block in self.blocks for linear in block.linears]
         activations = [block.mlp.activation for block in self.blocks]
-        return all(
-            linear.weight is not None for linear in (*linears, self.head.projection)
-        ) and all(
+        return all(linear.weight is not None for linear in self.linears) and all(
             not isinstance(activation, nn.Module) or not is_hooked(activation)
             for activation in activations
         )
@@ -115,6 +106,12 @@ def _base_model(model: nn.Module) -> nn.Module:
     return base
 
 
+def _active_adapter(model: nn.Module) -> Any:
+    """The settings of the adapter (PEFT) in use; None where there is none, or several."""
+    known, name = getattr(model, "peft_config", None), getattr(model, "active_adapter", None)
+    return known.get(name) if isinstance(known, dict) and isinstance(name, str) else None
+
+
 # Wrappers that stand in front of a model, and where they keep it.
 _WRAPPERS = {
     "OptimizedModule": "_orig_mod",
@@ -138,7 +135,7 @@ def check_supported(model: nn.Module) -> str:
                 f"submodules are run one by one. Pass the inner one, model."
                 f"{_WRAPPERS[ancestor.__name__]}."
             )
-    learned = getattr(model, "active_peft_config", None)
+    learned = _active_adapter(model)
     if getattr(learned, "is_prompt_learning", False):
         raise UnsupportedModelError(
             f"{type(model).__name__} has an adapter that learns a prompt "

@@ -20,6 +20,7 @@ from heat_fast.datasets import Example, encode
 from heat_fast.errors import HeatError, InputError
 from heat_fast.evaluation.measures import MEASURES, Asked, Attributed, Inapplicable, Method
 from heat_fast.evaluation.plan import Entry, Plan, make_method, model_name, read_data, read_model
+from heat_fast.forward import check_in_memory
 
 ROWS, PLAN = "rows.jsonl", "plan.json"
 #: `progress(done, total)`.
@@ -64,14 +65,16 @@ def evaluate(
         return *of, tuple(row["targets"])
 
     known = {_key(row): row for row in _rows(folder / ROWS)}
-    for kept in known.values():
-        _check_place(folder, kept, device, dtype)
     # Failures are not shared: each has its own reason.
     measured = {
         explained(row): row for row in known.values() if row.get("targets") and row["error"] is None
     }
     methods = {each.label: make_method(each) for each in plan.methods}
     data = {each.label: list(read_data(each, plan.folder)) for each in plan.data}
+    digests = {(d, each.id): _digest(each) for d, found in data.items() for each in found}
+    for kept in known.values():
+        _check_place(folder, kept, device, dtype)
+        _check_example(folder, kept, digests)
     total = len(plan.models) * len(plan.methods) * sum(map(len, data.values()))
     done, found = 0, []
     with _appending(folder / ROWS) as append:
@@ -79,7 +82,6 @@ def evaluate(
             loaded: tuple[Any, Any] | None = None  # only where something is left to do
             for entry in plan.data:
                 for example in data[entry.label]:
-                    digest = _digest(example)
                     asked: Asked | HeatError | None = None
                     for method, run in methods.items():
                         key = (model.label, entry.label, method, example.id)
@@ -98,18 +100,12 @@ def evaluate(
                             )
                             same = measured.get(explained(row))
                             row |= _taken(same) if same else _measure(plan, asked, run)
-                            row["digest"] = digest
+                            row["digest"] = digests[entry.label, example.id]
                             if row != before:  # else it failed as before
                                 append(row)
                             known[key] = row
                             if row["targets"] and row["error"] is None:
                                 measured[explained(row)] = row
-                        elif before.get("digest", digest) != digest:
-                            raise InputError(
-                                f"{str(folder)!r} holds rows of another {example.id!r} of "
-                                f"{entry.label}: expected the examples that they were measured "
-                                "on. Choose another folder, or bring the data back."
-                            )
                         found.append(known[key])
                         done += 1
                         progress(done, total)
@@ -118,10 +114,8 @@ def evaluate(
 
 def _place_of(model: Any) -> tuple[str, str]:
     """Device and dtype of a model."""
-    from heat_fast.attributor import _embedding_device
-
-    embed = model.get_input_embeddings()
-    return str(_embedding_device(embed)), str(embed.weight.dtype).removeprefix("torch.")
+    dtype = model.get_input_embeddings().weight.dtype
+    return str(check_in_memory(model)), str(dtype).removeprefix("torch.")
 
 
 def _check_place(folder: Path, row: dict[str, Any], device: str | None, dtype: str | None) -> None:
@@ -135,6 +129,17 @@ def _check_place(folder: Path, row: dict[str, Any], device: str | None, dtype: s
             f"now it is on {device or row['device']} in {dtype or row['dtype']}: expected the "
             f"same, so that rows can be compared. Go on with device {row['device']} and dtype "
             f"{row['dtype']}, or choose another folder."
+        )
+
+
+def _check_example(folder: Path, row: dict[str, Any], digests: dict[tuple[str, str], str]) -> None:
+    """See that an example is the one that its row was measured on; what failed may change."""
+    now = digests.get((row["data"], row["example"]))
+    if now is not None and row["error"] is None and row.get("digest", now) != now:
+        raise InputError(
+            f"{str(folder)!r} holds rows of another {row['example']!r} of {row['data']}: expected "
+            "the examples that they were measured on. Choose another folder, or bring the data "
+            "back."
         )
 
 
