@@ -234,7 +234,8 @@ def attribute_rows(
     output = Path(output)
     parquet = is_parquet(output)
     journal = output.with_name(output.name + ".partial.jsonl") if parquet else output
-    if parquet and output.exists() and not journal.exists():
+    copied = parquet and output.exists() and not journal.exists()
+    if copied:
         write_jsonl(read_parquet(output), journal)
     lines = _Lines(journal)
     side = _Lines(Path(errors) if errors is not None else Path(f"{output}.errors.jsonl"))
@@ -265,6 +266,8 @@ def attribute_rows(
     finally:
         side.close()
         lines.close()
+        if copied and not summary.done:
+            journal.unlink()  # the output holds all of it
     if parquet:
         journal.unlink(missing_ok=True)
     return summary

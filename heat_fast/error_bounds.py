@@ -104,6 +104,12 @@ def bounds(model: Any, approximate: Attribution, exact: Attribution, *, sample: 
         >>> bool((found.error <= 1.001 * total).all())
         True
     """
+    for name, given in (("approximate", approximate), ("exact", exact)):
+        if not isinstance(given, Attribution):
+            raise InputError(
+                f"{name} is {type(given).__name__}: expected an Attribution. Pass what "
+                "heat_fast.attribute returns."
+            )
     config, reference = _config(approximate), _config(exact)
     _check(approximate, exact, config, reference, sample)
     curvature, information = config.beta * exact.curvature, config.gamma * exact.information

@@ -66,7 +66,12 @@ def load(path: str | os.PathLike[str]) -> Attribution:
     Raises InputError where the file is missing, damaged, of another kind, or written by a newer
     version of this package.
     """
-    place = Path(path)
+    try:
+        place = Path(path)
+    except TypeError as error:
+        raise InputError(
+            f"path is {type(path).__name__}: expected the name of a file. Pass a str or a Path."
+        ) from error
     if not place.is_file():
         raise InputError(
             f"there is no file {str(place)!r}: expected a result written by save(). Check the path."

@@ -150,6 +150,11 @@ def test_parquet_in_and_out_says_the_same_as_json_lines(
     again = attribute_rows(attributor, tmp_path / "in.parquet", output)
     assert (again.done, again.failed, again.before, again.failed_before) == (0, 0, 2, 1)
     assert [each.to_dict() for each in read(output)] == [each.to_dict() for each in found]
+    # A refused run leaves the folder as it was.
+    before = sorted(os.listdir(tmp_path))
+    with pytest.raises(InputError):
+        attribute_rows(attributor, write(tmp_path / "in.jsonl", rows[1:]), output)
+    assert sorted(os.listdir(tmp_path)) == before
 
 
 # --- stopped and begun again ----------------------------------------------------------------------

@@ -118,6 +118,7 @@ def test_an_attribution_against_itself_has_no_error() -> None:
         ({"masking": "mean"}, "differ in masking"),
         ({"normalize": "sum"}, "normalize='sum'"),
         ({"coverage": 0.9}, "coverage=0.9"),
+        ({"variant": "win", **WINDOW, "window_weights": "probability"}, "expected 'uniform'"),
     ],
 )
 def test_runs_that_cannot_be_compared_are_refused(settings: dict[str, Any], text: str) -> None:
@@ -133,6 +134,9 @@ def test_other_wrong_arguments_are_refused() -> None:
         bounds(model, exact, windowed)
     with pytest.raises(InputError, match="sample=0"):
         bounds(model, windowed, exact, sample=0)
+    for pair, name in (((windowed, 5), "exact"), ((None, exact), "approximate")):
+        with pytest.raises(InputError, match=f"{name} is .*: expected an Attribution"):
+            bounds(model, *pair)
     other = heat_fast.attribute(model, None, [5, 6, 7], TARGETS, probes=2)
     with pytest.raises(InputError, match="different prompts"):
         bounds(model, other, exact)

@@ -146,6 +146,8 @@ def test_json_lines_that_fail_leave_what_was_there(tmp_path: Path) -> None:
         write_jsonl([], tmp_path)
     with pytest.raises(InputError, match="there is no file"):
         read_jsonl(tmp_path / "none")
+    with pytest.raises(InputError, match="path is NoneType: expected the name of a file"):
+        heat_fast.load(None)  # type: ignore[arg-type]
 
 
 # --- pandas ---------------------------------------------------------------------------------------
