@@ -31,6 +31,7 @@ from heat_fast.forward import (
     check_in_memory,
     check_model,
     context_length,
+    log_probs,
     unchanged,
 )
 from heat_fast.gate import gate
@@ -213,7 +214,10 @@ class Attributor:
         decoder = view(self.model, plan.length + len(later))
         findings: list[Finding] = []
         budget = None
-        # The last window comes first: where no target is given, it says what the model's own is.
+        whole = self._whole(embeddings, len(span)) if len(plan) > 1 else None
+        if response is None and whole is not None:
+            response = (int(whole[0].argmax()),)
+        # The last window comes first: it may have to say what the model's own target is.
         for number in reversed(range(len(plan))):
             parts_found = []
             for chunk in chunks:
@@ -230,12 +234,17 @@ class Attributor:
         assert budget is not None
         found = accumulate(plan, findings, config.window_weights)
         parts, screening = found.parts, found.screening
+        likely = found.log_probs
+        if whole is not None:
+            index = torch.tensor(found.targets, device=whole.device)
+            likely = whole.gather(-1, index[:, None])[:, 0].to(likely)
         score, envelope = combine(parts, config)
         metadata = self._metadata(decoder, embeddings, budget, ledger, ran)
         if screening is not None:
             metadata["screening"] = screening.report(parts, score, config)
         if config.window is not None:
             metadata["windows"] = report(plan, findings, config)
+            metadata["windows"]["target_of"] = "last window" if whole is None else "prompt"
         if found.quality is not None:
             metadata["low_rank"] = found.quality.report()
         assert response is not None
@@ -261,11 +270,26 @@ class Attributor:
             roles=encoded.roles,
             target_ids=found.targets,
             target_tokens=readable_tokens(found.targets, self.tokenizer),
-            target_log_probs=found.log_probs,
+            target_log_probs=likely,
             curvature_stderr=found.stderr,
             information_skipped=None if screening is None else screening.skipped,
             metadata=metadata,
         )
+
+    def _whole(self, embeddings: Tensor, count: int) -> Tensor | None:
+        """Log-probabilities `[count, V]` of the targets after the whole prompt, by one forward.
+
+        None where that is longer than the model's context, or does not fit into memory.
+        """
+        longest = context_length(self.model)
+        if longest is not None and len(embeddings) > longest:
+            return None
+        try:
+            return log_probs(self.model, embeddings, count)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            return None
 
     def _window(
         self,

@@ -81,8 +81,8 @@ class Attribution:
 
     token_ids, tokens, special: the prompt's ids, what a person reads, and which are special.
     offsets, prompt_text: half-open character ranges into the text; None where ids were given.
-    target_ids, target_tokens, target_log_probs: the targets; log-probabilities [T] in nats, of the
-        last window where there are several.
+    target_ids, target_tokens, target_log_probs: the targets; log-probabilities [T] in nats; of
+        several windows see ``metadata["windows"]["target_of"]``.
     curvature_stderr: standard error of the curvature over its probes [T, N], in the units of
         `curvature`; 0 where it is exact, None where it is not known (a single probe, or the
         Gauss-Newton sketch), an upper bound where windows are averaged.

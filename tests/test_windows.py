@@ -29,6 +29,7 @@ from heat_fast import ConfigError, HeatConfig, InputError
 from heat_fast.combine import Components
 from heat_fast.cost import flops
 from heat_fast.decoder import view
+from heat_fast.forward import log_probs
 from heat_fast.reference import attribute_in_windows
 from heat_fast.screening import Screening
 from heat_fast.terminal import render
@@ -229,16 +230,42 @@ def test_a_prompt_beyond_the_models_positions() -> None:
     assert (heat_fast.estimate(model, 300, 2, config).seconds or 0) > 0
 
 
-def test_the_models_own_target_is_the_last_windows() -> None:
+def test_the_target_is_that_of_the_whole_prompt() -> None:
     model, ids = model_of("llama"), ids_of("llama")
     own = measure(model, ids, **SHAPE, probes=PROBES)
-    plan = plan_windows(LENGTH, HeatConfig(**SHAPE))
-    last = [ids[i] for i in plan.indices(len(plan) - 1)]
-    alone = measure(model, last, probes=PROBES).result
+    alone = measure(model, ids, curvature="none").result
     assert own.result.target_ids == alone.target_ids
-    assert torch.equal(own.result.target_log_probs, alone.target_log_probs)
+    assert own.result.metadata["windows"]["target_of"] == "prompt"
+    assert_close("log P", alone.target_log_probs, own.result.target_log_probs, rtol=1e-6)
     given_it = measure(model, ids, list(alone.target_ids), **SHAPE, probes=PROBES)
     assert torch.equal(own["target_scores"], given_it["target_scores"])
+    several = measure(model, ids, TARGETS, response_chunk=1, **SHAPE, curvature="none").result
+    whole = measure(model, ids, TARGETS, curvature="none").result
+    assert_close("log P", whole.target_log_probs, several.target_log_probs, rtol=1e-6)
+
+
+@pytest.mark.parametrize("memory", [True, False])
+def test_the_target_is_the_last_windows_where_the_whole_is_too_much(
+    memory: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, limit = model_of("gpt2"), int(model_of("gpt2").config.n_positions)
+    length = 30 if memory else limit + 5
+
+    def exhausted(model: Any, embeddings: Tensor, count: int) -> Tensor:
+        if len(embeddings) == length:
+            raise RuntimeError("DefaultCPUAllocator: not enough memory")
+        return log_probs(model, embeddings, count)
+
+    monkeypatch.setattr("heat_fast.attributor.log_probs", exhausted)
+    ids = [index % 29 for index in range(length)]
+    shape: dict[str, Any] = {"window": 20, "sink": 1, "tail": 4, "curvature": "none"}
+    own = measure(model, ids, **shape)
+    plan = plan_windows(length, HeatConfig(**shape))
+    last = [ids[i] for i in plan.indices(len(plan) - 1)]
+    alone = measure(model, last, curvature="none").result
+    assert own.result.target_ids == alone.target_ids
+    assert torch.equal(own.result.target_log_probs, alone.target_log_probs)
+    assert own.result.metadata["windows"]["target_of"] == "last window"
 
 
 # --- screening ----------------------------------------------------------------------------------
@@ -379,7 +406,9 @@ def test_the_result_says_what_was_done(tmp_path: Path) -> None:
     assert windows["stretches"] == tuple((s.start, s.stop) for s in plan.stretches)
     assert (windows["tokens"], windows["sink"], windows["tail"]) == (6, 1, 2)
     assert 0 < windows["leakage"] < 1
-    assert windows["log_probs"][-1] == pytest.approx(result.target_log_probs.tolist(), abs=1e-6)
+    assert windows["target_of"] == "prompt"
+    assert len(windows["log_probs"]) == len(plan)
+    assert all(len(row) == len(TARGETS) for row in windows["log_probs"])
     text = shown(result)
     assert f"{len(plan)} windows of 6 tokens, weighted by the probability of the target" in text
     assert f"in each (leakage {windows['leakage']:.1%}" in text
