@@ -43,6 +43,12 @@ FIDELITY: dict[str, dict[str, Any]] = {
     "lr, rank 256": {"variant": "lr", "rank": 256},
     "ls": {"variant": "ls", "layers": 3, "probes": 2},
     "win": {"variant": "win", "window": 128, "probes": 2},
+    "win, uniform": {
+        "variant": "win",
+        "window": 128,
+        "window_weights": "uniform",
+        "probes": 2,
+    },
     "lr+win": {"variant": "lr+win", "window": 128},
     "ls+win": {"variant": "ls+win", "layers": 3, "window": 128, "probes": 2},
     "gs": {"variant": "gs"},

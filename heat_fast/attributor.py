@@ -7,7 +7,6 @@ A prompt that is cut into windows goes to the middle of it once per window (`hea
 
 from __future__ import annotations
 
-import platform
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -17,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from heat_fast import native
-from heat_fast._version import __version__
 from heat_fast.combine import Components, combine
 from heat_fast.config import HeatConfig, check_config
 from heat_fast.cost import curvature_work
@@ -57,6 +55,7 @@ from heat_fast.prompt import (
     encode_target,
     readable_tokens,
 )
+from heat_fast.provenance import provenance
 from heat_fast.result import Attribution
 from heat_fast.screening import Screening, screened_information
 from heat_fast.spans import TargetSpan, target_range
@@ -424,23 +423,11 @@ class Attributor:
     def _metadata(
         self, decoder: Decoder, embeddings: Tensor, budget: Budget, ledger: Ledger, ran: Record
     ) -> dict[str, Any]:
-        import transformers
-
         blocks = len(decoder.blocks)
-
         return {
             "config": self.config.to_dict(),
             "seed": self.config.seed,
-            "model": type(self.model).__name__,
-            "name": str(getattr(self.model, "name_or_path", "") or ""),
-            "device": str(embeddings.device),
-            "dtype": str(embeddings.dtype).removeprefix("torch."),
-            "versions": {
-                "heat_fast": __version__,
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-                "python": platform.python_version(),
-            },
+            **provenance(self.model, embeddings),
             "seconds": {name: round(value, 6) for name, value in ledger.seconds.items()},
             "counts": ledger.counts,
             "layers": {"used": blocks - decoder.first_of(self.config.layers), "of": blocks},

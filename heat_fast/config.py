@@ -15,6 +15,7 @@ from dataclasses import field
 from types import MappingProxyType
 from typing import Any, Final, Literal, get_args
 
+from heat_fast.checks import is_whole
 from heat_fast.errors import ConfigError
 
 __all__ = ["PRESETS", "HeatConfig"]
@@ -113,7 +114,7 @@ def _integer(*, minimum: int, maximum: int | None = None, also: str = "") -> _Ch
 
     def check(name: str, value: Any) -> int:
         expected = f"an integer, at least {minimum}{upper}{also}"
-        if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        if not is_whole(value):
             raise _error(name, value, expected, f"Pass an int, not {_kind(value)}.")
         number = int(value)
         if number < minimum or (maximum is not None and number > maximum):

@@ -10,12 +10,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from numbers import Integral
 from typing import Any
 
 import torch
 
 from heat_fast import gpu
+from heat_fast.checks import is_whole
 from heat_fast.config import HeatConfig, check_config
 from heat_fast.curvature import FIRST_CODES, FIRST_PROBES, product_count
 from heat_fast.decoder import Decoder, view
@@ -170,7 +170,7 @@ def estimate(
     """
     check_model(model)
     check_config(config)
-    if not all(isinstance(n, Integral) and n >= 1 for n in (n_tokens, n_targets)):
+    if not all(is_whole(n) and n >= 1 for n in (n_tokens, n_targets)):
         raise InputError(
             f"n_tokens={n_tokens!r} and n_targets={n_targets!r}: expected whole numbers, at "
             "least one of each. Pass the lengths of the prompt and of the target in tokens."

@@ -360,9 +360,8 @@ def _gauss_newton(
     With Rademacher `e` over the vocabulary, `u = sqrt(p) o e - p (sqrt(p) . e)` has covariance
     `diag p - p p'`; rows `G_j = (J' u_j)` then give `H_ii r = -mean_j G_ji (G_ji . r)`, averaged
     over the same number of probes r, which cost nothing more. The l1 norm of a noisy mean is too
-    large, by 10 to 17 % with 10 probes on average over 24 seeds, in four models, and 1 to 7 % with
-    32. (Taking out the noise's share of the energy, as `_Coded` does, leaves the error of one run
-    as it is: it is one sample for all tokens.)
+    large: with 10 probes, on average over seeds, by 14 to 26 % in three tiny models (a test prints
+    it). It is left in: the noise is one sample for all tokens, and more probes take it down.
     """
     tokens = trunk.prompt_length
     probes = config.probes_max if config.probes == "auto" else config.probes

@@ -10,6 +10,7 @@ from typing import Any, Final
 import torch
 
 from heat_fast.attributor import Attributor
+from heat_fast.checks import is_whole
 from heat_fast.config import HeatConfig
 from heat_fast.errors import ConfigError, InputError
 from heat_fast.forward import check_in_memory, context_length, unchanged
@@ -116,8 +117,7 @@ def generate(
 ) -> list[int]:
     """The ids of one response of the model, without the special token that ends it."""
     model: Any = attributor.model
-    whole = isinstance(max_new_tokens, Integral) and not isinstance(max_new_tokens, bool)
-    if not whole or max_new_tokens < 1:
+    if not is_whole(max_new_tokens) or max_new_tokens < 1:
         raise InputError(
             f"max_new_tokens={max_new_tokens!r}: expected a whole number of at least 1."
         )

@@ -12,6 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from heat_fast.checks import is_whole
 from heat_fast.errors import InputError
 
 __all__ = [
@@ -442,7 +443,7 @@ def _unwrap(values: Any) -> Any:
 
 def _whole_number(value: Any, what: str, position: int | None) -> int:
     value = _unwrap(value)
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+    if not is_whole(value):
         where = "" if position is None else f" at position {position}"
         raise InputError(
             f"the {what} holds {value!r} of type {type(value).__name__}{where}: expected integer "

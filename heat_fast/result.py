@@ -6,12 +6,12 @@ import dataclasses
 import json
 import os
 from collections.abc import Mapping
-from numbers import Integral
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 import torch
 from torch import Tensor
 
+from heat_fast.checks import is_whole
 from heat_fast.combine import AGGREGATES, aggregate
 from heat_fast.config import suggest
 from heat_fast.errors import InputError, NumericalError
@@ -275,7 +275,7 @@ class Attribution:
         has no others nothing is left. Equal ones keep the order of the prompt. Components are
         aggregated like the scores.
         """
-        if isinstance(k, bool) or not isinstance(k, Integral) or k < 1:
+        if not is_whole(k) or k < 1:
             raise InputError(f"top({k!r}): expected a whole number of at least 1.")
         scores = self.scores
         order, shares = self.ranking(scores, special=special), self.shares(scores)

@@ -14,9 +14,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
+from heat_fast.checks import is_whole
 from heat_fast.errors import HeatError, InputError
 from heat_fast.prompt import first_visible
 
@@ -194,7 +194,7 @@ def _occurrence(text: str, part: str, occurrence: int | None, where: str) -> Ran
 def _check_range(value: Any, size: int, what: str) -> Range:
     try:
         start, stop = value
-        whole = all(isinstance(each, Integral) and not isinstance(each, bool) for each in value)
+        whole = all(is_whole(each) for each in value)
     except (TypeError, ValueError):
         whole = False
     if not whole or not 0 <= start < stop <= size:
@@ -290,7 +290,7 @@ def outstanding(result: Attribution, k: int = 5) -> list[Span]:
 
     Raises InputError for k below 1.
     """
-    if isinstance(k, bool) or not isinstance(k, Integral) or k < 1:
+    if not is_whole(k) or k < 1:
         raise InputError(f"top_spans({k!r}): expected a whole number of at least 1.")
     scores = result.scores.double()
     above = (scores - scores.mean()).tolist()

@@ -3,9 +3,8 @@
 With colour, a token's background goes from pale yellow to dark brown in steps of equal perceived
 lightness (distinguishable in every form of colour blindness), each with its own black or white
 text, so that dark and light terminals show the same; negative scores go from pale to dark blue in
-the same steps. Without colour (piped, or NO_COLOR) and on
-terminals of 16 colours, which cannot show the steps, the tokens of the table are marked
-``[rank|token]`` in the prompt instead.
+the same steps. Without colour (piped, or NO_COLOR) and on terminals of 16 colours, which cannot
+show the steps, the tokens of the table are marked ``[rank|token]`` in the prompt instead.
 """
 
 from __future__ import annotations

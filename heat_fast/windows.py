@@ -171,9 +171,9 @@ def accumulate(plan: Plan, findings: Sequence[Finding], weighting: str) -> Findi
 
     `weighting`: the configuration's `window_weights`. Information that screening left out of a
     window is taken to be what the windows that measured it found, each by its weight; a token is
-    skipped only where every one of its windows skipped it. The standard error of a
-    mean is at most the mean of the standard errors, however the windows' errors are correlated, and
-    is given as that. The log-probabilities of the targets are those of the last window.
+    skipped only where every one of its windows skipped it. The standard error of a mean is at most
+    the mean of the standard errors, however the windows' errors are correlated, and is given as
+    that. The log-probabilities of the targets are those of the last window.
     """
     if len(findings) == 1:
         return findings[0]

@@ -191,9 +191,9 @@ def test_the_hub_is_asked_for_the_public_set(monkeypatch: pytest.MonkeyPatch) ->
         (("scik",), {}, "no data set is called 'scik'"),
         (("longra",), {}, "not on the Hugging Face hub"),
         (("sciq", "here.jsonl"), {"split": "test"}, "both a path and split"),
-        (("sciq", "here.jsonl"), {"limit": -1}, "limit is -1"),
-        (("sciq", "here.jsonl"), {"limit": 1.5}, "limit is 1.5"),
-        (("sciq", "here.jsonl"), {"limit": "x"}, "limit is 'x'"),
+        (("sciq", "here.jsonl"), {"limit": -1}, "limit=-1"),
+        (("sciq", "here.jsonl"), {"limit": 1.5}, "limit=1.5"),
+        (("sciq", "here.jsonl"), {"limit": "x"}, "limit='x'"),
         (("sciq", "/nowhere/rows.jsonl"), {}, "/nowhere/rows.jsonl"),
     ],
 )
@@ -376,7 +376,7 @@ def test_bm25_by_hand() -> None:
 def test_bm25_evidence_needs_a_question() -> None:
     with pytest.raises(InputError, match="no support or no question"):
         datasets.bm25_evidence(datasets.Example("1", "a", "b"))
-    with pytest.raises(InputError, match="count is 0"):
+    with pytest.raises(InputError, match="count=0"):
         datasets.bm25_evidence(science(), count=0)
     assert datasets.bm25_evidence(science()) == ()  # no word in common
 
@@ -391,13 +391,13 @@ def test_synthetic_is_split_into_support_and_distractor() -> None:
         assert not support & rest
         assert example.target.strip() in example.texts("evidence")
     assert datasets.synthetic(2, seed=1)[0] == datasets.synthetic(2)[1]
-    with pytest.raises(InputError, match="count is -1"):
+    with pytest.raises(InputError, match="count=-1"):
         datasets.synthetic(-1)
     assert datasets.synthetic(numpy.int64(2), seed=numpy.uint8(255)) == datasets.synthetic(2, 255)
     for wrong in ("x", 1.5, True, None):
-        with pytest.raises(InputError, match=f"count is {wrong!r}: expected a whole number"):
+        with pytest.raises(InputError, match=f"count={wrong!r}: expected a whole number"):
             datasets.synthetic(wrong)
-        with pytest.raises(InputError, match=f"seed is {wrong!r}: expected a whole number"):
+        with pytest.raises(InputError, match=f"seed={wrong!r}: expected a whole number"):
             datasets.restated(1, wrong)
     with pytest.raises(InputError, match="split is 'test'"):
         datasets.synthetic(1, **{"split": "test"})

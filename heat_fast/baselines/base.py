@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import platform
 import time
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar, TypeVar
@@ -11,7 +10,6 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from heat_fast._version import __version__
 from heat_fast.attributor import Attributor
 from heat_fast.baselines.case import Case
 from heat_fast.baselines.settings import check_settings, setting, whole
@@ -20,6 +18,7 @@ from heat_fast.errors import ConfigError
 from heat_fast.forward import check_in_memory, unchanged
 from heat_fast.kernels.dispatch import using
 from heat_fast.prompt import readable_tokens
+from heat_fast.provenance import provenance
 from heat_fast.result import COMPONENTS, Attribution
 
 _METHODS: dict[str, type[Baseline]] = {}
@@ -70,22 +69,11 @@ class Baseline(ABC):
         return as_result(case, case.targets, arrays, log_probs, metadata)
 
     def _metadata(self, case: Case, measured: list[str], seconds: float) -> dict[str, Any]:
-        import transformers
-
         return {
             "config": {"variant": self.name, "aggregate": "mean", **dataclasses.asdict(self)},
             "measured": measured,
             "seed": self.seed,
-            "model": type(case.model).__name__,
-            "name": str(getattr(case.model, "name_or_path", "") or ""),
-            "device": str(case.embeddings.device),
-            "dtype": str(case.embeddings.dtype).removeprefix("torch."),
-            "versions": {
-                "heat_fast": __version__,
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-                "python": platform.python_version(),
-            },
+            **provenance(case.model, case.embeddings),
             "seconds": {"total": round(seconds, 6)},
             "counts": dict(case.counts),
             **case.notes,

@@ -8,6 +8,7 @@ import numbers
 from collections.abc import Callable
 from typing import Any
 
+from heat_fast.checks import is_whole
 from heat_fast.errors import ConfigError
 
 #: `check(name, value)` returns the value to keep, or raises `ConfigError`.
@@ -45,8 +46,7 @@ def whole(minimum: int = 1, maximum: int | None = None) -> Check:
     upper = "" if maximum is None else f" and at most {maximum}"
 
     def check(name: str, value: Any) -> int:
-        integral = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-        if not integral or value < minimum or (maximum is not None and value > maximum):
+        if not is_whole(value) or value < minimum or (maximum is not None and value > maximum):
             raise ConfigError(
                 f"{name}={value!r}: expected a whole number of at least {minimum}{upper}. Pass one."
             )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from heat_fast.datasets.checks import check_whole
+from heat_fast.checks import check_whole
 from heat_fast.datasets.example import Example, Span
 from heat_fast.demo import corpus
 from heat_fast.demo.corpus import Split, make_example, make_restatement
@@ -77,8 +77,8 @@ def _example(name: str, made: corpus.Example, extra: dict[str, Any]) -> Example:
 
 def _numbers(count: int, seed: int, split: str) -> range:
     """The seeds of so many examples, after checking the arguments."""
-    first = check_whole("seed", seed)
-    numbers = range(first, first + check_whole("count", count))
+    first = check_whole("seed", seed, 0)
+    numbers = range(first, first + check_whole("count", count, 0))
     if split not in ("train", "validation", "held_out"):
         raise InputError(
             f"split is {split!r}: expected 'held_out', 'validation' or 'train'. Choose one of them."

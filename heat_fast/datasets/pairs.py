@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Mapping, Sequence
 
-from heat_fast.datasets.checks import check_whole
+from heat_fast.checks import check_whole
 from heat_fast.datasets.example import Example, Span
 from heat_fast.datasets.text import merge, occurrences, shift
 from heat_fast.errors import InputError
@@ -55,7 +55,7 @@ def curated(
     """
     usable = [each for each in questions if each.evidence]
     stories = [each.strip() for each in narratives if each.strip()]
-    wanted = len(usable) if count is None else check_whole("count", count)
+    wanted = len(usable) if count is None else check_whole("count", count, 0)
     marked = annotations or {}
     found: list[Example] = []
     for question, story in _pairs(usable, stories, seed):

@@ -10,8 +10,8 @@ from dataclasses import replace
 from itertools import count, islice
 from typing import Any, Final, TypeVar
 
+from heat_fast.checks import check_whole, is_whole
 from heat_fast.config import suggest
-from heat_fast.datasets.checks import check_whole, is_whole
 from heat_fast.datasets.example import Example, Span
 from heat_fast.datasets.rows import PathLike, file_rows, hub_rows
 from heat_fast.datasets.text import answer_span, common, merge, sentences, shift, strip
@@ -99,7 +99,7 @@ def _read(
 
 def _rows(name: str, path: PathLike | None, split: str | None, limit: int | None) -> Iterator[Row]:
     if limit is not None:
-        check_whole("limit", limit)
+        check_whole("limit", limit, 0)
     if path is not None:
         if split is not None:
             raise InputError(
@@ -414,7 +414,7 @@ def narratives(
     these are the leading sentences of at most `most_words` words, at least one: the beginning of
     a story refers to nothing before it. Arguments and errors as in :func:`load`.
     """
-    check_whole("most_words", most_words)
+    check_whole("most_words", most_words, 0)
 
     def segment(row: Row, _: int) -> str | None:
         text = _text(row, "paragraph", "summary", "document.summary.text")

@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 
-from heat_fast.datasets.checks import check_whole
+from heat_fast.checks import check_whole
 from heat_fast.datasets.example import Example, Span
 from heat_fast.datasets.text import sentences, shift, words
 from heat_fast.errors import InputError
@@ -64,7 +64,7 @@ def bm25_evidence(example: Example, *, count: int = 1) -> tuple[Span, ...]:
             f"example {example.id!r} has no support or no question: expected both to rank "
             "sentences. Use a set that has them: sciq(), narrativeqa(), tellmewhy(), curated()."
         )
-    check_whole("count", count, 1)
+    check_whole("count", count)
     spans = [
         span
         for start, stop in example.support

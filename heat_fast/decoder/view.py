@@ -53,6 +53,11 @@ class Decoder:
         return (*blocks, self.head.projection)
 
     @property
+    def plain(self) -> bool:
+        """Whether all affine submodules are matrices and nothing else."""
+        return all(linear.weight is not None for linear in self.linears)
+
+    @property
     def concurrent(self) -> bool:
         """Whether several threads may run the blocks at once.
 
@@ -60,7 +65,7 @@ class Decoder:
         quantised kernels) nothing is known.
         """
         activations = [block.mlp.activation for block in self.blocks]
-        return all(linear.weight is not None for linear in self.linears) and all(
+        return self.plain and all(
             not isinstance(activation, nn.Module) or not is_hooked(activation)
             for activation in activations
         )

@@ -7,10 +7,10 @@ this folder for its data, accuracy and limits, and :mod:`heat_fast.demo.corpus` 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from heat_fast.checks import is_whole
 from heat_fast.demo.corpus import Example, make_example, make_restatement, tokens_in_spans
 from heat_fast.errors import InputError
 
@@ -95,7 +95,7 @@ def load_demo_model(count: int = 8) -> Demo:
         >>> demo.examples[0].prompt.endswith("Answer:")
         True
     """
-    if isinstance(count, bool) or not isinstance(count, Integral) or count < 0:
+    if not is_whole(count) or count < 0:
         raise InputError(
             f"count is {count!r}: expected how many examples to make, a whole number of at least "
             "0. There is one embedded model, so it needs no name; leave count out for 8 examples."

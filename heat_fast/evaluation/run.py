@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import platform
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,14 +12,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from heat_fast._version import __version__
 from heat_fast.datasets import Example, encode
 from heat_fast.errors import HeatError, InputError
 from heat_fast.evaluation.measures import MEASURES, Asked, Attributed, Inapplicable, Method
 from heat_fast.evaluation.plan import Entry, Plan, make_method, model_name, read_data, read_model
 from heat_fast.forward import check_in_memory
+from heat_fast.provenance import versions
 
 ROWS, PLAN = "rows.jsonl", "plan.json"
 #: `progress(done, total)`.
@@ -239,16 +236,8 @@ def _claim(folder: Path, plan: Plan) -> None:
                 "with it. Choose another folder, or remove this one."
             )
         return
-    import transformers
-
-    versions = {
-        "heat_fast": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-    }
     fresh = kept.with_suffix(".new")
-    fresh.write_text(json.dumps({"plan": resolved, "versions": versions}, indent=1) + "\n")
+    fresh.write_text(json.dumps({"plan": resolved, "versions": versions()}, indent=1) + "\n")
     fresh.replace(kept)
 
 

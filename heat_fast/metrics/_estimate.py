@@ -10,13 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any
 
 import numpy
 import torch
 from torch import Tensor
 
+from heat_fast.checks import check_whole, is_whole
 from heat_fast.errors import InputError
 
 #: Draws of the bootstrap.
@@ -73,16 +74,7 @@ def generator(seed: int, *numbers: int) -> torch.Generator:
 
 def check_seed(seed: Any) -> int:
     """The seed, or an error."""
-    return check_count("seed", seed, 0)
-
-
-def check_count(name: str, value: Any, least: int = 1) -> int:
-    """A whole number of at least `least`, or an error."""
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
-        raise InputError(
-            f"{name}={value!r}: expected a whole number of at least {least}. Pass one."
-        )
-    return int(value)
+    return check_whole("seed", seed, 0)
 
 
 def check_number(name: str, value: Any, least: float, most: float) -> float:
@@ -140,8 +132,7 @@ def check_indices(tokens: Iterable[Any], length: int, what: str) -> list[int]:
 
 def check_index(token: Any, length: int, what: str) -> int:
     """The index of a token, or an error."""
-    wrong = isinstance(token, bool) or not isinstance(token, Integral)
-    if wrong or not 0 <= token < length:
+    if not is_whole(token) or not 0 <= token < length:
         raise InputError(
             f"token {token!r} of the {what} is not in the prompt: expected indices from 0 to "
             f"{length - 1}. Count tokens, not characters."

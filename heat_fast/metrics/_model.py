@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from heat_fast.checks import check_whole, is_whole
 from heat_fast.decoder.norm import wide
 from heat_fast.errors import InputError
 from heat_fast.forward import context_length, unchanged
-from heat_fast.metrics._estimate import check_count, check_vector
+from heat_fast.metrics._estimate import check_vector
 from heat_fast.planner import Budget, cpu_rows, run_batches
 from heat_fast.prompt import check_length
 from heat_fast.trunk import require_finite
@@ -66,7 +66,7 @@ class Asker:
         self.vocabulary = int(weight.shape[0])
         self.longest = context_length(model) if hasattr(model, "config") else None
         on_gpu = weight.device.type == "cuda"
-        asked = None if rows is None else check_count("rows", rows)
+        asked = None if rows is None else check_whole("rows", rows)
         self.budget = Budget(asked or (GPU_ROWS if on_gpu else cpu_rows(weight.shape[-1])))
 
     def plain(self, case: Case, where: str) -> Case:
@@ -158,8 +158,7 @@ def read(cases: Sequence[Case], asker: Asker) -> list[tuple[Case, Tensor]]:
 def check_id(token: Any, vocabulary: int, where: str) -> int:
     """The id of a token, an array's or a tensor's element too, or an error."""
     found = token.tolist() if hasattr(token, "tolist") else token
-    wrong = isinstance(found, bool) or not isinstance(found, Integral)
-    if wrong or not 0 <= found < vocabulary:
+    if not is_whole(found) or not 0 <= found < vocabulary:
         raise InputError(
             f"token id {found!r} of {where} is not in the vocabulary: expected whole numbers "
             f"from 0 to {vocabulary - 1}. Encode the prompt with the model's own tokenizer."

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from heat_fast.checks import check_whole
 from heat_fast.errors import InputError
 from heat_fast.metrics._estimate import (
     Measurement,
-    check_count,
     check_indices,
     check_pairs,
     check_vector,
@@ -118,7 +118,7 @@ def span_scores(
     >>> found.precision.value, found.recall.value
     (0.5, 1.0)
     """
-    check_count("k", k)
+    check_whole("k", k)
     check_pairs(scores=scores, spans=spans)
     evidence = []
     for number, ranges in enumerate(spans):
@@ -136,7 +136,7 @@ def _overlaps(
     scores: Sequence[Any], evidence: Sequence[Tokens], k: int | None, seed: int
 ) -> SpanScores:
     if k is not None:
-        check_count("k", k)
+        check_whole("k", k)
     check_pairs(scores=scores, evidence=evidence)
     found: list[tuple[float, float, float]] = []
     for number, (row, gold) in enumerate(zip(scores, evidence, strict=True)):

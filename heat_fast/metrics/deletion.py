@@ -10,9 +10,10 @@ from typing import Any
 
 from torch import Tensor
 
+from heat_fast.checks import check_whole
 from heat_fast.errors import InputError
 from heat_fast.information import replacement
-from heat_fast.metrics._estimate import Measurement, check_count, check_number, leading
+from heat_fast.metrics._estimate import Measurement, check_number, leading
 from heat_fast.metrics._model import Asker, Case, asking, read
 
 #: The shares of tokens that DeYoung et al. delete.
@@ -120,9 +121,9 @@ def aopc_order(
     >>> -1 <= aopc_order(model, [Case([5, 6, 7], 9, [0.1, 0.7, 0.2])]).value <= 1
     True
     """
-    check_count("keep_first", keep_first, 0)
+    check_whole("keep_first", keep_first, 0)
     if steps is not None:
-        check_count("steps", steps)
+        check_whole("steps", steps)
     if masking not in ("zero", "mean", "sentinel"):
         raise InputError(f"masking={masking!r}: expected 'zero', 'mean' or 'sentinel'. Choose one.")
     found = []
@@ -201,7 +202,7 @@ def _deletion(
     seed: int,
 ) -> Measurement:
     """The mean loss over fractions, with the leading tokens deleted, or alone left (`leave`)."""
-    check_count("keep_first", keep_first, 0)
+    check_whole("keep_first", keep_first, 0)
     if not fractions:
         raise InputError("no fraction was given: expected at least one. Pass (0.2,), say.")
     for fraction in fractions:

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from heat_fast.checks import check_whole
 from heat_fast.comparison import _correlation
 from heat_fast.decoder.norm import wide
 from heat_fast.errors import InputError
 from heat_fast.metrics._estimate import (
     Measurement,
-    check_count,
     check_indices,
     check_number,
     check_pairs,
@@ -166,7 +166,7 @@ def intervention_at_k(
     >>> intervention_at_k([[0.1, 0.9, 0.5]], [[0.0, 2.0, 1.0]], k=2).value
     1.5
     """
-    count = check_count("k", k)
+    count = check_whole("k", k)
     return Measurement.of(
         [float(other[leading(one, count)].mean()) for one, other in _read(scores, effects)],
         seed=seed,
@@ -188,7 +188,7 @@ def misattribution(
     >>> misattribution([[0.1, 0.9, 0.5]], [[0.0, 2.0, 0.001]], k=2).value
     0.5
     """
-    count = check_count("k", k)
+    count = check_whole("k", k)
     least = check_number("threshold", threshold, -math.inf, math.inf)
     return Measurement.of(
         [
@@ -213,7 +213,7 @@ def causal_pass_at_k(
     >>> causal_pass_at_k([[0.1, 0.9, 0.5], [0.9, 0.1, 0.0]], [[1], [2]], k=1).value
     0.5
     """
-    count = check_count("k", k)
+    count = check_whole("k", k)
     check_pairs(scores=scores, evidence=evidence)
     found = []
     for number, (row, gold) in enumerate(zip(scores, evidence, strict=True)):

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from heat_fast.checks import check_whole
 from heat_fast.comparison import _correlation
 from heat_fast.errors import InputError
 from heat_fast.metrics._estimate import (
     Measurement,
     bootstrap,
-    check_count,
     check_index,
     check_number,
     check_pairs,
@@ -69,7 +69,7 @@ def sensitivity(
     >>> sensitivity(model, lambda model, ids, target: torch.ones(len(ids)), [([5, 6], 9)]).value
     0.0
     """
-    check_count("samples", samples, 2)
+    check_whole("samples", samples, 2)
     check_number("noise", noise, 0, float("inf"))
     if len(prompts) == 0:
         raise InputError("no prompt was given: expected at least one. Pass (token_ids, target).")

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from heat_fast.checks import check_whole
 from heat_fast.errors import InputError, NumericalError
-from heat_fast.metrics._estimate import Measurement, bootstrap, check_count, generator
+from heat_fast.metrics._estimate import Measurement, bootstrap, generator
 from heat_fast.metrics._model import Asker, Case, asking, read
 
 
@@ -139,8 +140,8 @@ def _soft(
     rows: int | None,
     seed: int,
 ) -> Measurement:
-    check_count("masks", masks)
-    check_count("keep_first", keep_first, 0)
+    check_whole("masks", masks)
+    check_whole("keep_first", keep_first, 0)
     found = []
     with asking(model, rows) as asker:
         for number, (case, scores) in enumerate(read(cases, asker)):

@@ -1,4 +1,4 @@
-"""Whole numbers among arguments and fields."""
+"""Whole numbers among arguments, fields and settings."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ def is_whole(value: Any) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
-def check_whole(name: str, value: Any, least: int = 0) -> int:
-    """A whole number of at least `least`, or an error."""
+def check_whole(name: str, value: Any, least: int = 1) -> int:
+    """A whole number of at least `least`, or an `InputError`."""
     if not is_whole(value) or value < least:
         raise InputError(
-            f"{name} is {value!r}: expected a whole number of at least {least}. Pass one."
+            f"{name}={value!r}: expected a whole number of at least {least}. Pass one."
         )
     return int(value)
