@@ -396,6 +396,33 @@ def test_pefts_own_tuned_norms(state: str) -> None:
         assert_close(f"{state} {part}", values, actual[part], rtol=EXACT)
 
 
+@pytest.mark.parametrize("kind", ["LoRA", "rank-stabilised LoRA", "DoRA", "IA3", "LoHa"])
+def test_pefts_own_adapters(kind: str) -> None:
+    peft = pytest.importorskip("peft", reason="PEFT is not installed")
+    linears = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    asked = {"task_type": "CAUSAL_LM", "target_modules": linears}
+    dropped = {**asked, "r": 4, "lora_dropout": 0.1}
+    config = {
+        "LoRA": lambda: peft.LoraConfig(**dropped, bias="all"),
+        "rank-stabilised LoRA": lambda: peft.LoraConfig(**dropped, use_rslora=True),
+        "DoRA": lambda: peft.LoraConfig(**dropped, use_dora=True),
+        "IA3": lambda: peft.IA3Config(**asked, feedforward_modules=["down_proj"]),
+        "LoHa": lambda: peft.LoHaConfig(**asked, r=4),
+    }[kind]()
+    model = peft.get_peft_model(families.build("llama", dtype=torch.float64), config)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:  # the adapter's own
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    merged = copy.deepcopy(model).eval().merge_and_unload()
+    ids = families.prompt_ids("llama", 7)
+    expected = measure(merged, ids, [4, 6], probes=2)
+    actual = measure(model.train(), ids, [4, 6], probes=2)
+    for part, values in expected.parts.items():
+        assert_close(f"{kind} {part}", values, actual[part], rtol=EXACT)
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "gptj"])
 @pytest.mark.parametrize("active", [["mine", "other"], ["absent"]])
 def test_tuned_norms_without_one_active_adapter(name: str, active: list[str]) -> None:
