@@ -56,7 +56,8 @@ def to_dataframe(result: Attribution, *, per_target: bool = False) -> DataFrame:
     Components are aggregated over targets like the scores, and curvature_stderr (an upper bound,
     where the probes are shared) too; with `per_target` there is a row for every target and token
     instead, target after target, with the columns `target_index` and `target` in front. Positions
-    are missing (`<NA>`) where the prompt was given as ids.
+    are missing (`<NA>`) where the prompt was given as ids, and components that were not measured
+    (:attr:`Attribution.measured`) are NaN.
 
     Raises HeatError where pandas is not installed.
 
@@ -90,6 +91,8 @@ def to_dataframe(result: Attribution, *, per_target: bool = False) -> DataFrame:
     names = ("target_scores", *(name for name in COMPONENTS if name != "target_scores"))
     for name in (*names, *result.array_names()[len(ARRAYS) :]):
         values = getattr(result, name) if per_target else result.aggregated(name)
+        if ("curvature" if name == STDERR else name) not in result.measured:
+            values = torch.full_like(values, torch.nan)  # a 0 would read as a measurement
         columns["score" if name == "target_scores" else name] = values.flatten().numpy()
     if result.information_skipped is not None:
         columns["information_skipped"] = [*result.information_skipped] * repeats

@@ -178,6 +178,15 @@ def test_a_data_frame_per_target_has_a_row_for_each_and_token() -> None:
         assert row.target == result.target_tokens[row.target_index]
 
 
+@pytest.mark.parametrize("per_target", [False, True])
+def test_a_data_frame_has_no_number_for_what_was_not_measured(demo: Any, per_target: bool) -> None:
+    pytest.importorskip("pandas")
+    result = heat_fast.attribute(demo.model, demo.tokenizer, "The cat", curvature="none")
+    table = result.to_dataframe(per_target=per_target)
+    empty = {name for name in table if table[name].isna().all() and table[name].dtype == "f4"}
+    assert empty == {"curvature", "curvature_stderr"}
+
+
 # --- Parquet --------------------------------------------------------------------------------------
 
 
