@@ -7,7 +7,9 @@ tokens and multiplied: every one of its products costs the same, since each runs
 
 from __future__ import annotations
 
+import copy
 import json
+import statistics
 import subprocess
 import sys
 import time
@@ -232,6 +234,33 @@ def test_response(benchmark: Any, random_llama: Any, prompt_ids: Prompt, summary
     benchmark.extra_info.update(ratio=ratio)
     what = f"{response_length}-token response, coded: ratio to as many single runs of the authors'"
     summary.add(what, f"{ratio:.0f}")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+def test_half_precision(
+    benchmark: Any,
+    random_llama: Any,
+    prompt_ids: Prompt,
+    dtype: torch.dtype,
+    summary: Summary,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """`coded` with 64 products at N = 64, against the same weights in float32 and torch's products.
+
+    Where the CPU has instructions for the dtype both sides of the second ratio are the same.
+    """
+    ids, settings = prompt_ids(SHORT), {"estimator": "coded", "codes": 8, "probes": 8}
+    model = copy.deepcopy(random_llama).to(dtype)
+    median_run(benchmark, lambda: run(model, ids, **settings), 5)
+    mine = benchmark.stats.stats.median
+    wide = statistics.median(timed(lambda: run(random_llama, ids, **settings))[0] for _ in range(5))
+    monkeypatch.setattr("heat_fast.decoder.product._has_instructions", lambda _: True)
+    plain, _ = timed(lambda: run(model, ids, **settings))
+    benchmark.extra_info.update(ratio_to_float32=mine / wide, ratio_to_torch=plain / mine)
+    name = str(dtype).removeprefix("torch.")
+    what = f"coded, 64 products, {name}, N={SHORT}"
+    summary.add(f"{what}: times the seconds of float32", f"{mine / wide:.2f}")
+    summary.add(f"{what}: ratio to torch's products", f"{plain / mine:.1f}")
 
 
 def test_peak_memory(benchmark: Any, summary: Summary) -> None:

@@ -516,16 +516,20 @@ def test_interruption_of_every_estimator(settings: dict[str, Any]) -> None:
 # --- short dtypes -------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("instructions", [True, False], ids=["torch", "widened"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @few_families
-def test_half_precision(name: str, dtype: torch.dtype) -> None:
-    """Against the same rounded weights in float32.
+def test_half_precision(
+    name: str, dtype: torch.dtype, instructions: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against the same rounded weights in float32, with torch's products and with wider ones.
 
     Three blocks of about ten roundings each, independent, so about sqrt(30) of half an ulp reaches
     the residual stream; a divergence and a Hessian depend on it quadratically and pass it twice.
     Eight times that covers what was not counted: 0.17 of the largest entry for bfloat16 (8 bits),
     0.02 for float16 (11 bits).
     """
+    monkeypatch.setattr("heat_fast.decoder.product._has_instructions", lambda _: instructions)
     ids = ids_of(name)
     short = families.build(name, dtype=dtype)
     exact = families.build(name, dtype=dtype).float()

@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from heat_fast.decoder.linear import Linear
 from heat_fast.decoder.norm import AnyNorm, NormAdjoint, NormState, wide
+from heat_fast.decoder.product import affine
 
 
 @dataclass(frozen=True)
@@ -77,14 +77,11 @@ class Head:
         x = self._here(x)
         weight = self.projection.weight
         assert weight is not None
-        bias = getattr(self.projection.module, "bias", None)
+        bias = self.projection.bias
         normed, _ = self.norm.forward(x)
         for low in range(0, weight.shape[0], size):
             part = slice(low, min(low + size, weight.shape[0]))
-            yield (
-                part,
-                functional.linear(normed, weight[part], bias if bias is None else bias[part]),
-            )
+            yield part, affine(normed, weight[part], bias if bias is None else bias[part])
 
     def adjoint(self, x: Tensor, logits_bar: Tensor) -> Tensor:
         """`x_ [..., d]` from an adjoint of the logits `[..., V]`, for rows `x [..., d]`."""

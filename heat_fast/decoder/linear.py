@@ -1,7 +1,8 @@
 """Affine maps: the model's own linear submodules, read forwards and backwards.
 
-`y = x W' + b`. The module is always *called* for the forward reading, so quantised weights,
-low-rank adapters and offloading hooks keep working. Because the map is affine it has no second
+`y = x W' + b`. The module is *called* for the forward reading, so quantised weights, low-rank
+adapters and offloading hooks keep working; only where torch is slow at half precision is a plain
+matrix multiplied here (`product.py`). Because the map is affine it has no second
 derivative: `tangent` and `adjoint` are all that the second-order sweeps need of it. Of a layer that
 has hooks, or modules within it, affinity is tested on the first activations that it sees.
 """
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from heat_fast.decoder.norm import wide
+from heat_fast.decoder.product import is_widened, product, widened
 from heat_fast.errors import UnsupportedModelError
 
 # How far a layer may be from affine, of the norm of its output: activations may be quantised.
@@ -58,6 +60,8 @@ class Linear:
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.weight = dense_weight(module)
+        bias = getattr(module, "bias", None)
+        self.bias = bias.detach() if isinstance(bias, Tensor) else None
         self._differentiable = True
         self._matrix: Tensor | None = None
         # A module by itself that nothing hooks into is what it is named: a kind of linear layer,
@@ -78,7 +82,9 @@ class Linear:
             return int(self.module(row).shape[-1])
 
     def forward(self, x: Tensor) -> Tensor:
-        """`y = x W' + b`, by the module itself."""
+        """`y = x W' + b`, by the module itself unless its product is better taken in float32."""
+        if self.weight is not None and is_widened(x, self.weight.t()):
+            return widened(x, self.weight.t(), self.bias)
         output: Tensor = self.module(x)
         if not self._tested:
             self._tested = True
@@ -109,7 +115,7 @@ class Linear:
     def tangent(self, x_dot: Tensor) -> Tensor:
         """`y. = x. W'`: the affine map without its offset."""
         if self.weight is not None:
-            return x_dot @ self.weight.t()
+            return product(x_dot, self.weight.t())
         offset = self.module(x_dot.new_zeros(1, x_dot.shape[-1]))
         output: Tensor = self.module(x_dot) - offset.reshape(-1)
         return output
@@ -117,9 +123,9 @@ class Linear:
     def adjoint(self, y_bar: Tensor, in_features: int) -> Tensor:
         """`x_ = y_ W`, the vector-Jacobian product; `[..., out] -> [..., in]`."""
         if self.weight is not None:
-            return y_bar @ self.weight
+            return product(y_bar, self.weight)
         if not self._differentiable:
-            return y_bar @ self._unit_images(in_features, y_bar)
+            return product(y_bar, self._unit_images(in_features, y_bar))
         with torch.enable_grad():
             x = y_bar.new_zeros(*y_bar.shape[:-1], in_features, requires_grad=True)
             y = self.module(x)

@@ -1,0 +1,88 @@
+"""Products with weights in half precision, held to float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from heat_fast.decoder import product as module
+from heat_fast.decoder.linear import Linear
+from heat_fast.decoder.product import affine, is_widened, product, widened
+
+half = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+
+
+@pytest.fixture
+def no_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU without half-precision arithmetic, and pieces that small matrices have several of."""
+    monkeypatch.setattr(module, "_has_instructions", lambda _: False)
+    monkeypatch.setattr(module, "_PIECE", 64)
+    monkeypatch.setattr(module, "_ROWS", 12)
+
+
+def check(actual: Tensor, x: Tensor, matrix: Tensor, offset: Tensor | float) -> None:
+    """Half an ulp for the one rounding, and float32's own errors of the sum."""
+    offset = offset.double() if isinstance(offset, Tensor) else offset
+    exact = x.double() @ matrix.double() + offset
+    size = x.double().abs() @ matrix.double().abs() + abs(offset)
+    rounding = torch.finfo(actual.dtype).eps / 2 * exact.abs()
+    sums = matrix.shape[0] * torch.finfo(torch.float32).eps * size
+    assert actual.shape == exact.shape
+    assert bool(((actual.double() - exact).abs() <= rounding + sums).all())
+
+
+@half
+@pytest.mark.parametrize("transposed", [True, False])
+@pytest.mark.parametrize("shape", [(1,), (12,), (31,), (2, 3, 5), (0,)], ids=str)
+def test_widened_products_are_rounded_once(
+    dtype: torch.dtype, transposed: bool, shape: tuple[int, ...], no_instructions: None
+) -> None:
+    x = torch.randn(*shape, 37).to(dtype)
+    weight = torch.randn(23, 37) if transposed else torch.randn(37, 23)
+    matrix = weight.to(dtype).t() if transposed else weight.to(dtype)
+    offset = torch.randn(23).to(dtype)
+    assert widened(x, matrix).dtype == dtype
+    check(widened(x, matrix), x, matrix, 0.0)
+    check(widened(x, matrix, offset), x, matrix, offset)
+    check(product(x, matrix), x, matrix, 0.0)
+
+
+@half
+def test_where_torch_is_kept(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, rows = torch.randn(5, 7).to(dtype), torch.randn(8, 7).to(dtype)
+    monkeypatch.setattr(module, "_has_instructions", lambda _: False)
+    assert is_widened(rows, weight.t())
+    assert is_widened(rows[:1, :5], weight)
+    assert not is_widened(rows[:7], weight.t())  # dot products of few rows
+    assert not is_widened(rows.float(), weight.float().t())
+    assert not is_widened(rows.to("meta"), weight.t().to("meta"))
+    with pytest.raises(RuntimeError, match="dtype"):
+        product(rows.float(), weight.t())
+    monkeypatch.setattr(module, "_has_instructions", lambda _: True)
+    assert not is_widened(rows, weight.t())
+    torch.testing.assert_close(product(rows, weight.t()), rows @ weight.t(), rtol=0, atol=0)
+    torch.testing.assert_close(
+        affine(rows, weight, None), nn.functional.linear(rows, weight), rtol=0, atol=0
+    )
+
+
+@half
+def test_instructions_are_those_that_torch_uses(dtype: torch.dtype) -> None:
+    """Switched off by the user, torch's library of products has none."""
+    module._has_instructions(dtype)
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert not module._has_instructions(dtype)
+
+
+@half
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_layer_is_read_both_ways(dtype: torch.dtype, bias: bool, no_instructions: None) -> None:
+    layer = nn.Linear(37, 23, bias=bias, dtype=dtype)
+    linear = Linear(layer)
+    x, y_bar = torch.randn(9, 37).to(dtype), torch.randn(9, 23).to(dtype)
+    y = linear.forward(x)
+    check(y, x, layer.weight.t().detach(), layer.bias.detach() if bias else 0.0)
+    assert not y.requires_grad
+    check(linear.tangent(x), x, layer.weight.t().detach(), 0.0)
+    check(linear.adjoint(y_bar, 37), y_bar, layer.weight.detach(), 0.0)
