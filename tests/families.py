@@ -298,6 +298,11 @@ CONFIGS: dict[str, ConfigBuilder] = {
 FAMILIES: tuple[str, ...] = tuple(CONFIGS)
 """Names accepted by `build`."""
 
+ARCHITECTURES: tuple[str, ...] = tuple(
+    {CONFIGS[name]().model_type: name for name in reversed(FAMILIES)}.values()
+)
+"""One name for each architecture: those whose variants differ in numbers, not in matrices."""
+
 MAX_TEST_CONTEXT = 48
 """Longest context (prompt and targets) for which every family's name stays true."""
 

@@ -181,7 +181,7 @@ def made_anew(work: Work, start: int) -> int:
     return total
 
 
-@pytest.mark.parametrize("name", families.FAMILIES)
+@pytest.mark.parametrize("name", families.ARCHITECTURES)
 @pytest.mark.parametrize(
     "curvature",
     ["none", "gauss_newton", "block", "coded", "row", "low_rank"],
@@ -235,7 +235,7 @@ class TrafficCounter(TorchDispatchMode):
         return output
 
 
-@pytest.mark.parametrize("name", families.FAMILIES)
+@pytest.mark.parametrize("name", families.ARCHITECTURES)
 @pytest.mark.parametrize("curvature", ["none", "block", "coded", "low_rank"])
 def test_counted_bytes_are_what_products_with_weights_move(
     name: str, curvature: str, monkeypatch: pytest.MonkeyPatch

@@ -269,7 +269,7 @@ def test_no_curvature_is_zero() -> None:
     assert float(actual["gradient_norm"].min()) > 0
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2"])
+@pytest.mark.parametrize("name", ["gemma2"])
 def test_gauss_newton_converges(name: str) -> None:
     """Only the factor is sampled: against the reference with the very same block probes, the error
     falls as 1 / sqrt(probes), four times from 8 to 128. It is one draw for all tokens, so it is

@@ -18,7 +18,8 @@ def no_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
     """A CPU without half-precision arithmetic, and pieces that small matrices have several of."""
     monkeypatch.setattr(module, "_has_instructions", lambda _: False)
     monkeypatch.setattr(module, "_PIECE", 64)
-    monkeypatch.setattr(module, "_ROWS", 12)
+    monkeypatch.setattr(module, "_LOT", 0)
+    monkeypatch.setattr(module, "_LEAST_ROWS", 12)
 
 
 def check(actual: Tensor, x: Tensor, matrix: Tensor, offset: Tensor | float) -> None:

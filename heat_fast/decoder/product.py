@@ -17,8 +17,10 @@ from torch.nn import functional
 
 # Numbers of a weight that are widened at a time, for each thread: 1 MiB in float32.
 _PIECE: Final = 1 << 18
-# Rows of the left factor that are widened at a time; the weight is widened anew for each lot.
-_ROWS: Final = 1024
+# Numbers of the left factor or of the sums that are held at a time, 64 MiB in float32. The weight
+# is widened anew for each lot of rows, so even those of a large vocabulary have some.
+_LOT: Final = 1 << 24
+_LEAST_ROWS: Final = 64
 # Fewer rows than these are multiplied no faster than by torch's own dot products.
 _DOT_ROWS: Final = 8
 
@@ -60,8 +62,9 @@ def widened(x: Tensor, matrix: Tensor, offset: Tensor | None = None) -> Tensor:
     """`x M + b` of half-precision factors with float32 sums; `offset [out]`."""
     rows = x.reshape(-1, x.shape[-1])
     result = x.new_empty(rows.shape[0], matrix.shape[1])
-    for low in range(0, rows.shape[0], _ROWS):
-        lot = slice(low, low + _ROWS)
+    count = max(_LEAST_ROWS, _LOT // max(1, *matrix.shape))
+    for low in range(0, rows.shape[0], count):
+        lot = slice(low, low + count)
         _multiply(rows[lot].float(), matrix, offset, result[lot])
     return result.view(*x.shape[:-1], matrix.shape[1])
 
