@@ -7,6 +7,7 @@ A prompt that is cut into windows goes to the middle of it once per window (`hea
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -61,7 +62,7 @@ from heat_fast.screening import Screening, screened_information
 from heat_fast.spans import TargetSpan, target_range
 from heat_fast.stopping import settled
 from heat_fast.trunk import Trunk, run_adjoint, run_trunk
-from heat_fast.windows import Finding, accumulate, plan_windows, report
+from heat_fast.windows import Finding, Plan, accumulate, plan_windows, report, worth_sweeping
 from heat_fast.work import Work
 
 
@@ -205,7 +206,6 @@ class Attributor:
         read = [*encoded.token_ids, *(response or ())[: span.stop - 1]]
         ids = torch.tensor(read, device=device)
         chunks = [span[part] for part in slices(len(span), config.response_chunk or len(span))]
-        ledger = Ledger(progress, device, runs=len(plan) * len(chunks))
         keep_heap()
         embeddings = embed(ids)
         vector = replacement(embed, config.masking, config.sentinel_token, embeddings)
@@ -216,6 +216,11 @@ class Attributor:
         whole = self._whole(embeddings, len(span)) if len(plan) > 1 else None
         if response is None and whole is not None:
             response = (int(whole[0].argmax()),)
+        worth = [True] * len(plan)
+        if config.window_tolerance is not None and len(plan) > 1:
+            response, worth = self._worth(plan, embeddings, later, response, span)
+        runs = len(plan) * len(chunks)
+        ledger = Ledger(progress, device, runs, swept=sum(worth) * len(chunks))
         # The last window comes first: it may have to say what the model's own target is.
         for number in reversed(range(len(plan))):
             parts_found = []
@@ -224,14 +229,14 @@ class Attributor:
                 targets = None if response is None else response[chunk.start : chunk.stop]
                 with ledger.component("total", 1) as finish:
                     finding, budget = self._window(
-                        decoder, rows, targets, chunk.start, vector, budget, ledger
+                        decoder, rows, targets, chunk.start, vector, budget, ledger, worth[number]
                     )
                     finish(1)
                 parts_found.append(finding)
             findings.insert(0, Finding.joined(parts_found))
             response = response or findings[0].targets
         assert budget is not None
-        found = accumulate(plan, findings, config.window_weights)
+        found = accumulate(plan, findings, config)
         parts, screening = found.parts, found.screening
         likely = found.log_probs
         if whole is not None:
@@ -290,6 +295,28 @@ class Attributor:
                 raise
             return None
 
+    def _worth(
+        self,
+        plan: Plan,
+        embeddings: Tensor,
+        later: Sequence[int],
+        response: tuple[int, ...] | None,
+        span: range,
+    ) -> tuple[tuple[int, ...], list[bool]]:
+        """The response, and which windows `window_tolerance` keeps, by one forward of each.
+
+        Without a response it is what the last window predicts.
+        """
+        found: list[Tensor] = []
+        for number in reversed(range(len(plan))):
+            rows = embeddings[[*plan.indices(number), *later]]
+            row = log_probs(self.model, rows, len(span))
+            response = response or (int(row[0].argmax()),)
+            index = torch.tensor(response[span.start : span.stop], device=row.device)
+            found.insert(0, row.gather(-1, index[:, None])[:, 0])
+        assert response is not None and self.config.window_tolerance is not None
+        return response, worth_sweeping(torch.stack(found), self.config.window_tolerance)
+
     def _window(
         self,
         decoder: Decoder,
@@ -299,11 +326,12 @@ class Attributor:
         vector: Tensor,
         budget: Budget | None,
         ledger: Ledger,
+        sweep: bool,
     ) -> tuple[Finding, Budget]:
         """One context from its trunk to its components; the whole prompt where there is one window.
 
         `lead`: tokens of the response before the targets. A budget that an earlier window had to
-        halve is kept.
+        halve is kept. Without `sweep` it ends with the gate.
         """
         config, first = self.config, decoder.first_of(self.config.layers)
         count = len(targets or (0,))
@@ -336,6 +364,9 @@ class Attributor:
         with ledger.component("gate", sum(work.gate(config.rollout))) as step:
             gates = gate(trunk, config.rollout, step).cpu()
         trim_heap()
+        log_probs = trunk.target_log_probs.cpu()
+        if not sweep:
+            return Finding.of_gate(gates, trunk.targets, log_probs), budget
         parts, screening = self._information(trunk, vector, gates, budget, ledger)
         trim_heap(budget.workers)
         together = budget.workers
@@ -343,7 +374,6 @@ class Attributor:
         ledger.workers = {"information": together, "curvature": budget.workers}
         parts, stderr, quality = self._curvature(trunk, parts, budget, ledger)
         budget.workers = together
-        log_probs = trunk.target_log_probs.cpu()
         return Finding(parts, stderr, screening, trunk.targets, log_probs, quality), budget
 
     def _information(

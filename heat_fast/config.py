@@ -219,6 +219,9 @@ class HeatConfig:
     window_weights: ``"probability"`` (default): what a window finds counts in proportion to the
         probability that it gives the target; ``"uniform"``: all windows count alike (the paper's
         Algorithm 1), those too that do not predict the target.
+    window_tolerance: None (default: exact), or a number between 0 and 1: windows of no greater
+        weight than that count as nothing, and their curvature and information cost nothing. See
+        :mod:`heat_fast.windows`.
     rank, sketch: rank of the ``"low_rank"`` estimator, at least 1, and how many test vectors it
         takes as a multiple of the rank, at least 1. Defaults 64 and 2. Only ``"low_rank"`` reads
         them.
@@ -255,9 +258,9 @@ class HeatConfig:
     ``curvature="hessian"``, a `sentinel_token` without ``masking="sentinel"``, a `rank_scope` or
     `passes` other than the default without ``estimator="low_rank"``. Amounts of sampling
     (`probes`, `probes_max`, `top_k`, `confidence`, `codes`, `rank`, `sketch`, `seed`) may be set
-    where nothing is sampled, and the shape of windows (`overlap`, `sink`, `tail`) and their
-    `window_weights` where there are none, so that one set of them serves every variant; they are
-    then without effect.
+    where nothing is sampled, and the shape of windows (`overlap`, `sink`, `tail`), their
+    `window_weights` and `window_tolerance` where there are none, so that one set of them serves
+    every variant; they are then without effect.
 
     Raises
     ------
@@ -297,6 +300,9 @@ class HeatConfig:
     tail: int = field(default=_UNSET, metadata=_spec(64, _integer(minimum=0)))
     window_weights: WindowWeights = field(
         default=_UNSET, metadata=_spec("probability", _one_of(WindowWeights))
+    )
+    window_tolerance: float | None = field(
+        default=_UNSET, metadata=_spec(None, _optional(_fraction))
     )
     rank: int = field(default=_UNSET, metadata=_spec(64, _integer(minimum=1)))
     rank_scope: RankScope = field(default=_UNSET, metadata=_spec("sequence", _one_of(RankScope)))
@@ -370,11 +376,25 @@ class HeatConfig:
                 f"tail={self.tail}: expected at least {self.sink + self.tail + 1}. Widen the "
                 "window, or shorten the tail."
             )
+        if self.window_tolerance is not None and self.window_weights == "uniform":
+            raise ConfigError(
+                f"window_tolerance={self.window_tolerance} has no effect with "
+                "window_weights='uniform': expected 'probability' beside it, because no window "
+                "weighs less than another. Set that, or leave window_tolerance out."
+            )
         screens = [name for name in ("coverage", "branch_tolerance") if getattr(self, name)]
+        if self.window_tolerance is not None and screens:
+            raise ConfigError(
+                f"window_tolerance={self.window_tolerance} with {screens[0]}="
+                f"{getattr(self, screens[0])}: expected one of them, because what is screened is "
+                "told for the windows that were run. Leave one out."
+            )
+        if self.window_tolerance is not None:
+            screens.append("window_tolerance")
         if self.response_chunk is not None and screens:
             raise ConfigError(
                 f"response_chunk={self.response_chunk} with {screens[0]}="
-                f"{getattr(self, screens[0])}: expected one of them, because screening decides for "
+                f"{getattr(self, screens[0])}: expected one of them, because it decides for "
                 "all target tokens together. Leave one out."
             )
         if self.estimator == "coded" and self.codes != "auto" and self.codes < 2:

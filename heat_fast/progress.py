@@ -70,16 +70,24 @@ class Meter:
 class Ledger:
     """Seconds per component, counts of work, and progress passed on to a callback.
 
-    `runs`: how many times every component is going to be entered, with the same expectation.
+    `runs`: how many times every component is going to be entered, with the same expectation;
+    `swept`: information and curvature, where it is fewer times.
     """
 
-    def __init__(self, progress: Progress | None, device: torch.device, runs: int = 1) -> None:
+    def __init__(
+        self,
+        progress: Progress | None,
+        device: torch.device,
+        runs: int = 1,
+        swept: int | None = None,
+    ) -> None:
         self.seconds: dict[str, float] = {}
         self.counts: dict[str, int] = {"hvp": 0, "branches": 0, "branch_tokens": 0}
         self.workers: dict[str, int] = {}  # batches side by side, per component
         self._progress = progress
         self._device = device
         self._runs = runs
+        self._swept = runs if swept is None else swept
         self._meters: dict[str, Meter] = {}
         self._entered: dict[str, int] = {}
 
@@ -87,12 +95,13 @@ class Ledger:
     def component(self, name: str, total: int) -> Iterator[Meter]:
         """Time a component that expects `total` work; the value is called with what is done."""
         begin = time.perf_counter()
+        runs = self._swept if name in ("information", "curvature") else self._runs
         if name not in self._meters:
-            self._meters[name] = Meter(name, self._runs * total, self._progress)
+            self._meters[name] = Meter(name, runs * total, self._progress)
         meter = self._meters[name]
         self._entered[name] = self._entered.get(name, 0) + 1
         yield meter
-        to_come = (self._runs - self._entered[name]) * total
+        to_come = (runs - self._entered[name]) * total
         meter.skip(meter.total - meter.done - to_come)
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)

@@ -132,6 +132,11 @@ def _parts(result: Attribution) -> list[str]:
             if metadata.get("config", {}).get("window_weights") == "probability":
                 lines[-1] += ", weighted by the probability of the target in each"
             lines[-1] += f" (leakage {leakage:.1%}: how far windows disagree on what they share)"
+        if left_out := len(windows.get("not_swept", ())):
+            lines.append(
+                f"{left_out} of them left out, where the target is at most "
+                f"{metadata['config']['window_tolerance']:g} times as probable as in the best"
+            )
     return lines
 
 

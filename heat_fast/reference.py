@@ -449,6 +449,7 @@ def attribute_in_windows(
     sink: int = 1,
     tail: int = 64,
     window_weights: str = "probability",
+    window_tolerance: float = 0.0,
     **settings: Any,
 ) -> dict[str, Tensor]:
     """Algorithm 1 with windows: `attribute` on each, and the means of its components [T, N].
@@ -457,8 +458,10 @@ def attribute_in_windows(
     them, which move on by their share `1 - overlap`, and for the last time to the tail. Sums over
     the windows that hold a token, divided by their number; the gate's are divided by the sum of
     their weights. A window's weight is the target's probability in it relative to its largest in
-    any (1 where `window_weights` is "uniform", as in the paper). `settings` and `probes` as for
-    `attribute`; a window's first token takes the first probe, whichever token that is.
+    any (1 where `window_weights` is "uniform", as in the paper); up to `window_tolerance` it is as
+    good as 0, only so large that tokens without another window keep their gate. `settings` and
+    `probes` as for `attribute`; a window's first token takes the first probe, whichever token it
+    is.
 
     Example:
         >>> from transformers import GPT2Config, GPT2LMHeadModel
@@ -492,6 +495,7 @@ def attribute_in_windows(
     probabilities = torch.stack([found.target_log_probs for found in windows]).exp()
     for tokens, found, probability in zip(held, windows, probabilities, strict=True):
         weight = probability / probabilities.amax(0)
+        weight[weight <= window_tolerance] = 1e-12
         if window_weights == "uniform":
             weight = torch.ones_like(weight)
         for place, token in enumerate(tokens):

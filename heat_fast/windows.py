@@ -24,12 +24,14 @@ largest in any window,
 
 for what a window says about a token that it does not predict is no reason for that token: a window
 without the evidence would be heard as loudly as the one with it, and its gradients are often
-larger. What crosses from one stretch to another is lost: `leakage` tells how far windows that share
-tokens disagree about them.
+larger. With a `window_tolerance` every `a_w` up to it is taken to be 0, and a window that is left
+out for all targets is not swept for curvature and information. What crosses from one stretch to
+another is lost: `leakage` tells how far windows that share tokens disagree about them.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -94,7 +96,8 @@ class Finding:
 
     `stderr [n, N]` of the curvature is None where it is not known, `screening` where nothing was
     screened. `log_probs [n]`: log P of the `targets`, nats. `quality`: of the low-rank
-    approximation, where there is one; of several windows the worst.
+    approximation, where there is one; of several windows the worst. `swept`: whether curvature and
+    information were measured, and are not just taken to be 0.
     """
 
     parts: Components
@@ -103,6 +106,14 @@ class Finding:
     targets: tuple[int, ...]
     log_probs: Tensor
     quality: Quality | None = None
+    swept: bool = True
+
+    @staticmethod
+    def of_gate(gate: Tensor, targets: tuple[int, ...], log_probs: Tensor) -> Finding:
+        """What is known of a window that is not swept: its gate `[n, N]`, and nothing else."""
+        none = torch.zeros_like(gate)
+        parts = Components(gate, none, none, none, none)
+        return Finding(parts, none, None, targets, log_probs, swept=False)
 
     def times(self, share: Tensor) -> Finding:
         """The same with its components, their errors and what was screened multiplied, `[n, 1]`."""
@@ -156,28 +167,38 @@ class Finding:
         )
 
 
-def weights(findings: Sequence[Finding], weighting: str) -> Tensor:
+def weights(findings: Sequence[Finding], config: HeatConfig) -> Tensor:
     """`a_w` of every window and target, `[windows, n]` in float64, from 0 to 1."""
     log_probs = torch.stack([finding.log_probs for finding in findings]).double()
-    if weighting == "uniform":
+    if config.window_weights == "uniform":
         return torch.ones_like(log_probs)
     # No window gives the target any probability: none is to be preferred.
     relative = (log_probs - log_probs.amax(0)).exp().nan_to_num(1.0)
+    if config.window_tolerance is not None:
+        relative = relative.masked_fill(relative <= config.window_tolerance, 0.0)
     return relative.clamp_min(LEAST_WEIGHT)
 
 
-def accumulate(plan: Plan, findings: Sequence[Finding], weighting: str) -> Finding:
+def worth_sweeping(log_probs: Tensor, tolerance: float) -> list[bool]:
+    """Which windows weigh more than `tolerance` for some target; `log_probs [windows, n]`, nats."""
+    best = log_probs.amax(0)
+    # A target that no window gives any probability has windows of equal weight.
+    worth = (log_probs > best + math.log(tolerance)) | (log_probs == best)
+    return [bool(each) for each in worth.any(-1)]
+
+
+def accumulate(plan: Plan, findings: Sequence[Finding], config: HeatConfig) -> Finding:
     """The means over windows, `[n, N]` each; of one window, that window itself.
 
-    `weighting`: the configuration's `window_weights`. Information that screening left out of a
-    window is taken to be what the windows that measured it found, each by its weight; a token is
-    skipped only where every one of its windows skipped it. The standard error of a mean is at most
-    the mean of the standard errors, however the windows' errors are correlated, and is given as
-    that. The log-probabilities of the targets are those of the last window.
+    Information that screening left out of a window is taken to be what the windows that measured it
+    found, each by its weight; a token is skipped only where every one of its windows skipped it.
+    The standard error of a mean is at most the mean of the standard errors, however the windows'
+    errors are correlated, and is given as that. The log-probabilities of the targets are those of
+    the last window.
     """
     if len(findings) == 1:
         return findings[0]
-    shares = weights(findings, weighting)[..., None]
+    shares = weights(findings, config)[..., None]
     findings = [each.times(share) for each, share in zip(findings, shares, strict=True)]
     parts = [finding.parts for finding in findings]
     screenings = [each.screening for each in findings if each.screening is not None]
@@ -223,12 +244,13 @@ def leakage(plan: Plan, findings: Sequence[Finding], config: HeatConfig) -> floa
         sum_i |a_i - b_i| / sum_i (a_i + b_i),   a, b the scores of two windows in a row,
 
     over the tokens i of both, averaged over targets and pairs: 0 where they agree, 1 where no token
-    has a score in both (a reading of the paper's "attribution mass discrepancy").
+    has a score in both (a reading of the paper's "attribution mass discrepancy"). Windows that were
+    not swept have no scores to compare; None where no pair is left.
     """
-    if len(findings) == 1:
-        return None
     found = []
     for number in range(1, len(plan)):
+        if not (findings[number - 1].swept and findings[number].swept):
+            continue
         rows = []
         for which in (number - 1, number):
             score, _ = combine(findings[which].parts, config)
@@ -240,13 +262,14 @@ def leakage(plan: Plan, findings: Sequence[Finding], config: HeatConfig) -> floa
         total = (left + right).sum(-1)
         apart = (left - right).abs().sum(-1)
         found.append(torch.where(total > 0, apart / total, 0.0).mean())
-    return float(torch.stack(found).mean())
+    return float(torch.stack(found).mean()) if found else None
 
 
 def report(plan: Plan, findings: Sequence[Finding], config: HeatConfig) -> dict[str, Any]:
     """The plan, the leakage, and the targets' log P in every window, as JSON values.
 
-    `stretches`: half-open ranges of the prompt; `log_probs [windows][n]`, nats.
+    `stretches`: half-open ranges of the prompt; `log_probs [windows][n]`, nats; `not_swept`:
+    numbers of the windows that `window_tolerance` left out.
     """
     return {
         "tokens": plan.length,
@@ -255,6 +278,7 @@ def report(plan: Plan, findings: Sequence[Finding], config: HeatConfig) -> dict[
         "stretches": [[stretch.start, stretch.stop] for stretch in plan.stretches],
         "leakage": leakage(plan, findings, config),
         "log_probs": [finding.log_probs.tolist() for finding in findings],
+        "not_swept": [number for number, finding in enumerate(findings) if not finding.swept],
     }
 
 

@@ -72,6 +72,7 @@ def test_gs_preset_changes_the_curvature_and_can_be_overridden() -> None:
         *[("window", value) for value in (0, 9.0, "auto", True)],
         *[("overlap", value) for value in (-0.1, 1, 1.5, math.nan, "0.5", None)],
         *[("window_weights", value) for value in ("mean", None, 1)],
+        *[("window_tolerance", value) for value in (0, 1, 1.5, math.nan, "0.1", True)],
         *[(name, value) for name in ("sink", "tail") for value in (-1, 0.5, None)],
         *[("coverage", value) for value in (0, 1.0, -0.1, math.nan, "0.9", True)],
         *[("branch_tolerance", value) for value in (0, -0.1, math.inf, "0.02", False)],

@@ -36,6 +36,7 @@ from heat_fast.terminal import render
 from heat_fast.windows import LEAST_WEIGHT, Finding, accumulate, leakage, plan_windows, weights
 from oracles import COMPONENTS, measure, probe_signs
 
+PROBABILITY, UNIFORM = HeatConfig(), HeatConfig(window_weights="uniform")
 LENGTH = 13
 PROBES = 2
 TARGETS = [5, 3]
@@ -132,6 +133,7 @@ CASES: dict[str, dict[str, Any]] = {
     "no_overlap": {"overlap": 0.0, "sink": 2, "tail": 1},
     "last_layers": {"layers": 1, "overlap": 0.7},
     "uniform": {"window_weights": "uniform"},
+    "tolerance": {"window_tolerance": 0.8},
 }
 
 
@@ -146,6 +148,90 @@ def test_against_the_reference(name: str, case: dict[str, Any]) -> None:
         assert_close(f"{name} {part}", expected[part], actual[part], rtol=rtol)
     bracket = 0.5 * (expected["curvature"] + expected["information"])
     assert_close("scores", expected["gate"] * bracket, actual["target_scores"], rtol=1e-7)
+
+
+def test_windows_that_hardly_predict_the_target_are_not_swept() -> None:
+    """The same as giving them no weight afterwards."""
+    model, ids, target = model_of("llama"), ids_of("llama"), [5]
+    settings = {"probes": PROBES, **SHAPE}
+    everything = measure(model, ids, target, **settings).result
+    rows = torch.tensor(everything.metadata["windows"]["log_probs"])[:, 0]
+    tolerance = float((rows - rows.max()).exp().sort().values[-2]) + 1e-4
+    expected = [number for number, row in enumerate(rows) if row < rows.max()]
+    assert len(expected) == len(rows) - 1
+    told: dict[str, list[tuple[int, int]]] = {}
+    result = heat_fast.attribute(
+        model,
+        None,
+        ids,
+        target,
+        window_tolerance=tolerance,
+        progress=lambda name, done, total: told.setdefault(name, []).append((done, total)),
+        **settings,
+    )
+    assert list(result.metadata["windows"]["not_swept"]) == expected
+    assert result.metadata["windows"]["log_probs"] == everything.metadata["windows"]["log_probs"]
+    share = (len(rows) - len(expected)) / len(rows)
+    for name, count in everything.metadata["counts"].items():
+        assert result.metadata["counts"][name] == share * count
+    for name in ("information", "curvature"):
+        assert told[name][-1][0] == told[name][-1][1]
+        assert {total for _, total in told[name]} == {told[name][-1][1]}
+    parts = attribute_in_windows(
+        model,
+        ids,
+        target,
+        probe_signs(model, PROBES, LENGTH),
+        window_tolerance=tolerance,
+        **SHAPE,
+    )
+    for part in COMPONENTS:
+        assert_close(part, parts[part], getattr(result, part), rtol=1e-6)
+    assert result.curvature_stderr is not None
+    assert result.metadata["windows"]["leakage"] is None  # no pair of windows to compare
+    assert f"{len(expected)} of them left out, where the target is at most" in shown(result)
+    for name in ("gate", "curvature"):
+        assert getattr(result, name).isfinite().all()
+
+
+def test_a_tolerance_keeps_what_any_target_asks_for() -> None:
+    model, ids = model_of("llama"), ids_of("llama")
+    found = [
+        heat_fast.attribute(model, None, ids, target, window_tolerance=0.9, probes=1, **SHAPE)
+        for target in ([5], [4], None)
+    ]
+    left_out = [set(each.metadata["windows"]["not_swept"]) for each in found]
+    assert left_out[0] and left_out[1] and left_out[0] != left_out[1]
+    both = heat_fast.attribute(model, None, ids, [5, 4], curvature="none", **SHAPE)
+    rows = torch.tensor(both.metadata["windows"]["log_probs"])
+    worth = windows_module.worth_sweeping(rows, 0.9)
+    result = heat_fast.attribute(
+        model, None, ids, [5, 4], curvature="none", window_tolerance=0.9, **SHAPE
+    )
+    expected = [number for number, each in enumerate(worth) if not each]
+    assert list(result.metadata["windows"]["not_swept"]) == expected
+
+
+def test_one_window_is_always_worth_sweeping() -> None:
+    log_probs = torch.tensor([[-3.0, -90.0], [-2.0, -1.0], [-2.0, -math.inf]])
+    assert windows_module.worth_sweeping(log_probs, 0.5) == [False, True, True]
+    assert windows_module.worth_sweeping(log_probs, 0.3) == [True, True, True]
+    assert windows_module.worth_sweeping(log_probs[:, 1:], 1e-30) == [False, True, False]
+    assert windows_module.worth_sweeping(torch.full((2, 1), -math.inf), 0.5) == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"window_weights": "uniform"}, "no effect with window_weights='uniform'"),
+        ({"coverage": 0.9}, "with coverage=0.9: expected one of them"),
+        ({"branch_tolerance": 0.1}, "with branch_tolerance=0.1: expected one of them"),
+        ({"response_chunk": 2}, "response_chunk=2 with window_tolerance=0.1"),
+    ],
+)
+def test_a_tolerance_beside_what_it_does_not_go_with(more: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        HeatConfig(window=9, tail=2, window_tolerance=0.1, **more)
 
 
 @pytest.mark.parametrize("more", [{}, {"coverage": 0.2, "branch_tolerance": 0.1}])
@@ -316,7 +402,7 @@ def test_leakage_and_means_by_hand() -> None:
     plan = plan_windows(4, config)  # 0 1 2 and 0 2 3
     findings = [finding([1.0, 7.0, 2.0]), finding([3.0, 4.0, 9.0])]
     expected: Tensor = torch.tensor([[2.0, 7.0, 3.0, 9.0]], dtype=torch.float64)
-    for weighting in ("uniform", "probability"):  # both windows give the target log P = 0
+    for weighting in (UNIFORM, PROBABILITY):  # both windows give the target log P = 0
         together = accumulate(plan, findings, weighting)
         assert torch.equal(together.parts.information, expected)
         assert torch.equal(together.parts.gate, torch.ones_like(expected))
@@ -340,13 +426,13 @@ def test_a_window_counts_as_much_as_it_predicts_the_target() -> None:
         replace(each, parts=replace(each.parts, gate=gate), log_probs=log)
         for each, gate, log in zip(found, gates, logs, strict=True)
     ]
-    parts = accumulate(plan, found, "probability").parts
+    parts = accumulate(plan, found, PROBABILITY).parts
     expected = torch.tensor([[(1 + 3 / 4) / 2, 7.0, (2 + 4 / 4) / 2, 9 / 4]]).double()
     assert_close("I", expected, parts.information, rtol=1e-6)
     gate = torch.tensor([[(0.2 + 0.6 / 4) / 1.25, 0.5, (0.3 + 0.3 / 4) / 1.25, 0.1]]).double()
     assert_close("gate", gate, parts.gate, rtol=1e-6)
     assert torch.equal(
-        accumulate(plan, found, "uniform").parts.information,
+        accumulate(plan, found, UNIFORM).parts.information,
         torch.tensor([[2.0, 7.0, 3.0, 9.0]]).double(),
     )
 
@@ -371,8 +457,8 @@ def test_what_a_window_skipped_is_taken_to_be_as_measured_elsewhere() -> None:
         window([1, 0, 1], (False, True, False), 0),
         window([0, 0, 5], (True, True, False), rare),
     ]
-    expected = accumulate(plan, whole, "probability").parts.information
-    found = accumulate(plan, part, "probability")
+    expected = accumulate(plan, whole, PROBABILITY).parts.information
+    found = accumulate(plan, part, PROBABILITY)
     assert_close("measured in both", [[0.5, 1.0, 0.5, 0.5]], expected, rtol=1e-7)
     # Token 0: 1 nat at the mean weight of its windows. Token 1: skipped by its only one.
     assert_close("skipped", [[0.55, 0.0, 0.55, 0.5]], found.parts.information, rtol=1e-7)
@@ -384,7 +470,7 @@ def test_weights_of_targets_that_are_out_of_reach() -> None:
         replace(finding([1.0]), log_probs=torch.tensor(row))
         for row in ([0.0, -math.inf], [-500.0, -math.inf])
     ]
-    told = weights(improbable, "probability")
+    told = weights(improbable, PROBABILITY)
     assert told.tolist() == [[1.0, 1.0], [LEAST_WEIGHT, 1.0]]
 
 

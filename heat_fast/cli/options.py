@@ -181,6 +181,10 @@ def _settings(
             help="How windows count: by the probability they give the target, or all alike.",
         ),
     ] = None,
+    window_tolerance: Annotated[
+        float | None,
+        setting(help="Leave out windows that weigh at most this share of the best one."),
+    ] = None,
     rank: Annotated[int | None, setting(help="Rank of --estimator low_rank.")] = None,
     rank_scope: Annotated[
         str | None,
