@@ -7,6 +7,7 @@ A prompt that is cut into windows goes to the middle of it once per window (`hea
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -217,10 +218,13 @@ class Attributor:
         if response is None and whole is not None:
             response = (int(whole[0].argmax()),)
         worth = [True] * len(plan)
+        begin = time.perf_counter()
         if config.window_tolerance is not None and len(plan) > 1:
             response, worth = self._worth(plan, embeddings, later, response, span)
+        choosing = time.perf_counter() - begin
         runs = len(plan) * len(chunks)
         ledger = Ledger(progress, device, runs, swept=sum(worth) * len(chunks))
+        ledger.seconds = {"trunk": choosing, "total": choosing}
         # The last window comes first: it may have to say what the model's own target is.
         for number in reversed(range(len(plan))):
             parts_found = []
@@ -305,7 +309,7 @@ class Attributor:
     ) -> tuple[tuple[int, ...], list[bool]]:
         """The response, and which windows `window_tolerance` keeps, by one forward of each.
 
-        Without a response it is what the last window predicts.
+        Without a response it is what the last window predicts. The time is the trunk's.
         """
         found: list[Tensor] = []
         for number in reversed(range(len(plan))):
@@ -313,7 +317,7 @@ class Attributor:
             row = log_probs(self.model, rows, len(span))
             response = response or (int(row[0].argmax()),)
             index = torch.tensor(response[span.start : span.stop], device=row.device)
-            found.insert(0, row.gather(-1, index[:, None])[:, 0])
+            found.insert(0, row.gather(-1, index[:, None])[:, 0].cpu())
         assert response is not None and self.config.window_tolerance is not None
         return response, worth_sweeping(torch.stack(found), self.config.window_tolerance)
 

@@ -155,9 +155,9 @@ def estimate(
     tokens) with the same settings and scaling it by the ratio of FLOPs; a busy machine shows in it.
     With `probes="auto"` or `codes="auto"` everything is an upper bound.
 
-    With `coverage` or `branch_tolerance` counts and FLOPs are upper bounds, those of all tokens
-    and all rows (save for the few branches that an audit runs again): what can be left out is
-    known only afterwards.
+    With `coverage`, `branch_tolerance` or `window_tolerance` counts and FLOPs are upper bounds,
+    those of all tokens, rows and windows (save for the few branches that an audit runs again, and
+    a forward of each window): what can be left out is known only afterwards.
 
     Raises `InputError` for lengths below 1 or beyond the model's context, `UnsupportedModelError`
     for an unknown model.

@@ -128,9 +128,9 @@ def _parts(result: Attribution) -> list[str]:
         lines.append(
             f"{count} {'window' if count == 1 else 'windows'} of {windows['tokens']:,} tokens"
         )
+        if count > 1 and metadata.get("config", {}).get("window_weights") == "probability":
+            lines[-1] += ", weighted by the probability of the target in each"
         if leakage is not None:
-            if metadata.get("config", {}).get("window_weights") == "probability":
-                lines[-1] += ", weighted by the probability of the target in each"
             lines[-1] += f" (leakage {leakage:.1%}: how far windows disagree on what they share)"
         if left_out := len(windows.get("not_swept", ())):
             lines.append(

@@ -172,8 +172,12 @@ def weights(findings: Sequence[Finding], config: HeatConfig) -> Tensor:
     log_probs = torch.stack([finding.log_probs for finding in findings]).double()
     if config.window_weights == "uniform":
         return torch.ones_like(log_probs)
+    # Of those that were swept: which, the model's own forward decided, and in half precision that
+    # is not the view's to the last digit.
+    swept = torch.tensor([[finding.swept] for finding in findings])
+    log_probs = log_probs.masked_fill(~swept, -math.inf)
     # No window gives the target any probability: none is to be preferred.
-    relative = (log_probs - log_probs.amax(0)).exp().nan_to_num(1.0)
+    relative = (log_probs - log_probs.amax(0)).exp().nan_to_num(1.0).masked_fill(~swept, 0.0)
     if config.window_tolerance is not None:
         relative = relative.masked_fill(relative <= config.window_tolerance, 0.0)
     return relative.clamp_min(LEAST_WEIGHT)

@@ -232,10 +232,14 @@ def test_compare_two_variants_on_a_chat(
 
 def test_an_estimate_of_what_may_be_left_out_is_an_upper_bound(model_folder: str) -> None:
     options = ("--model", model_folder, "--tokens", "9", "--no-time")
-    exact, most = worked("estimate", *options), worked("estimate", *options, "--coverage", "0.9")
-    assert "at most" not in exact
-    for line in ("masked prompts", "FLOPs in all"):
-        assert any(each.startswith(line) and "at most" in each for each in most.splitlines())
+    windows = ("--window", "6", "--tail", "2", "--window-tolerance", "0.1")
+    assert "at most" not in worked("estimate", *options)
+    assert "at most" not in worked("estimate", *options, *windows[:4])
+    assert "at most" not in worked("estimate", *options, *windows[4:])  # one window
+    for more in (("--coverage", "0.9"), windows):
+        most = worked("estimate", *options, *more)
+        for line in ("masked prompts", "FLOPs in all"):
+            assert any(each.startswith(line) and "at most" in each for each in most.splitlines())
 
 
 def test_estimate_tells_what_the_library_tells(model_folder: str) -> None:

@@ -413,6 +413,11 @@ def test_window_leakage_is_that_of_windows_and_bounds() -> None:
     assert told.per_example == (windowed.metadata["windows"]["leakage"], 0.0)
     shift = heat_fast.bounds(model, windowed, exact, sample=1).gate_shift
     assert metrics.window_leakage([windowed], [exact]).value == pytest.approx(float(shift))
+    cut = {"window": 10, "sink": 1, "tail": 3, "curvature": "none"}
+    alone = heat_fast.attribute(model, None, ids, 4, "win", window_tolerance=0.999999, **cut)
+    assert alone.metadata["windows"]["not_swept"]
+    with pytest.raises(InputError, match="expected two windows in a row that were swept"):
+        metrics.window_leakage([alone])
 
 
 # --- errors ---------------------------------------------------------------------------------------

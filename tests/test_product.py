@@ -69,9 +69,13 @@ def test_where_torch_is_kept(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 
 
 @half
-def test_instructions_are_those_that_torch_uses(dtype: torch.dtype) -> None:
+def test_instructions_are_those_that_torch_uses(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Switched off by the user, torch's library of products has none."""
-    module._has_instructions(dtype)
+    name = "bf16" if dtype == torch.bfloat16 else "fp16"
+    monkeypatch.setattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported", lambda: True)
+    assert module._has_instructions(dtype)
     with torch.backends.mkldnn.flags(enabled=False):
         assert not module._has_instructions(dtype)
 

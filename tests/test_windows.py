@@ -212,6 +212,25 @@ def test_a_tolerance_keeps_what_any_target_asks_for() -> None:
     assert list(result.metadata["windows"]["not_swept"]) == expected
 
 
+@pytest.mark.parametrize("target", [12, 19])
+def test_in_half_precision_a_window_that_counts_was_swept(target: int) -> None:
+    """The model's own forward chooses, and differs from the view's weights by percents."""
+    model, ids = families.build("llama", dtype=torch.bfloat16), families.prompt_ids("llama", 16)
+    settings = {"window": 9, "sink": 1, "tail": 2, "curvature": "none", "window_tolerance": 0.99}
+    result = heat_fast.attribute(model, None, ids, target, **settings)
+    assert result.metadata["windows"]["not_swept"]
+    assert float(result.scores.sum()) > 1e-3
+
+
+def test_what_was_not_swept_has_no_weight() -> None:
+    findings = [finding([1.0]), finding([1.0])]
+    findings = [
+        replace(findings[0], log_probs=torch.tensor([-1.0]), swept=False),
+        replace(findings[1], log_probs=torch.tensor([-1.1])),
+    ]
+    assert weights(findings, HeatConfig(window_tolerance=0.99)).tolist() == [[LEAST_WEIGHT], [1.0]]
+
+
 def test_one_window_is_always_worth_sweeping() -> None:
     log_probs = torch.tensor([[-3.0, -90.0], [-2.0, -1.0], [-2.0, -math.inf]])
     assert windows_module.worth_sweeping(log_probs, 0.5) == [False, True, True]

@@ -49,7 +49,8 @@ def estimate(
 
 
 def _words(told: Estimate, config: HeatConfig) -> str:
-    fewer = not (config.coverage is None and config.branch_tolerance is None)
+    screens = (config.coverage, config.branch_tolerance, config.window and config.window_tolerance)
+    fewer = any(each is not None for each in screens)
     most = "at most " if fewer or "auto" in (config.probes, config.codes) else ""
     lines = {
         "Hessian-vector products": f"{most}{told.hvp:,}",

@@ -3,8 +3,8 @@
 There torch multiplies bfloat16 and float16 matrices number by number: with a weight that is read
 along its rows, as the adjoint of a layer does, some 25 to 170 times slower than in float32. Here
 the weight is widened to float32 piece by piece instead, each small enough to stay in the cache,
-and the sums are rounded once, at the end. Where torch has its instructions (AVX-512 and what came
-after, GPUs), its own products are taken.
+and the sums are rounded once, at the end. Where torch has instructions for that dtype (AVX-512
+and what came after, each its own; GPUs), its products are taken.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from torch.nn import functional
 
 # Numbers of a weight that are widened at a time, for each thread: 1 MiB in float32.
 _PIECE: Final = 1 << 18
-# Numbers of the left factor or of the sums that are held at a time, 64 MiB in float32. The weight
-# is widened anew for each lot of rows, so even those of a large vocabulary have some.
+# Numbers of the left factor, and of the sums, that are held at a time, 64 MiB each in float32. The
+# weight is widened anew for each lot of rows, so even those of a large vocabulary have some.
 _LOT: Final = 1 << 24
 _LEAST_ROWS: Final = 64
 # Fewer rows than these are multiplied no faster than by torch's own dot products.

@@ -201,8 +201,11 @@ def _counterfactual(one: Attributed, settings: Mapping[str, Any]) -> Measurement
 
 
 def _leakage(one: Attributed, settings: Mapping[str, Any]) -> Measurement:
-    if not one.result.metadata.get("windows"):
+    windows: Any = one.result.metadata.get("windows")
+    if not windows:
         raise Inapplicable("the prompt was not cut into windows")
+    if windows["leakage"] is None and len(windows["stretches"]) > 1:
+        raise Inapplicable("no two windows in a row were swept")
     return metrics.window_leakage([one.result], **settings)
 
 

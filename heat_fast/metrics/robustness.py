@@ -239,10 +239,12 @@ def window_leakage(
 
     (HEAT paper, window leakage; Theorem 4's assumption for eps_M). From 0 to 1, lower is better.
     The first, which the attribution itself reports, needs no second run (`heat_fast.windows`); a
-    prompt of one window leaks 0. The second compares the gate `M~` with that of one context, as
+    prompt of one window leaks 0, and of windows that `window_tolerance` left out nothing is known.
+    The second compares the gate `M~` with that of one context, as
     `heat_fast.bounds` does; the mean over targets. `seed`: of the bootstrap.
 
-    Raises `InputError` where results are of different prompts or targets, or there is none.
+    Raises `InputError` where results are of different prompts or targets, there is none, or one
+    left no two windows in a row to compare.
 
     >>> import heat_fast
     >>> model, cut = heat_fast.load_demo_model().model, {"window": 12, "sink": 1, "tail": 3}
@@ -253,8 +255,7 @@ def window_leakage(
     if len(windowed) == 0:
         raise InputError("no result was given: expected at least one. Pass a list of them.")
     if exact is None:
-        told = [each.metadata.get("windows") for each in windowed]
-        return Measurement.of([(each or {}).get("leakage") or 0.0 for each in told], seed=seed)
+        return Measurement.of([_leakage(result) for result in windowed], seed=seed)
     check_pairs(windowed=windowed, exact=exact)
     found = []
     for number, (one, other) in enumerate(zip(windowed, exact, strict=True)):
@@ -265,3 +266,15 @@ def window_leakage(
             )
         found.append(float((one.gate - other.gate).abs().amax(-1).mean()))
     return Measurement.of(found, seed=seed)
+
+
+def _leakage(result: Attribution) -> float:
+    told: Any = result.metadata.get("windows")
+    if told is None or len(told["stretches"]) == 1:
+        return 0.0
+    if told["leakage"] is None:
+        raise InputError(
+            "the leakage of a result is not known: expected two windows in a row that were swept, "
+            f"got {told['not_swept']} left out of {len(told['stretches'])}. Lower window_tolerance."
+        )
+    return float(told["leakage"])
