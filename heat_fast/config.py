@@ -143,11 +143,14 @@ def _automatic(check: _Check) -> _Check:
     return automatic_check
 
 
-def _fraction(name: str, value: Any) -> float:
-    number: float = _number(minimum=0)(name, value)
-    if not 0 < number < 1:
-        raise _error(name, value, "a number between 0 and 1", "Choose, say, 0.95.")
-    return number
+def _fraction(example: float) -> _Check:
+    def check(name: str, value: Any) -> float:
+        number: float = _number(minimum=0)(name, value)
+        if not 0 < number < 1:
+            raise _error(name, value, "a number between 0 and 1", f"Choose, say, {example}.")
+        return number
+
+    return check
 
 
 def _below_one(name: str, value: Any) -> float:
@@ -285,7 +288,7 @@ class HeatConfig:
     )
     probes_max: int = field(default=_UNSET, metadata=_spec(64, _integer(minimum=1)))
     top_k: int = field(default=_UNSET, metadata=_spec(10, _integer(minimum=1)))
-    confidence: float = field(default=_UNSET, metadata=_spec(0.95, _fraction))
+    confidence: float = field(default=_UNSET, metadata=_spec(0.95, _fraction(0.95)))
     codes: int | Literal["auto"] = field(
         default=_UNSET, metadata=_spec(8, _automatic(_integer(minimum=1, also=_OR_AUTO)))
     )
@@ -302,7 +305,7 @@ class HeatConfig:
         default=_UNSET, metadata=_spec("probability", _one_of(WindowWeights))
     )
     window_tolerance: float | None = field(
-        default=_UNSET, metadata=_spec(None, _optional(_fraction))
+        default=_UNSET, metadata=_spec(None, _optional(_fraction(0.01)))
     )
     rank: int = field(default=_UNSET, metadata=_spec(64, _integer(minimum=1)))
     rank_scope: RankScope = field(default=_UNSET, metadata=_spec("sequence", _one_of(RankScope)))
@@ -316,7 +319,7 @@ class HeatConfig:
         default=_UNSET, metadata=_spec(None, _optional(_one_of(Normalize, also=_OR_NONE)))
     )
     aggregate: Aggregate = field(default=_UNSET, metadata=_spec("mean", _one_of(Aggregate)))
-    coverage: float | None = field(default=_UNSET, metadata=_spec(None, _optional(_fraction)))
+    coverage: float | None = field(default=_UNSET, metadata=_spec(None, _optional(_fraction(0.95))))
     branch_tolerance: float | None = field(
         default=_UNSET, metadata=_spec(None, _optional(_positive))
     )
