@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,7 @@ HERE = Path(__file__).resolve().parent
 LENGTHS = (32,) if SMALL else (512, 1024, 2048) if FULL else (512, 1024)
 PROBES = 2
 STORY = size(256)
+LONG_STORY = size(500)
 REFERENCE_PROBES = 32 if FULL else size(16)
 FIDELITY: dict[str, dict[str, Any]] = {
     "full, 2 probes": {"variant": "full", "probes": 2},
@@ -163,6 +165,28 @@ def test_fidelity(
         f"{label}, stories3M, N={STORY}: Spearman of S, of the score; top-10 of the score",
         f"{measured['curvature'][0]:.3f}, {measured['score'][0]:.3f}; {measured['score'][1]:.1f}",
     )
+
+
+def test_window_tolerance(benchmark: Any, stories: tuple[Any, Any], summary: Summary) -> None:
+    """A story of 500 tokens in windows of 128: those of little weight left out, against all."""
+    model, tokenizer = stories
+    ids = story_ids(model, tokenizer, LONG_STORY)
+    settings: dict[str, Any] = {"window": 128, "estimator": "coded", "probes": 2}
+    whole = HeatConfig.preset("win", **settings)
+    some = whole.replace(window_tolerance=0.01)
+    found = benchmark.pedantic(lambda: Attributor(model, None, some).attribute(ids), rounds=3)
+    begin = time.perf_counter()
+    wanted = Attributor(model, None, whole).attribute(ids, list(found.target_ids))
+    ratio = (time.perf_counter() - begin) / benchmark.stats.stats.median
+    windows: Any = found.metadata["windows"]
+    left, count = len(windows["not_swept"]), len(windows["stretches"])
+    kept = float(found.scores.sum() / wanted.scores.sum())
+    top = overlap(found.scores, wanted.scores)
+    benchmark.extra_info.update(ratio=ratio, left_out=left, windows=count, kept=kept, top=top)
+    what = f"coded, windows of {whole.window}, tolerance 0.01, stories3M, N={len(ids)}"
+    summary.add(f"{what}: windows left out", f"{left} of {count}")
+    summary.add(f"{what}: ratio to all windows", f"{ratio:.1f}")
+    summary.add(f"{what}: share of the score kept; top 10 in common", f"{kept:.1%}; {top:.1f}")
 
 
 def _renamed(settings: dict[str, Any]) -> dict[str, Any]:

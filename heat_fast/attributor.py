@@ -224,7 +224,6 @@ class Attributor:
         choosing = time.perf_counter() - begin
         runs = len(plan) * len(chunks)
         ledger = Ledger(progress, device, runs, swept=sum(worth) * len(chunks))
-        ledger.seconds = {"trunk": choosing, "total": choosing}
         # The last window comes first: it may have to say what the model's own target is.
         for number in reversed(range(len(plan))):
             parts_found = []
@@ -239,6 +238,8 @@ class Attributor:
                 parts_found.append(finding)
             findings.insert(0, Finding.joined(parts_found))
             response = response or findings[0].targets
+        for name in ("trunk", "total"):
+            ledger.seconds[name] += choosing
         assert budget is not None
         found = accumulate(plan, findings, config)
         parts, screening = found.parts, found.screening
@@ -309,7 +310,7 @@ class Attributor:
     ) -> tuple[tuple[int, ...], list[bool]]:
         """The response, and which windows `window_tolerance` keeps, by one forward of each.
 
-        Without a response it is what the last window predicts. The time is the trunk's.
+        Without a response it is what the last window predicts.
         """
         found: list[Tensor] = []
         for number in reversed(range(len(plan))):

@@ -187,6 +187,7 @@ def test_windows_that_hardly_predict_the_target_are_not_swept() -> None:
     )
     for part in COMPONENTS:
         assert_close(part, parts[part], getattr(result, part), rtol=1e-6)
+    assert list(result.metadata["seconds"]) == list(everything.metadata["seconds"])
     assert result.curvature_stderr is not None
     assert result.metadata["windows"]["leakage"] is None  # no pair of windows to compare
     assert f"{len(expected)} of them left out, where the target is at most" in shown(result)

@@ -1,10 +1,10 @@
 """Products with the model's weights in half precision, on CPUs that have no instructions for it.
 
-There torch multiplies bfloat16 and float16 matrices number by number: with a weight that is read
-along its rows, as the adjoint of a layer does, some 25 to 170 times slower than in float32. Here
-the weight is widened to float32 piece by piece instead, each small enough to stay in the cache,
-and the sums are rounded once, at the end. Where torch has instructions for that dtype (AVX-512
-and what came after, each its own; GPUs), its products are taken.
+There torch multiplies bfloat16 and float16 matrices number by number, slowest where a weight is
+read along its rows, as the adjoint of a layer does. Here the weight is widened to float32 piece by
+piece instead, each small enough to stay in the cache, and the sums are rounded once, at the end
+(`bench/test_bench_engine.py` measures a run with and without). Where torch has instructions for
+that dtype (AVX-512 and what came after, each its own; GPUs), its products are taken.
 """
 
 from __future__ import annotations
