@@ -1,7 +1,9 @@
-"""Whole numbers among arguments, fields and settings."""
+"""Whole numbers and known names among arguments, fields and settings."""
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
 from numbers import Integral
 from typing import Any
 
@@ -24,3 +26,18 @@ def check_whole(name: str, value: Any, least: int = 1) -> int:
             f"{name}={value!r}: expected a whole number of at least {least}. Pass one."
         )
     return int(value)
+
+
+def nearest(name: object, known: Iterable[str]) -> str:
+    """As `suggest`, where all names have been told already."""
+    found = suggest(name, known)
+    return "Choose one of them." if found.startswith("Known") else found
+
+
+def suggest(name: object, known: Iterable[str]) -> str:
+    """A sentence naming the known names close to `name`, or all of them where none is close."""
+    names = sorted(known)
+    close = difflib.get_close_matches(str(name), names, n=3, cutoff=0.6)
+    if close:
+        return f"Did you mean {' or '.join(repr(match) for match in close)}?"
+    return f"Known names: {', '.join(names)}."

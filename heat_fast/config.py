@@ -7,16 +7,26 @@ preset is one line in :data:`PRESETS`.
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import math
-import numbers
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import field
 from types import MappingProxyType
-from typing import Any, Final, Literal, get_args
+from typing import Any, Final, Literal
 
-from heat_fast.checks import is_whole
+from heat_fast.checks import nearest, suggest
 from heat_fast.errors import ConfigError
+from heat_fast.fields import (
+    OR_AUTO,
+    OR_NONE,
+    Check,
+    automatic,
+    below_one,
+    fraction,
+    integer,
+    number,
+    one_of,
+    optional,
+    positive,
+)
 
 __all__ = ["PRESETS", "HeatConfig"]
 
@@ -44,9 +54,6 @@ PRESETS: Final[Mapping[str, Mapping[str, Any]]] = MappingProxyType(
     }
 )
 
-# A check receives the field's name and the value given, and returns the value to store.
-_Check = Callable[[str, Any], Any]
-
 
 class _Unset:
     """Stands for "not given", so that a field left out can follow the variant's preset."""
@@ -58,115 +65,6 @@ class _Unset:
 _UNSET: Final[Any] = _Unset()
 
 
-def _error(name: str, value: Any, expected: str, do: str) -> ConfigError:
-    return ConfigError(f"{name}={value!r} is not valid: expected {expected}. {do}")
-
-
-def _kind(value: Any) -> str:
-    return f"a value of type {type(value).__name__}"
-
-
-def nearest(name: object, known: Iterable[str]) -> str:
-    """As `suggest`, where all names have been told already."""
-    found = suggest(name, known)
-    return "Choose one of them." if found.startswith("Known") else found
-
-
-def suggest(name: object, known: Iterable[str]) -> str:
-    """A sentence naming the known names close to `name`, or all of them where none is close."""
-    names = sorted(known)
-    close = difflib.get_close_matches(str(name), names, n=3, cutoff=0.6)
-    if close:
-        return f"Did you mean {' or '.join(repr(match) for match in close)}?"
-    return f"Known names: {', '.join(names)}."
-
-
-def _one_of(literal: Any, also: str = "") -> _Check:
-    choices = get_args(literal)
-
-    def check(name: str, value: Any) -> Any:
-        if not isinstance(value, str) or value not in choices:
-            expected = "one of " + ", ".join(repr(choice) for choice in choices) + also
-            raise _error(name, value, expected, nearest(value, choices))
-        return value
-
-    return check
-
-
-def _number(*, minimum: float) -> _Check:
-    def check(name: str, value: Any) -> float:
-        expected = f"a finite number, at least {minimum:g}"
-        if isinstance(value, bool) or not isinstance(value, numbers.Real):
-            raise _error(name, value, expected, f"Pass a float, not {_kind(value)}.")
-        try:
-            number = float(value)
-        except OverflowError:
-            number = math.inf
-        if not math.isfinite(number) or number < minimum:
-            raise _error(name, value, expected, f"Choose a value of at least {minimum:g}.")
-        return number
-
-    return check
-
-
-def _integer(*, minimum: int, maximum: int | None = None, also: str = "") -> _Check:
-    upper = "" if maximum is None else f" and at most {maximum}"
-
-    def check(name: str, value: Any) -> int:
-        expected = f"an integer, at least {minimum}{upper}{also}"
-        if not is_whole(value):
-            raise _error(name, value, expected, f"Pass an int, not {_kind(value)}.")
-        number = int(value)
-        if number < minimum or (maximum is not None and number > maximum):
-            raise _error(name, value, expected, f"Choose a value of at least {minimum}{upper}.")
-        return number
-
-    return check
-
-
-# What the two wrappers below add to what their checks expect.
-_OR_NONE: Final = ", or None"
-_OR_AUTO: Final = ", or 'auto'"
-
-
-def _optional(check: _Check) -> _Check:
-    def optional_check(name: str, value: Any) -> Any:
-        return None if value is None else check(name, value)
-
-    return optional_check
-
-
-def _automatic(check: _Check) -> _Check:
-    def automatic_check(name: str, value: Any) -> Any:
-        return "auto" if isinstance(value, str) and value == "auto" else check(name, value)
-
-    return automatic_check
-
-
-def _fraction(example: float) -> _Check:
-    def check(name: str, value: Any) -> float:
-        number: float = _number(minimum=0)(name, value)
-        if not 0 < number < 1:
-            raise _error(name, value, "a number between 0 and 1", f"Choose, say, {example}.")
-        return number
-
-    return check
-
-
-def _below_one(name: str, value: Any) -> float:
-    number: float = _number(minimum=0)(name, value)
-    if number >= 1:
-        raise _error(name, value, "a number of at least 0 and below 1", "Choose, say, 0.5.")
-    return number
-
-
-def _positive(name: str, value: Any) -> float:
-    number: float = _number(minimum=0)(name, value)
-    if number == 0:
-        raise _error(name, value, "a positive number", "Choose, say, 0.02.")
-    return number
-
-
 def _variant(name: str, value: Any) -> str:
     if not isinstance(value, str) or value not in PRESETS:
         expected = "the name of a preset, " + " or ".join(repr(preset) for preset in PRESETS)
@@ -176,7 +74,7 @@ def _variant(name: str, value: Any) -> str:
     return value
 
 
-def _spec(default: Any, check: _Check) -> Mapping[str, Any]:
+def _spec(default: Any, check: Check) -> Mapping[str, Any]:
     """A field's own default and its check, as its metadata."""
     return {"default": default, "check": check}
 
@@ -277,65 +175,63 @@ class HeatConfig:
     """
 
     variant: str = "full"
-    beta: float = field(default=_UNSET, metadata=_spec(0.5, _number(minimum=0)))
-    gamma: float = field(default=_UNSET, metadata=_spec(0.5, _number(minimum=0)))
-    alpha: float = field(default=_UNSET, metadata=_spec(0.0, _number(minimum=0)))
-    rollout: Rollout = field(default=_UNSET, metadata=_spec("value_path", _one_of(Rollout)))
-    curvature: Curvature = field(default=_UNSET, metadata=_spec("hessian", _one_of(Curvature)))
-    estimator: Estimator = field(default=_UNSET, metadata=_spec("block", _one_of(Estimator)))
+    beta: float = field(default=_UNSET, metadata=_spec(0.5, number(minimum=0)))
+    gamma: float = field(default=_UNSET, metadata=_spec(0.5, number(minimum=0)))
+    alpha: float = field(default=_UNSET, metadata=_spec(0.0, number(minimum=0)))
+    rollout: Rollout = field(default=_UNSET, metadata=_spec("value_path", one_of(Rollout)))
+    curvature: Curvature = field(default=_UNSET, metadata=_spec("hessian", one_of(Curvature)))
+    estimator: Estimator = field(default=_UNSET, metadata=_spec("block", one_of(Estimator)))
     probes: int | Literal["auto"] = field(
-        default=_UNSET, metadata=_spec(10, _automatic(_integer(minimum=1, also=_OR_AUTO)))
+        default=_UNSET, metadata=_spec(10, automatic(integer(minimum=1, also=OR_AUTO)))
     )
-    probes_max: int = field(default=_UNSET, metadata=_spec(64, _integer(minimum=1)))
-    top_k: int = field(default=_UNSET, metadata=_spec(10, _integer(minimum=1)))
-    confidence: float = field(default=_UNSET, metadata=_spec(0.95, _fraction(0.95)))
+    probes_max: int = field(default=_UNSET, metadata=_spec(64, integer(minimum=1)))
+    top_k: int = field(default=_UNSET, metadata=_spec(10, integer(minimum=1)))
+    confidence: float = field(default=_UNSET, metadata=_spec(0.95, fraction(0.95)))
     codes: int | Literal["auto"] = field(
-        default=_UNSET, metadata=_spec(8, _automatic(_integer(minimum=1, also=_OR_AUTO)))
+        default=_UNSET, metadata=_spec(8, automatic(integer(minimum=1, also=OR_AUTO)))
     )
     layers: int | None = field(
-        default=_UNSET, metadata=_spec(None, _optional(_integer(minimum=1, also=_OR_NONE)))
+        default=_UNSET, metadata=_spec(None, optional(integer(minimum=1, also=OR_NONE)))
     )
     window: int | None = field(
-        default=_UNSET, metadata=_spec(None, _optional(_integer(minimum=1, also=_OR_NONE)))
+        default=_UNSET, metadata=_spec(None, optional(integer(minimum=1, also=OR_NONE)))
     )
-    overlap: float = field(default=_UNSET, metadata=_spec(0.5, _below_one))
-    sink: int = field(default=_UNSET, metadata=_spec(1, _integer(minimum=0)))
-    tail: int = field(default=_UNSET, metadata=_spec(64, _integer(minimum=0)))
+    overlap: float = field(default=_UNSET, metadata=_spec(0.5, below_one))
+    sink: int = field(default=_UNSET, metadata=_spec(1, integer(minimum=0)))
+    tail: int = field(default=_UNSET, metadata=_spec(64, integer(minimum=0)))
     window_weights: WindowWeights = field(
-        default=_UNSET, metadata=_spec("probability", _one_of(WindowWeights))
+        default=_UNSET, metadata=_spec("probability", one_of(WindowWeights))
     )
     window_tolerance: float | None = field(
-        default=_UNSET, metadata=_spec(None, _optional(_fraction(0.01)))
+        default=_UNSET, metadata=_spec(None, optional(fraction(0.01)))
     )
-    rank: int = field(default=_UNSET, metadata=_spec(64, _integer(minimum=1)))
-    rank_scope: RankScope = field(default=_UNSET, metadata=_spec("sequence", _one_of(RankScope)))
-    passes: Literal[1, 2] = field(default=_UNSET, metadata=_spec(1, _integer(minimum=1, maximum=2)))
-    sketch: float = field(default=_UNSET, metadata=_spec(2.0, _number(minimum=1)))
-    masking: Masking = field(default=_UNSET, metadata=_spec("zero", _one_of(Masking)))
+    rank: int = field(default=_UNSET, metadata=_spec(64, integer(minimum=1)))
+    rank_scope: RankScope = field(default=_UNSET, metadata=_spec("sequence", one_of(RankScope)))
+    passes: Literal[1, 2] = field(default=_UNSET, metadata=_spec(1, integer(minimum=1, maximum=2)))
+    sketch: float = field(default=_UNSET, metadata=_spec(2.0, number(minimum=1)))
+    masking: Masking = field(default=_UNSET, metadata=_spec("zero", one_of(Masking)))
     sentinel_token: int | None = field(
-        default=_UNSET, metadata=_spec(None, _optional(_integer(minimum=0, also=_OR_NONE)))
+        default=_UNSET, metadata=_spec(None, optional(integer(minimum=0, also=OR_NONE)))
     )
     normalize: Normalize | None = field(
-        default=_UNSET, metadata=_spec(None, _optional(_one_of(Normalize, also=_OR_NONE)))
+        default=_UNSET, metadata=_spec(None, optional(one_of(Normalize, also=OR_NONE)))
     )
-    aggregate: Aggregate = field(default=_UNSET, metadata=_spec("mean", _one_of(Aggregate)))
-    coverage: float | None = field(default=_UNSET, metadata=_spec(None, _optional(_fraction(0.95))))
-    branch_tolerance: float | None = field(
-        default=_UNSET, metadata=_spec(None, _optional(_positive))
-    )
-    seed: int = field(default=_UNSET, metadata=_spec(0, _integer(minimum=0, maximum=2**63 - 1)))
+    aggregate: Aggregate = field(default=_UNSET, metadata=_spec("mean", one_of(Aggregate)))
+    coverage: float | None = field(default=_UNSET, metadata=_spec(None, optional(fraction(0.95))))
+    branch_tolerance: float | None = field(default=_UNSET, metadata=_spec(None, optional(positive)))
+    seed: int = field(default=_UNSET, metadata=_spec(0, integer(minimum=0, maximum=2**63 - 1)))
     token_budget: int | None = field(
-        default=_UNSET, metadata=_spec(None, _optional(_integer(minimum=1, also=_OR_NONE)))
+        default=_UNSET, metadata=_spec(None, optional(integer(minimum=1, also=OR_NONE)))
     )
     response_chunk: int | None = field(
-        default=_UNSET, metadata=_spec(None, _optional(_integer(minimum=1, also=_OR_NONE)))
+        default=_UNSET, metadata=_spec(None, optional(integer(minimum=1, also=OR_NONE)))
     )
-    kernels: Kernels = field(default=_UNSET, metadata=_spec("auto", _one_of(Kernels)))
+    kernels: Kernels = field(default=_UNSET, metadata=_spec("auto", one_of(Kernels)))
 
     def __post_init__(self) -> None:
         preset = PRESETS[_variant("variant", self.variant)]
         for spec in dataclasses.fields(self):
-            check: _Check | None = spec.metadata.get("check")
+            check: Check | None = spec.metadata.get("check")
             if check is None:
                 continue
             value = getattr(self, spec.name)

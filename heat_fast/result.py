@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn
 import torch
 from torch import Tensor
 
-from heat_fast.checks import is_whole
+from heat_fast.checks import is_whole, suggest
 from heat_fast.combine import AGGREGATES, aggregate
-from heat_fast.config import suggest
 from heat_fast.errors import InputError, NumericalError
 from heat_fast.files import write_file
 

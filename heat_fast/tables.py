@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from heat_fast.config import suggest
+from heat_fast.checks import suggest
 from heat_fast.errors import HeatError, InputError
 from heat_fast.files import replacing
 from heat_fast.result import ARRAYS, COMPONENTS, STDERR, Attribution

@@ -13,7 +13,7 @@ from torch import Tensor
 from heat_fast.attributor import Attributor
 from heat_fast.baselines.case import Case
 from heat_fast.baselines.settings import check_settings, setting, whole
-from heat_fast.config import suggest
+from heat_fast.checks import suggest
 from heat_fast.errors import ConfigError
 from heat_fast.forward import check_in_memory, unchanged
 from heat_fast.kernels.dispatch import using

@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from heat_fast.checks import suggest
 from heat_fast.cli import options
 from heat_fast.cli.attribute import read_prompt
 from heat_fast.cli.common import UsageError, check_places, standard_output, write_json
 from heat_fast.cli.models import load_model
 from heat_fast.cli.results import holds_many, read_result
-from heat_fast.config import PRESETS, HeatConfig, suggest
+from heat_fast.config import PRESETS, HeatConfig
 
 if TYPE_CHECKING:
     from rich.table import Table

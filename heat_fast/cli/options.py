@@ -17,13 +17,14 @@ from typing import Annotated, Any, get_args, get_type_hints
 import typer
 
 from heat_fast import config as settings
+from heat_fast.checks import suggest
 from heat_fast.cli.common import (
     UsageError,
     errors_reported,
     fail,
     survive_narrow_encodings,
 )
-from heat_fast.config import PRESETS, HeatConfig, suggest
+from heat_fast.config import PRESETS, HeatConfig
 
 _DTYPES = ("auto", "float32", "float64", "float16", "bfloat16")
 _PANEL = "Settings"

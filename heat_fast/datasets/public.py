@@ -10,8 +10,7 @@ from dataclasses import replace
 from itertools import count, islice
 from typing import Any, Final, TypeVar
 
-from heat_fast.checks import check_whole, is_whole
-from heat_fast.config import suggest
+from heat_fast.checks import check_whole, is_whole, suggest
 from heat_fast.datasets.example import Example, Span
 from heat_fast.datasets.rows import PathLike, file_rows, hub_rows
 from heat_fast.datasets.text import answer_span, common, merge, sentences, shift, strip

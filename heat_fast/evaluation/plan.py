@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from heat_fast import baselines, datasets
+from heat_fast.checks import nearest
 from heat_fast.combine import Components, combine
-from heat_fast.config import PRESETS, HeatConfig, nearest
+from heat_fast.config import PRESETS, HeatConfig
 from heat_fast.errors import ConfigError, InputError
 from heat_fast.evaluation.measures import MEASURES, Method
 from heat_fast.metrics import DECODING_GRID
