@@ -463,7 +463,10 @@ class Attributor:
             "config": self.config.to_dict(),
             "seed": self.config.seed,
             **provenance(self.model, embeddings),
-            "seconds": {name: round(value, 6) for name, value in ledger.seconds.items()},
+            "seconds": {
+                name: round(ledger.seconds[name], 6)
+                for name in ("trunk", "gate", "information", "curvature", "total")
+            },
             "counts": ledger.counts,
             "layers": {"used": blocks - decoder.first_of(self.config.layers), "of": blocks},
             "token_budget": budget.rows,
