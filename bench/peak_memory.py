@@ -19,7 +19,7 @@ from unittest import mock
 
 from models import prompt_ids, random_llama
 
-from heat_fast import Attributor, HeatConfig, attributor, estimate, load_demo_model
+from heat_fast import Attributor, HeatConfig, estimate, load_demo_model, pipeline
 
 
 def resident(field: str) -> int:
@@ -52,14 +52,14 @@ def main() -> None:
     model = random_llama(shape)
     reset = forget_peak()
     kept: list[int] = []
-    run = attributor.run_trunk
+    run = pipeline.run_trunk
 
     def run_trunk(*arguments: Any, **named: Any) -> object:
         trunk = run(*arguments, **named)
         kept.append(trunk.bytes)
         return trunk
 
-    with mock.patch.object(attributor, "run_trunk", run_trunk):
+    with mock.patch.object(pipeline, "run_trunk", run_trunk):
         result = Attributor(model, None, config).attribute(prompt_ids(tokens, shape), [7] * targets)
     peak = resident("VmHWM") if reset else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     told = estimate(model, tokens, targets, config, calibrate=False)

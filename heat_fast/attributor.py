@@ -10,44 +10,30 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from heat_fast import native
-from heat_fast.combine import Components, combine
+from heat_fast.combine import combine
 from heat_fast.config import HeatConfig, check_config
-from heat_fast.cost import curvature_work
-from heat_fast.curvature import Curvature, curvature, product_count
-from heat_fast.decoder import Decoder, check_supported, view
-from heat_fast.decoder.norm import wide
+from heat_fast.decoder import check_supported, view
 from heat_fast.errors import HeatError, InputError
 from heat_fast.forward import (
-    check_faithful,
-    check_hooks,
     check_in_memory,
     check_model,
     context_length,
     log_probs,
     unchanged,
 )
-from heat_fast.gate import gate
-from heat_fast.information import ExactBranches, information, replacement
+from heat_fast.information import replacement
 from heat_fast.kernels.dispatch import Record, using
-from heat_fast.lowrank import Quality
+from heat_fast.pipeline import Pipeline
 from heat_fast.planner import (
-    Budget,
     is_out_of_memory,
     keep_heap,
-    run_batches,
-    runs_alone,
     slices,
-    targets_at_once,
-    token_budget,
-    trim_heap,
 )
 from heat_fast.progress import Ledger, Progress, bars
 from heat_fast.prompt import (
@@ -59,12 +45,8 @@ from heat_fast.prompt import (
 )
 from heat_fast.provenance import provenance
 from heat_fast.result import Attribution
-from heat_fast.screening import Screening, screened_information
 from heat_fast.spans import TargetSpan, target_range
-from heat_fast.stopping import settled
-from heat_fast.trunk import Trunk, run_adjoint, run_trunk
 from heat_fast.windows import Finding, Plan, accumulate, plan_windows, report, worth_sweeping
-from heat_fast.work import Work
 
 
 def attribute(
@@ -213,7 +195,6 @@ class Attributor:
         later = list(range(count, len(ids)))
         decoder = view(self.model, plan.length + len(later))
         findings: list[Finding] = []
-        budget = None
         whole = self._whole(embeddings, len(span)) if len(plan) > 1 else None
         if response is None and whole is not None:
             response = (int(whole[0].argmax()),)
@@ -224,6 +205,7 @@ class Attributor:
         choosing = time.perf_counter() - begin
         runs = len(plan) * len(chunks)
         ledger = Ledger(progress, device, runs, swept=sum(worth) * len(chunks))
+        pipeline = Pipeline(self.model, decoder, config, vector, ledger)
         # The last window comes first: it may have to say what the model's own target is.
         for number in reversed(range(len(plan))):
             parts_found = []
@@ -231,16 +213,14 @@ class Attributor:
                 rows = embeddings[[*plan.indices(number), *later[: chunk.stop - 1]]]
                 targets = None if response is None else response[chunk.start : chunk.stop]
                 with ledger.component("total", 1) as finish:
-                    finding, budget = self._window(
-                        decoder, rows, targets, chunk.start, vector, budget, ledger, worth[number]
+                    parts_found.append(
+                        pipeline.run(rows, targets, chunk.start, sweep=worth[number])
                     )
                     finish(1)
-                parts_found.append(finding)
             findings.insert(0, Finding.joined(parts_found))
             response = response or findings[0].targets
         for name in ("trunk", "total"):
             ledger.seconds[name] += choosing
-        assert budget is not None
         found = accumulate(plan, findings, config)
         parts, screening = found.parts, found.screening
         likely = found.log_probs
@@ -248,7 +228,7 @@ class Attributor:
             index = torch.tensor(found.targets, device=whole.device)
             likely = whole.gather(-1, index[:, None])[:, 0].to(likely)
         score, envelope = combine(parts, config)
-        metadata = self._metadata(decoder, embeddings, budget, ledger, ran)
+        metadata = self._metadata(pipeline, embeddings, ran)
         if screening is not None:
             metadata["screening"] = screening.report(parts, score, config)
         if config.window is not None:
@@ -322,142 +302,9 @@ class Attributor:
         assert response is not None and self.config.window_tolerance is not None
         return response, worth_sweeping(torch.stack(found), self.config.window_tolerance)
 
-    def _window(
-        self,
-        decoder: Decoder,
-        embeddings: Tensor,
-        targets: tuple[int, ...] | None,
-        lead: int,
-        vector: Tensor,
-        budget: Budget | None,
-        ledger: Ledger,
-        sweep: bool,
-    ) -> tuple[Finding, Budget]:
-        """One context from its trunk to its components; the whole prompt where there is one window.
-
-        `lead`: tokens of the response before the targets. A budget that an earlier window had to
-        halve is kept. Without `sweep` it ends with the gate.
-        """
-        config, first = self.config, decoder.first_of(self.config.layers)
-        count = len(targets or (0,))
-        work = Work(decoder, len(embeddings) - lead - count + 1, count, first, lead)
-        # The model's own forward, that the trunk is checked against, is as much again.
-        with ledger.component("trunk", 2 * work.trunk()) as step:
-            trunk = run_trunk(
-                decoder,
-                embeddings,
-                targets or (0,),
-                step,
-                keep_streams=config.branch_tolerance is not None,
-                first=first,
-                lead=lead,
-            )
-            if budget is None:
-                check_hooks(self.model, trunk)
-            check_faithful(self.model, trunk)
-            step(work.trunk())
-        if targets is None:  # the trunk of a single target does not depend on it
-            trunk = replace(trunk, targets=(int(trunk.log_probs[0].argmax()),))
-        budget = budget or token_budget(
-            trunk.bytes,
-            trunk.length,
-            work.width,
-            embeddings.device,
-            config.token_budget,
-            decoder.concurrent,
-        )
-        with ledger.component("gate", sum(work.gate(config.rollout))) as step:
-            gates = gate(trunk, config.rollout, step).cpu()
-        trim_heap()
-        log_probs = trunk.target_log_probs.cpu()
-        if not sweep:
-            return Finding.of_gate(gates, trunk.targets, log_probs), budget
-        parts, screening = self._information(trunk, vector, gates, budget, ledger)
-        trim_heap(budget.workers)
-        together = budget.workers
-        budget.workers = 1 if runs_alone(trunk.length, work.width) else together
-        ledger.workers = {"information": together, "curvature": budget.workers}
-        parts, stderr, quality = self._curvature(trunk, parts, budget, ledger)
-        budget.workers = together
-        return Finding(parts, stderr, screening, trunk.targets, log_probs, quality), budget
-
-    def _information(
-        self, trunk: Trunk, vector: Tensor, gates: Tensor, budget: Budget, ledger: Ledger
-    ) -> tuple[Components, Screening | None]:
-        """The components with gate, I and drop filled in, and what screening left out."""
-        config, work, screening = self.config, trunk.work, None
-        expected = sum(work.branch(start) for start in range(work.tokens))
-        expected += work.tokens * work.targets * work.logits
-        with ledger.component("information", expected) as step:
-            if config.coverage is None and config.branch_tolerance is None:
-                tokens = range(trunk.prompt_length)
-                exact = ExactBranches(trunk, vector)
-                kl, drop = information(exact, tokens, budget, ledger, step)
-            else:
-                kl, drop, screening = screened_information(
-                    trunk, vector, gates, config, budget, ledger, step
-                )
-        later = torch.zeros_like(kl)
-        sums = None if screening is None else screening.sums
-        return Components(gates, later, kl, drop, later, sums), screening
-
-    def _curvature(
-        self,
-        trunk: Trunk,
-        parts: Components,
-        budget: Budget,
-        ledger: Ledger,
-    ) -> tuple[Components, Tensor | None, Quality | None]:
-        """The components with S and `|grad g|_1` filled in as well, the standard error of S, and
-        the quality of the low-rank approximation where there is one.
-
-        Targets are taken in groups whose adjoints fit into memory together.
-        """
-        config, count = self.config, trunk.prompt_length
-        hessian = config.curvature == "hessian"
-        products = product_count(config, count, trunk.work.width) if hessian else 0
-        # One long sequence at a time has no other in its batch to share them with.
-        if products and (config.estimator == "block" or 2 * trunk.length <= budget.rows):
-            trunk = trunk.with_derivatives()
-        found: list[Curvature] = []
-        norms: list[Tensor] = []
-        groups = Budget(min(len(trunk.targets), targets_at_once(trunk.swept_bytes)))
-        sizes = [part.stop - part.start for part in slices(len(trunk.targets), groups.rows)]
-        done, counted, rows = 0, ledger.counts["hvp"], budget.rows
-
-        def run(first: int, stop: int) -> tuple[Curvature, Tensor]:
-            # A group too large for memory is begun anew, in two: its work comes on top, and the
-            # batches that it shrank in vain are as before.
-            step.skip(done - step.done)
-            ledger.counts["hvp"], budget.rows = counted, rows
-            adjoints = [run_adjoint(trunk, target, products, step) for target in range(first, stop)]
-            trim_heap()
-            gradients = [adjoint.gradient[:count] for adjoint in adjoints]
-            wide_rows = [row.to(wide(row.dtype)) for row in gradients]
-            sums = torch.stack([row.abs().sum(-1).cpu() for row in wide_rows])
-            others = replace(parts.rows(slice(first, stop)), gradient_norm=sums)
-            enough = partial(settled, others, config=config)
-            return curvature(trunk, adjoints, config, budget, ledger, step, enough), sums
-
-        def keep(first: int, stop: int, result: tuple[Curvature, Tensor]) -> None:
-            nonlocal done, counted, rows
-            found.append(result[0])
-            norms.append(result[1])
-            done, counted, rows = step.done, ledger.counts["hvp"], budget.rows
-
-        with ledger.component("curvature", curvature_work(trunk.work, sizes, config)) as step:
-            done = step.done  # of the windows before
-            run_batches(len(trunk.targets), groups, lambda _: groups.rows, run, keep)
-        budget.halvings += groups.halvings
-        errors = [part.stderr for part in found if part.stderr is not None]
-        values = torch.cat([part.values for part in found])
-        parts = replace(parts, curvature=values, gradient_norm=torch.cat(norms))
-        stderr = torch.cat(errors) if len(errors) == len(found) else None
-        return parts, stderr, Quality.joined([part.quality for part in found])
-
-    def _metadata(
-        self, decoder: Decoder, embeddings: Tensor, budget: Budget, ledger: Ledger, ran: Record
-    ) -> dict[str, Any]:
+    def _metadata(self, pipeline: Pipeline, embeddings: Tensor, ran: Record) -> dict[str, Any]:
+        decoder, ledger, budget = pipeline.decoder, pipeline.ledger, pipeline.budget
+        assert budget is not None
         blocks = len(decoder.blocks)
         return {
             "config": self.config.to_dict(),

@@ -362,7 +362,7 @@ def test_targets_that_do_not_fit_together_are_taken_in_turn(
     """No more than two targets' adjoints at a time: the group is halved until it fits."""
     model, ids, targets = families.build("llama"), ids_of(), [4, 6, 8, 10, 12]
     expected = measure(model, ids, targets, probes=PROBES)
-    original, alive = heat_fast.attributor.run_adjoint, []
+    original, alive = heat_fast.pipeline.run_adjoint, []
 
     def limited(*arguments: Any) -> Any:
         nonlocal alive
@@ -373,7 +373,7 @@ def test_targets_that_do_not_fit_together_are_taken_in_turn(
         alive.append(weakref.ref(adjoint))
         return adjoint
 
-    monkeypatch.setattr("heat_fast.attributor.run_adjoint", limited)
+    monkeypatch.setattr("heat_fast.pipeline.run_adjoint", limited)
     steps: list[tuple[str, int, int]] = []
     actual = measure(model, ids, targets, probes=PROBES, progress=lambda *step: steps.append(step))
     same("targets in turn", expected, actual, ROUNDING)

@@ -194,7 +194,7 @@ def test_counted_flops_are_what_torch_counts(
     No window is shorter than the prompt: what lies outside one is counted all the same.
     """
     monkeypatch.setattr("heat_fast.work.pairs", squares)
-    monkeypatch.setattr("heat_fast.attributor.check_faithful", lambda *_: None)
+    monkeypatch.setattr("heat_fast.pipeline.check_faithful", lambda *_: None)
     model = families.build(name)
     windows = [getattr(model.config, field, None) for field in ("sliding_window", "window_size")]
     length = min([12, *filter(None, windows)])
@@ -241,7 +241,7 @@ def test_counted_bytes_are_what_products_with_weights_move(
     name: str, curvature: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """To 5 %, of every family; one sequence per batch, so that none shares its weights."""
-    monkeypatch.setattr("heat_fast.attributor.check_faithful", lambda *_: None)
+    monkeypatch.setattr("heat_fast.pipeline.check_faithful", lambda *_: None)
     model = families.build(name)
     settings: dict[str, Any] = {"token_budget": 1, "kernels": "reference"}
     if curvature == "none":
@@ -349,7 +349,7 @@ def test_estimated_bytes_are_near_those_alive(
     with (
         # A block for the allocator's sake, never touched and so never resident.
         mock.patch("heat_fast.attributor.keep_heap"),
-        mock.patch("heat_fast.attributor.token_budget", budget),
+        mock.patch("heat_fast.pipeline.token_budget", budget),
         Alive() as alive,
     ):
         ids = families.prompt_ids(name, 40)

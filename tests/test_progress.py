@@ -407,7 +407,7 @@ def test_an_interrupted_bar_leaves_the_terminal_as_it_was(monkeypatch: pytest.Mo
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("heat_fast.attributor.information", interrupt)
+    monkeypatch.setattr("heat_fast.pipeline.information", interrupt)
     output = sys.stdout
     with pytest.raises(KeyboardInterrupt):
         attribute(progress=True)
