@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-from torch import Tensor, corrcoef, stack
-
-
-def spearman(left: Tensor, right: Tensor) -> float:
-    """Rank correlation of two rows."""
-    ranks = stack([left.argsort().argsort(), right.argsort().argsort()]).double()
-    return float(corrcoef(ranks)[0, 1])
+from torch import Tensor
 
 
 def overlap(left: Tensor, right: Tensor, count: int = 10) -> float:

@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from baselines import authors
-from measures import spearman
 from models import story_ids
 from sizes import size
 
@@ -30,6 +29,7 @@ from heat_fast.cost import flops
 from heat_fast.decoder import view
 from heat_fast.kernels.rademacher import rademacher
 from heat_fast.planner import cpu_rows, slices
+from heat_fast.ranks import spearman
 from heat_fast.sweeps import hessian_rows, tangent_sweep
 from heat_fast.trunk import run_adjoint, run_trunk
 

@@ -22,12 +22,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from measures import overlap, relative_error, spearman
+from measures import overlap, relative_error
 from models import story_ids
 from sizes import FULL, SMALL, size
 
 from heat_fast import Attribution, Attributor, HeatConfig
 from heat_fast.config import PRESETS
+from heat_fast.ranks import spearman
 
 if TYPE_CHECKING:
     from conftest import Summary

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
 from heat_fast.errors import InputError
+from heat_fast.ranks import spearman
 from heat_fast.result import Attribution
 
 __all__ = ["Comparison", "compare_results"]
@@ -61,23 +59,7 @@ def compare_results(left: Attribution, right: Attribution) -> Comparison:
             "expected the same tokens. Attribute one prompt twice."
         )
     found = {
-        shown: _correlation(left.aggregated(name), right.aggregated(name))
+        shown: spearman(left.aggregated(name), right.aggregated(name))
         for shown, name in _COMPARED.items()
     }
     return Comparison(left, right, found)
-
-
-def _correlation(left: Tensor, right: Tensor) -> float | None:
-    """Spearman's rank correlation, equal values at the mean of their ranks."""
-    ranks = torch.stack([_ranks(left), _ranks(right)])
-    if bool((ranks.std(-1, unbiased=False) == 0).any()):
-        return None
-    return float(torch.corrcoef(ranks)[0, 1])
-
-
-def _ranks(values: Tensor) -> Tensor:
-    which: Tensor
-    _, which, counts = values.unique(return_inverse=True, return_counts=True)
-    last = counts.cumsum(0).double()
-    ranks: Tensor = last - (counts - 1) / 2
-    return ranks[which]

@@ -44,4 +44,15 @@ class OutputError(HeatError, OSError):
 
 
 class MissingPackageError(HeatError, ImportError):
-    """An optional package that was asked for is not installed; the message names the extra."""
+    """An optional package that was asked for is not installed; the message says how to get it."""
+
+    @classmethod
+    def of(cls, package: str, error: ImportError, use: str, remedy: str) -> MissingPackageError:
+        """The error about `package`, which is there for `use`.
+
+        Example:
+            >>> error = MissingPackageError.of("scipy", ImportError("no scipy"), "for p", "Get it.")
+            >>> str(error)
+            'scipy is not installed (no scipy): expected it for p. Get it.'
+        """
+        return cls(f"{package} is not installed ({error}): expected it {use}. {remedy}")

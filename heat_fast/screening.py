@@ -46,6 +46,7 @@ from heat_fast.information import Branches, ExactBranches, information
 from heat_fast.kernels.branch_attention import RaggedRows
 from heat_fast.planner import Budget
 from heat_fast.progress import Ledger, Step
+from heat_fast.ranks import spearman
 from heat_fast.trunk import Trunk
 
 #: Tokens of the first round, and tokens or branches of an audit.
@@ -321,25 +322,11 @@ def _errors(approximate: Tensor, exact: Tensor) -> dict[str, Any]:
     """Errors of `[n, k]` divergences: nats, relative to the exact ones, and of their order."""
     error = (approximate - exact).abs()
     relative = (error / exact)[exact > 0]
+    ranked = zip(approximate, exact, strict=True) if exact.shape[1] >= _FEWEST_RANKED else ()
+    orders = [order for pair in ranked if (order := spearman(*pair)) is not None]
     return {
         "largest_error": float(error.max()),
         "median_relative_error": float(relative.median()) if len(relative) else 0.0,
         "largest_relative_error": float(relative.max()) if len(relative) else 0.0,
-        "rank_correlation": (
-            None
-            if exact.shape[1] < _FEWEST_RANKED
-            else min(spearman(*pair) for pair in zip(approximate, exact, strict=True))
-        ),
+        "rank_correlation": min(orders) if len(orders) == len(exact) else None,
     }
-
-
-def spearman(left: Tensor, right: Tensor) -> float:
-    """Spearman's rank correlation of two vectors; ties keep their order.
-
-    Example:
-        >>> spearman(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([1.0, 3.0, 9.0]))
-        1.0
-    """
-    count = len(left)
-    moved = (left.argsort(stable=True).argsort() - right.argsort(stable=True).argsort()).square()
-    return 1 - 6 * int(moved.sum()) / (count**3 - count)

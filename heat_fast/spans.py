@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from heat_fast.checks import is_whole
-from heat_fast.errors import HeatError, InputError
+from heat_fast.errors import InputError, MissingPackageError
 from heat_fast.prompt import first_visible
 
 if TYPE_CHECKING:
@@ -214,8 +214,8 @@ def sentences(result: Attribution, language: str = "en") -> list[Span]:
     Every token that stands for characters belongs to one of them; white space and line breaks
     belong to the sentence before. A sentence in which no token begins is left out.
 
-    Raises InputError where positions are not known, HeatError where sentencex is not installed
-    (``pip install 'heat-fast[sentences]'``).
+    Raises InputError where positions are not known, MissingPackageError where sentencex is not
+    installed (``pip install 'heat-fast[sentences]'``).
 
     >>> import heat_fast
     >>> demo = heat_fast.load_demo_model()
@@ -229,9 +229,12 @@ def sentences(result: Attribution, language: str = "en") -> list[Span]:
     try:
         from sentencex import get_sentence_boundaries
     except ImportError as error:
-        raise HeatError(
-            f"sentencex is not installed ({error}): expected it to find sentences. Install it with "
-            "pip install 'heat-fast[sentences]', or name the parts with by_segment()."
+        raise MissingPackageError.of(
+            "sentencex",
+            error,
+            "to find sentences",
+            "Install it with pip install 'heat-fast[sentences]', or name the parts with "
+            "by_segment().",
         ) from error
     text = result.prompt_text
     starts = [

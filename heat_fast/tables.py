@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from heat_fast.checks import suggest
-from heat_fast.errors import HeatError, InputError
+from heat_fast.errors import InputError, MissingPackageError
 from heat_fast.files import replacing
 from heat_fast.result import ARRAYS, COMPONENTS, STDERR, Attribution
 from heat_fast.storage import build, check_result
@@ -39,11 +39,13 @@ _FLAGS: Final = ("special", "information_skipped")
 _GROUP: Final = 128
 
 
-def missing(package: str, error: ImportError) -> HeatError:
+def missing(package: str, error: ImportError) -> MissingPackageError:
     """The error of a command that needs one of the optional packages."""
-    return HeatError(
-        f"{package} is not installed ({error}): expected it for tables and Parquet files. Install "
-        "it with pip install 'heat-fast[files]', or write JSON Lines."
+    return MissingPackageError.of(
+        package,
+        error,
+        "for tables and Parquet files",
+        "Install it with pip install 'heat-fast[files]', or write JSON Lines.",
     )
 
 
@@ -59,7 +61,7 @@ def to_dataframe(result: Attribution, *, per_target: bool = False) -> DataFrame:
     are missing (`<NA>`) where the prompt was given as ids, and components that were not measured
     (:attr:`Attribution.measured`) are NaN.
 
-    Raises HeatError where pandas is not installed.
+    Raises MissingPackageError where pandas is not installed.
 
     >>> import heat_fast
     >>> demo = heat_fast.load_demo_model()
@@ -115,7 +117,8 @@ def write_parquet(
     `target_log_probs` is always kept.
 
     Raises OutputError where the file cannot be written, InputError for an unknown array and for
-    text that UTF-8 cannot hold (lone surrogates), HeatError where pyarrow is not installed.
+    text that UTF-8 cannot hold (lone surrogates), MissingPackageError where pyarrow is not
+    installed.
     """
     kept = _FLOATS if arrays is None else _chosen(arrays)
     try:
@@ -155,7 +158,7 @@ def read_parquet(path: str | os.PathLike[str]) -> Iterator[Attribution]:
     """The results of a Parquet file that :func:`write_parquet` wrote, one after the other.
 
     Raises InputError where the file is missing, damaged, of another kind or keeps some of the
-    arrays only; HeatError where pyarrow is not installed.
+    arrays only; MissingPackageError where pyarrow is not installed.
     """
     try:
         from pyarrow import ArrowException, parquet

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from heat_fast import cuda, gpu, native
+from heat_fast.checks import nearest
 from heat_fast.errors import ConfigError
 
 #: Operations by name, with the implementations that ran them.
@@ -65,9 +66,15 @@ def implementation(
 ) -> str:
     """Which implementation runs an operation on `tensors`: `"reference"` or one of its `offers`.
 
-    `also`: dtypes that the operation casts for the extension, beside float32 and float64. Raises
-    `ConfigError` if `impl` names an implementation that cannot take them.
+    `also`: dtypes that the operation casts for the extension, beside float32 and float64. `offers`
+    are those that have a kernel for the tensors' layout. Raises `ConfigError` if `impl` names an
+    implementation that is not known, or cannot take them.
     """
+    if impl is not None and impl not in _IMPLEMENTATIONS:
+        raise ConfigError(
+            f"{operation} with impl={impl!r}: expected one of {', '.join(_IMPLEMENTATIONS)}, or "
+            f"None for the choice in force. {nearest(impl, _IMPLEMENTATIONS)}"
+        )
     choice = impl if impl is not None else _CHOICE.get()
     serving = {
         "native": lambda: native.serves(*tensors, also=also),
@@ -80,9 +87,12 @@ def implementation(
             chosen = name
     if impl not in (None, "auto", chosen):
         found = ", ".join(sorted({f"{tensor.device.type} {tensor.dtype}" for tensor in tensors}))
+        layout = (
+            "" if impl in offers else ", and a layout and mix of dtypes that it has a kernel for"
+        )
         raise ConfigError(
-            f"{operation} with impl={impl!r} cannot take {found}: expected {_EXPECTED[impl]}. "
-            "Use impl='reference'" + _why(impl)
+            f"{operation} with impl={impl!r} cannot take {found}: expected {_EXPECTED[impl]}"
+            f"{layout}. Use impl='reference'" + _why(impl)
         )
     record = _RECORD.get()
     if record is not None:
@@ -95,6 +105,8 @@ _EXPECTED = {
     "cuda": "the compiled CUDA extension and CUDA tensors of float32 or float64 without gradients",
     "triton": "Triton and CUDA tensors of float32, float16 or bfloat16 without gradients",
 }
+
+_IMPLEMENTATIONS = ("auto", "reference", *_EXPECTED)
 
 
 def _why(impl: str) -> str:

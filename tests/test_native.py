@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ from heat_fast import ConfigError, HeatConfig, cuda, native
 from heat_fast.kernels import branch_attention, gated, norm, rotary, second_order_attention
 from heat_fast.kernels.branch_attention import Masking
 from heat_fast.kernels.dispatch import using
+from heat_fast.kernels.norm.reference import Affine
 from heat_fast.kernels.second_order_attention import Primal
 
 built = pytest.mark.skipif(
@@ -360,6 +362,30 @@ def test_native_by_name_is_never_something_else() -> None:
         using("native", torch.device("cuda")),
     ):
         pass
+
+
+@built
+def test_native_by_name_refuses_a_layout_that_it_has_no_kernel_for() -> None:
+    """Operations that leave some layouts to torch: asked by name, they say so."""
+    x = torch.randn(2, 3, 8)
+    mixed = x.double()
+    rms = Affine(torch.ones(8), None, 1e-6, centered=False)
+    refused = partial(pytest.raises, ConfigError)
+    with refused(match=r"gated with impl='native' cannot take .* a layout and mix of dtypes"):
+        gated.gate_tangent(mixed[0], x[0], x, x, impl="native")
+    with refused(match="norm with impl='native' cannot take"):
+        norm.norm_tangent(rms, x, x[..., :1], x, impl="native")
+    with refused(match="rotary with impl='native' cannot take"):
+        rotary.place(x[None], torch.empty(1, 2, 3, 8, dtype=torch.float64), None, impl="native")
+    with using("auto", CPU) as ran:
+        norm.norm_tangent(rms, x, x[..., :1], x)
+    assert ran == {"norm": {"reference"}}
+
+
+def test_an_unknown_implementation_is_told_with_the_known_ones() -> None:
+    x = torch.zeros(2, 8)
+    with pytest.raises(ConfigError, match=r"impl='nativ': expected one of .* mean 'native'"):
+        gated.gate_tangent(x, x, x[None], x[None], impl="nativ")
 
 
 def test_a_missing_extension_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -101,6 +101,7 @@ def test_a_kernel_that_is_not_deterministic_is_no_hook(monkeypatch: pytest.Monke
 
     monkeypatch.setattr("heat_fast.forward.log_probs", shaken)
     attribute(model)
+    assert next(calls) > 2, "the forward with the hook and that without it were not compared"
 
 
 def test_a_parametrised_norm_beside_a_hook() -> None:

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import io
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -20,13 +15,13 @@ import families
 import heat_fast
 import heat_fast.screening as screening
 from assertions import assert_close
-from heat_fast import HeatConfig, InputError, NumericalError
+from heat_fast import HeatConfig, NumericalError
 from heat_fast.combine import Components, combine
 from heat_fast.decoder import Rows, view
 from heat_fast.information import ExactBranches
 from heat_fast.kernels.branch_attention import Masking, RaggedRows, ragged_attention
-from heat_fast.screening import FrozenBranches, spearman, tokens_enough
-from heat_fast.terminal import render
+from heat_fast.ranks import spearman
+from heat_fast.screening import FrozenBranches, tokens_enough
 from heat_fast.trunk import Trunk, run_trunk
 from oracles import Measured, measure, softmax_attention
 
@@ -503,104 +498,6 @@ def test_the_audit_of_frozen_rows_tells_their_errors(monkeypatch: pytest.MonkeyP
     assert counts["branches"] == 2 * LENGTH
 
 
-def test_spearman_is_that_of_the_ranks() -> None:
-    left, right = torch.randn(2, 17, dtype=torch.float64)
-    ranks = torch.stack((left.argsort().argsort(), right.argsort().argsort())).double()
-    assert abs(spearman(left, right) - float(torch.corrcoef(ranks)[0, 1])) < 1e-12
-
-
-def test_automatic_probes_and_curvature_go_along() -> None:
-    result = attribute(
-        SCREENS["both"] | {"curvature": "hessian", "probes": "auto", "normalize": "sum"},
-        aggregate="max",
-    ).result
-    assert result.information_skipped is not None
-    assert result.curvature.all()
-
-
-def test_the_estimate_counts_the_streams() -> None:
-    model = families.build("llama")
-    plain = heat_fast.estimate(model, 20, calibrate=False)
-    config = HeatConfig(branch_tolerance=0.02, coverage=0.9)
-    screened = heat_fast.estimate(model, 20, config=config, calibrate=False)
-    width = model.config.hidden_size
-    assert screened.trunk_bytes - plain.trunk_bytes == 20 * 3 * 2 * width * 4
-    assert screened.branches == plain.branches
-    ids = families.prompt_ids("llama", 20)
-    embeddings = model.get_input_embeddings()(torch.tensor(ids)).detach()
-    with torch.no_grad():
-        sizes = [
-            run_trunk(view(model, 20), embeddings, (4,), keep_streams=keep).bytes
-            for keep in (False, True)
-        ]
-    # The last block keeps its target row alone.
-    assert sizes[1] - sizes[0] == (2 * 20 + 1) * 2 * width * 4
-
-
-# --- the result -----------------------------------------------------------------------------------
-
-
-def test_marks_are_saved_loaded_and_checked(tmp_path: Path) -> None:
-    result = attribute(COVERAGE).result
-    path = tmp_path / "result"
-    result.save(path)
-    assert heat_fast.load(path).information_skipped == result.information_skipped
-    assert heat_fast.load(path).to_dict() == result.to_dict()
-    data = json.loads(json.dumps(result.to_dict(), allow_nan=False))
-    assert data["information_skipped"] == list(result.information_skipped or ())
-    plain = attribute({}).result
-    assert plain.information_skipped is None
-    assert "screening" not in plain.metadata
-
-    # A file from before there was screening, and one that is damaged.
-    with safe_open(path, framework="pt") as file:
-        header = json.loads(file.metadata()["heat_fast"])
-    arrays = load_file(path)
-    del header["information_skipped"]
-    save_file(arrays, path, metadata={"heat_fast": json.dumps(header)})
-    assert heat_fast.load(path).information_skipped is None
-    for wrong in ([0] * LENGTH, [True], "no"):
-        header["information_skipped"] = wrong
-        save_file(arrays, path, metadata={"heat_fast": json.dumps(header)})
-        with pytest.raises(InputError, match="information_skipped"):
-            heat_fast.load(path)
-
-
-@each_screen
-def test_the_report_says_what_was_left_out(settings: dict[str, Any]) -> None:
-    result = attribute(settings).result
-    console = Console(file=io.StringIO(), width=200)
-    console.print(render(result, console, top=LENGTH))
-    text = console.file.getvalue()  # type: ignore[attr-defined]
-    lines = text.splitlines()
-    if "coverage" in settings:
-        count = sum(result.information_skipped or ())
-        assert f"information skipped for {count} of {LENGTH} tokens (coverage 0.2)" in text
-        assert sum(line.rstrip().endswith(" -") for line in lines) == count > 0
-    else:
-        assert "information skipped" not in text
-    if "branch_tolerance" in settings:
-        assert "% of the branches' rows frozen (tolerance 0.15); audit of" in text
-    else:
-        assert "frozen" not in text
-
-
-# --- real models ----------------------------------------------------------------------------------
-
-
-def test_coverage_keeps_its_share_on_the_demo_model(demo: Any) -> None:
-    for example in demo.examples[:2]:
-        settings = {"curvature": "none", "coverage": None}
-        exact = heat_fast.attribute(demo.model, demo.tokenizer, example.prompt, **settings)
-        part = (exact.gate * exact.information)[0]
-        settings["coverage"] = 0.9
-        screened = heat_fast.attribute(demo.model, demo.tokenizer, example.prompt, **settings)
-        skipped = torch.tensor(screened.information_skipped)
-        assert int(skipped.sum()) > len(skipped) // 3
-        assert float(part[skipped].sum() / part.sum()) <= 0.1
-
-
-@pytest.mark.slow
 def test_screens_on_a_story(local_model: Callable[[str], Path], figures: Any) -> None:
     """220 tokens that the story model tells itself."""
     path = local_model("stories3M")

@@ -209,9 +209,11 @@ def _lasso() -> Any:
     try:
         from sklearn.linear_model import Lasso
     except ImportError as error:
-        raise MissingPackageError(
-            "context_cite fits a Lasso and scikit-learn is not installed: expected it beside "
-            "heat_fast. Install it with pip install 'heat-fast[evaluation]'."
+        raise MissingPackageError.of(
+            "scikit-learn",
+            error,
+            "for context_cite, which fits a Lasso",
+            "Install it with pip install 'heat-fast[evaluation]'.",
         ) from error
 
     def fit(v: Tensor, outputs: Tensor, alpha: float) -> Tensor:

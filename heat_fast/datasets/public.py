@@ -46,7 +46,8 @@ def load(
     comes again has a number behind it.
 
     Raises InputError for an unknown name, a file or split that cannot be read, and fields that
-    are missing or of the wrong kind; HeatError where `datasets` is needed and not installed.
+    are missing or of the wrong kind; MissingPackageError where `datasets` is needed and not
+    installed.
     """
     if name not in _BUILD:
         raise InputError(

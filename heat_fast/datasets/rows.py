@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from heat_fast import batch
-from heat_fast.errors import HeatError, InputError
+from heat_fast.errors import InputError, MissingPackageError
 
 PathLike = str | os.PathLike[str]
 
@@ -49,9 +49,11 @@ def hub_rows(name: str, split: str, stream: bool) -> Iterator[Mapping[str, Any]]
     try:
         from datasets import load_dataset
     except ImportError as error:
-        raise HeatError(
-            f"datasets is not installed ({error}): expected it to download {name}. Install it with "
-            "pip install datasets, or pass path= with a file that you have."
+        raise MissingPackageError.of(
+            "datasets",
+            error,
+            f"to download {name}",
+            "Install it with pip install datasets, or pass path= with a file that you have.",
         ) from error
     try:
         yield from load_dataset(name, split=split, streaming=stream)

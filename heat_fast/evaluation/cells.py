@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from heat_fast.errors import HeatError, InputError
+from heat_fast.errors import InputError, MissingPackageError
 from heat_fast.evaluation.measures import MEASURES
 from heat_fast.evaluation.plan import Plan
 from heat_fast.metrics import Measurement, decoding_stability, log_ratio
@@ -182,9 +182,11 @@ def _wilcoxon(apart: Sequence[float]) -> float:
     try:
         from scipy.stats import wilcoxon
     except ImportError as error:
-        raise HeatError(
-            f"scipy is not installed ({error}): expected it for significance. Install it with pip "
-            "install 'heat-fast[evaluation]'."
+        raise MissingPackageError.of(
+            "scipy",
+            error,
+            "for significance",
+            "Install it with pip install 'heat-fast[evaluation]'.",
         ) from error
     # Pairs without a difference count half to either side.
     return float(wilcoxon(apart, zero_method="zsplit").pvalue)

@@ -128,7 +128,7 @@ def write_tables(
 ) -> list[Cell]:
     """`tables.md`, `tables.tex`, and `values.parquet` and `cells.parquet` where pandas is there.
 
-    Figures are `write_plots`'. Raises `HeatError` where scipy is not installed.
+    Figures are `write_plots`'. Raises `MissingPackageError` where scipy is not installed.
     """
     folder, cells, changes = Path(output), summarise(plan, rows), stability(plan, rows)
     below = notes(plan, rows) + _write_parquet(rows, cells, folder)

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from heat_fast.checks import check_whole
-from heat_fast.comparison import _correlation
 from heat_fast.decoder.norm import wide
 from heat_fast.errors import InputError
 from heat_fast.metrics._estimate import (
@@ -24,6 +23,7 @@ from heat_fast.metrics._estimate import (
 from heat_fast.metrics._model import Asker, Case, asking, read
 from heat_fast.metrics.alignment import Tokens
 from heat_fast.planner import run_batches
+from heat_fast.ranks import spearman
 from heat_fast.trunk import require_finite
 
 REFERENCES = ("zero", "mean")
@@ -144,7 +144,7 @@ def patch_corr(scores: Sequence[Any], effects: Sequence[Any], *, seed: int = 0) 
     """
     found = []
     for number, (one, other) in enumerate(_read(scores, effects)):
-        rho = _correlation(one, other)
+        rho = spearman(one, other)
         if rho is None:
             raise InputError(
                 f"the scores or the effects of example {number} are all equal: expected a ranking. "

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from heat_fast.checks import check_whole
-from heat_fast.comparison import _correlation
 from heat_fast.errors import InputError
 from heat_fast.metrics._estimate import (
     Measurement,
@@ -23,6 +22,7 @@ from heat_fast.metrics._estimate import (
     generator,
 )
 from heat_fast.metrics._model import Asker, Case
+from heat_fast.ranks import spearman
 
 if TYPE_CHECKING:
     from heat_fast.result import Attribution
@@ -173,7 +173,7 @@ def active_passive(
                     "least two, each token once. Correct it, or leave the example out."
                 )
             sides.append(vector[index])
-        correlation = _correlation(*sides)
+        correlation = spearman(*sides)
         if correlation is None:
             raise InputError(
                 f"all aligned scores of one side of example {number} are equal: expected scores "

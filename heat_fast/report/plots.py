@@ -114,9 +114,8 @@ def _figure(width: float, height: float) -> Figure:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise MissingPackageError(
-            "matplotlib is not installed: expected it for figures. Install it with "
-            "pip install 'heat-fast[plot]'."
+        raise MissingPackageError.of(
+            "matplotlib", error, "for figures", "Install it with pip install 'heat-fast[plot]'."
         ) from error
 
     class Plot(Figure):

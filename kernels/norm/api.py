@@ -13,12 +13,13 @@ from heat_fast.kernels.norm import native, reference
 from heat_fast.kernels.norm.reference import Affine
 
 
-def _native(impl: str | None, affine: Affine, *tensors: Tensor) -> bool:
+def _native(impl: str | None, affine: Affine, flat: bool, *tensors: Tensor) -> bool:
     parameters = [part for part in (affine.weight, affine.bias) if part is not None]
     every = (*tensors, *(part.detach() for part in parameters))
     same = all(part.dtype == tensors[0].dtype for part in every)
     dense = all(part.is_contiguous() for part in parameters)
-    return same and dense and implementation("norm", impl, *every) == "native"
+    offers = ("native",) if same and dense and flat else ()
+    return implementation("norm", impl, *every, offers=offers) == "native"
 
 
 def norm_forward(
@@ -35,7 +36,7 @@ def norm_forward(
         >>> norm_forward(rms, torch.tensor([[[3.0, 4.0]]]))[0].square().mean().item()
         1.0
     """
-    if x.dim() >= 2 and _native(impl, affine, x):
+    if _native(impl, affine, x.dim() >= 2, x):
         return native.norm_forward(affine, x, keep)
     return reference.norm_forward(affine, x)
 
@@ -45,7 +46,7 @@ def norm_tangent(
 ) -> Tensor:
     """`y. = w r (x. - x^ mean(x^ x.))`, `[B, S, d]`."""
     flat = x_dot.dim() == 3 and normalised.dim() == 2
-    if flat and _native(impl, affine, x_dot, normalised, inverse):
+    if _native(impl, affine, flat, x_dot, normalised, inverse):
         return native.norm_tangent(affine, normalised, inverse, x_dot)
     return reference.norm_tangent(affine, normalised, inverse, x_dot)
 
@@ -64,6 +65,6 @@ def norm_adjoint_tangent(
     """The derivative of the adjoint along `(x_dot, y_bar_dot)`, `[B, S, d]`."""
     moved = (normalised, inverse, pulled, along, x_dot, y_bar_dot)
     flat = x_dot.dim() == 3 and normalised.dim() == 2 and pulled.dim() == 2
-    if flat and _native(impl, affine, *moved):
+    if _native(impl, affine, flat, *moved):
         return native.norm_adjoint_tangent(affine, *moved)
     return reference.norm_adjoint_tangent(affine, *moved)

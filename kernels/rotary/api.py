@@ -27,7 +27,8 @@ def place(
     tables = () if table is None else (table.cos, table.sin)
     same = all(part.dtype == x.dtype for part in (target, *tables))
     dense = target.stride(-1) == 1 and all(part.stride(-1) == 1 for part in tables)
-    if same and dense and implementation("rotary", impl, x, target, *tables) == "native":
+    offers = ("native",) if same and dense else ()
+    if implementation("rotary", impl, x, target, *tables, offers=offers) == "native":
         native.place(x, target, table, sign)
     else:
         reference.place(x, target, table, sign)
