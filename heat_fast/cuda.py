@@ -55,10 +55,16 @@ def array(tensor: Tensor) -> Array:
     return tensor.data_ptr(), tensor.element_size(), tuple(tensor.shape), tensor.stride()
 
 
-def place(tensor: Tensor) -> tuple[int, int]:
-    """The device of a tensor and the stream in use there."""
-    index = tensor.device.index or 0
-    return index, torch.cuda.current_stream(tensor.device).cuda_stream
+def launch(name: str, where: Tensor, *arguments: Any) -> None:
+    """Call a function of the extension on a tensor's device and the stream in use there.
+
+    It makes that device the current one; afterwards it is again the one that was.
+    """
+    device = where.device
+    stream = torch.cuda.current_stream(device).cuda_stream
+    given = [array(each) if isinstance(each, Tensor) else each for each in arguments]
+    with torch.cuda.device(device):
+        getattr(module(), name)(device.index, stream, *given)
 
 
 def multiprocessors(device: torch.device) -> int:

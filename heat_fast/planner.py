@@ -145,6 +145,8 @@ def token_budget(
     if asked is not None:
         return Budget(asked)
     free, _ = torch.cuda.mem_get_info(device)
+    # What torch keeps for reuse is free as well, or the second prompt would get a smaller budget.
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     each = max(1, 3 * trunk_bytes // max(1, length))
     return Budget(max(CPU_ROWS, min(_LARGEST, free // 2 // each)))
 
@@ -157,14 +159,22 @@ def targets_at_once(trunk_bytes: int) -> int:
     return max(1, (1 << 30) // max(1, trunk_bytes))
 
 
+#: How allocators other than torch's own for GPUs say that they found no room: torch's for CPUs, the
+#: CUDA driver under Triton and under torch, and the libraries' workspaces.
+_EXHAUSTED = (
+    "can't allocate memory",
+    "not enough memory",
+    "[CUDA]: out of memory",
+    "CUDA error: out of memory",
+    "_STATUS_ALLOC_FAILED",
+)
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that an allocation failed, on a GPU or on the CPU."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    text = str(error)
-    return isinstance(error, RuntimeError) and (
-        "can't allocate memory" in text or "not enough memory" in text
-    )
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _EXHAUSTED)
 
 
 class _Batch(NamedTuple):

@@ -71,7 +71,8 @@ class Products:
         """
         adjoints = self.adjoints if adjoints is None else adjoints
         directions = directions * self._scale
-        if runs_alone(self.length, self.width):  # what the last one left lies between its results
+        alone = self.device.type == "cpu" and runs_alone(self.length, self.width)
+        if alone:  # what the last one left lies between its results
             trim_heap()
         sweep = tangent_sweep(self.trunk, directions, start)
         results = [
@@ -84,7 +85,8 @@ class Products:
                 require_finite(result, "a Hessian-vector product")
         scales = [self._scale * adjoint.head.scale for adjoint in adjoints]
         pairs = zip(results, scales, strict=True)
-        return [result.to(self.dtype) / scale for result, scale in pairs]
+        # Below the first of the last blocks there may be another device (a device map).
+        return [result.to(self.device, self.dtype) / scale for result, scale in pairs]
 
     def _locate(self, directions: Tensor, start: int) -> None:
         """Repeat a product that went wrong, checking block by block."""

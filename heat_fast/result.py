@@ -96,9 +96,9 @@ class Attribution:
         and JSON-able.
 
     Arrays and metadata are copied when the result is made. Fields and metadata cannot be changed
-    afterwards; the arrays are ordinary tensors, which torch cannot lock: do not write to them
-    (`scores` is computed once and would not follow), change a ``clone()``. Indexing follows the
-    prompt: ``result.scores[i]`` belongs to ``result.tokens[i]``.
+    afterwards; the arrays are ordinary tensors, which torch cannot lock: do not write to them,
+    change a ``clone()``. Indexing follows the prompt: ``result.scores[i]`` belongs to
+    ``result.tokens[i]``.
 
     Raises
     ------

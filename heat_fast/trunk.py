@@ -96,20 +96,24 @@ class Trunk:
 
     def rows(self, layer: int, start: int) -> Rows:
         """The rows that a sweep from position `start` touches in a block, for all targets."""
-        last = layer == len(self.decoder.blocks) - 1
-        return Rows(start, self.first_row if last else start, self.length)
+        return _rows(self.decoder, layer, start, self.first_row, self.length)
 
     def target_rows(self, layer: int, start: int, target: int) -> Rows:
         """The same for one target: positions up to its own, in the last block its row alone."""
-        stop = self.first_row + 1 + target
-        last = layer == len(self.decoder.blocks) - 1
-        return Rows(start, stop - 1 if last else start, stop)
+        row = self.first_row + target
+        return _rows(self.decoder, layer, start, row, row + 1)
 
     @property
     def target_log_probs(self) -> Tensor:
         """`g` of each target, `[n]`, nats."""
         index = torch.tensor(self.targets, device=self.log_probs.device)
         return self.log_probs.gather(-1, index[:, None])[:, 0]
+
+
+def _rows(decoder: Decoder, layer: int, start: int, first_row: int, stop: int) -> Rows:
+    """The rows from `start` to `stop` in a block; in the last one those from `first_row` on."""
+    last = layer == len(decoder.blocks) - 1
+    return Rows(start, first_row if last else start, stop)
 
 
 @dataclass(frozen=True)
@@ -144,16 +148,17 @@ def run_trunk(
     of the response.
     Raises `NumericalError` naming the block where a non-finite value first appears.
     """
-    work = Work(decoder, len(embeddings) - lead - len(targets) + 1, len(targets), lead=lead)
-    source = last = embeddings
-    trunk = Trunk(decoder, embeddings, (), last, last, last, targets, first, source, lead)
+    length = len(embeddings)
+    work = Work(decoder, length - lead - len(targets) + 1, len(targets), lead=lead)
+    source = embeddings
     x = decoder.enter(embeddings[None], 0)
     require_finite(x, "the input embeddings")
     states = []
     for layer, block in enumerate(decoder.blocks):
         if layer == first > 0:
             source = x[0]
-        x, state = block.forward(x, trunk.rows(layer, 0), keep_streams=keep_streams)
+        rows = _rows(decoder, layer, 0, length - len(targets), length)
+        x, state = block.forward(x, rows, keep_streams=keep_streams)
         require_finite(x, f"block {layer} of the unmodified context")
         states.append(state)
         if step is not None:
@@ -164,13 +169,17 @@ def run_trunk(
         step(len(targets) * work.logits)
     normaliser = torch.logsumexp(logits, dim=-1)
     log_probs = torch.log_softmax(logits, dim=-1)
-    return replace(
-        trunk,
-        states=tuple(states),
-        last=x[0],
-        log_probs=log_probs,
-        normaliser=normaliser,
-        source=source,
+    return Trunk(
+        decoder,
+        embeddings,
+        tuple(states),
+        x[0],
+        log_probs,
+        normaliser,
+        targets,
+        first,
+        source,
+        lead,
     )
 
 

@@ -37,6 +37,27 @@ def test_tables_of_a_gpu_are_made_of_its_rows(script: Any) -> None:
         assert tables.page(folder) == (folder / "tables.md").read_text(), "run 'make plots'"
 
 
+def test_a_components_seconds_are_those_of_its_visits(
+    script: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two windows, one after the other, and a clock that tells how long each report took."""
+    monkeypatch.syspath_prepend(str(BENCH / "gpu"))
+    paper, now = script("test_bench_paper"), [0.0]
+    monkeypatch.setattr(paper.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(paper.torch.cuda, "is_available", lambda: False)
+    sample = paper.Sample("curvature", limit=9.0)
+    reports = [("total", 0, 0.0), ("trunk", 0, 1.0), ("trunk", 2, 3.0), ("curvature", 0, 0.5)]
+    reports += [("curvature", 4, 5.0), ("total", 1, 0.1), ("trunk", 2, 0.1), ("trunk", 4, 3.0)]
+    for component, done, took in [*reports, ("curvature", 4, 0.5)]:
+        now[0] += took
+        sample(component, done, 8)
+    assert sample.found["trunk"][:2] == (pytest.approx(6.0), 4)
+    assert sample.found["curvature"] == (pytest.approx(5.0), 4, 8, False)
+    now[0] += 5.0
+    with pytest.raises(paper.Enough):
+        sample("curvature", 6, 8)
+
+
 def test_the_paper_is_under_the_floor(script: Any) -> None:
     """Figures as committed; GPT-J-6B's information by hand, from its weights alone."""
     found = script("paper_floor").rows()

@@ -234,6 +234,8 @@ FAILURES = {
     ),
     "windows": lambda: RuntimeError("DefaultCPUAllocator: not enough memory: you tried to ..."),
     "python": lambda: MemoryError(),
+    "triton": lambda: RuntimeError("Triton Error [CUDA]: out of memory"),
+    "cublas": lambda: RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling ..."),
 }
 # The kernel that is patched, and which of its arguments has the batch in its second dimension.
 KERNELS = {"branch_attention": 0, "attention_tangent": 1, "attention_adjoint_tangent": 1}

@@ -4,8 +4,9 @@ Every benchmark that has run leaves a row in `bench/results/<gpu>/<file>.json`, 
 its test file without `test_bench_`. A row that is there is not measured again: a campaign that was
 cut off goes on where it stopped. Delete the file, or a row, to measure anew; rows without a `clock`
 are of earlier benchmarks, and are measured anew anyway. After
-`HEAT_FAST_BENCH_SECONDS` (540 if not set) the rest is left for another run. `tables.py` makes a
-page of a GPU's rows.
+`HEAT_FAST_BENCH_SECONDS` (540 if not set) the rest is left for another run.
+`HEAT_FAST_BENCH_RESULTS` names another folder than `bench/results`. `tables.py` makes a page of a
+GPU's rows.
 
 Without a CUDA device they are skipped, or with `HEAT_FAST_BENCH=small` run on tiny shapes, kernels
 in Triton's interpreter, so that none can rot; then nothing is kept.
@@ -25,7 +26,7 @@ from typing import Any
 
 import pytest
 import torch
-from measuring import RESULTS, clock, flush, folder, hold, lead, peak_bytes
+from measuring import COMMITTED, clock, flush, folder, hold, lead, with_peak
 from sizes import SMALL
 
 from heat_fast.ceilings import Ceilings, measure
@@ -106,9 +107,9 @@ def timed(benchmark: Any) -> Callable[..., Any]:
 
 
 @pytest.fixture
-def peak() -> Callable[[Callable[[], Any]], int | None]:
-    """`peak(call)`: bytes that a call allocates beyond what is held; None without a device."""
-    return peak_bytes
+def peak() -> Callable[[Callable[[], Any]], tuple[Any, int | None]]:
+    """`peak(call)`: a call's value, and the bytes that it allocates beyond what is held."""
+    return with_peak
 
 
 @pytest.fixture
@@ -123,7 +124,7 @@ def row(request: pytest.FixtureRequest, benchmark: Any) -> Any:
     revision = ""
     with contextlib.suppress(OSError):  # where there is no git, its row is kept all the same
         revision = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=RESULTS, capture_output=True, text=True, check=False
+            ["git", "rev-parse", "HEAD"], cwd=COMMITTED, capture_output=True, text=True, check=False
         ).stdout.strip()
     import transformers
     import triton

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import os
 import re
+import shutil
 import statistics
 import time
 from collections.abc import Callable
@@ -13,7 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-RESULTS = Path(__file__).resolve().parent.parent / "results"
+#: The results that are kept with the source.
+COMMITTED = Path(__file__).resolve().parent.parent / "results"
+#: Where new ones go.
+RESULTS = Path(os.environ.get("HEAT_FAST_BENCH_RESULTS", COMMITTED))
 
 
 class Instant:
@@ -84,21 +89,25 @@ def seconds(call: Callable[[], Any], repetitions: int) -> float:
     return statistics.median(times)
 
 
-def peak_bytes(call: Callable[[], Any]) -> int | None:
-    """Bytes that a call allocates at its peak beyond what is held; None without a device."""
+def with_peak(call: Callable[[], Any]) -> tuple[Any, int | None]:
+    """A call's value, and the bytes that it allocates at its peak beyond what is held.
+
+    None in their place without a device.
+    """
     if not torch.cuda.is_available():
-        call()
-        return None
+        return call(), None
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    kept = call()
+    value = call()
     torch.cuda.synchronize()
-    del kept
-    return torch.cuda.max_memory_allocated() - before
+    return value, torch.cuda.max_memory_allocated() - before
 
 
 def folder() -> Path:
-    """`bench/results/<gpu>`."""
-    name = torch.cuda.get_device_name().lower()
-    return RESULTS / re.sub(r"[^a-z0-9]+", "-", name).strip("-")
+    """The results of this GPU; in another place than the source's they go on from those there."""
+    name = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
+    place, committed = RESULTS / name, COMMITTED / name
+    if committed.exists() and not place.exists():
+        shutil.copytree(committed, place)
+    return place

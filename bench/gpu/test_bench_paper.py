@@ -47,23 +47,29 @@ class Enough(Exception):
 
 
 class Sample:
-    """A progress callback: when each component began, what was done of it, and since when."""
+    """A progress callback: seconds spent in each component, and what was done of it.
+
+    Windows come one after the other, so a component's time is the sum over its visits: that between
+    two reports is of the component which makes the second, unless that has only begun again.
+    """
 
     def __init__(self, stop_at: str, limit: float) -> None:
         self.stop_at, self.limit = stop_at, limit
         #: Per component: seconds, FLOPs done, FLOPs in all, whether it was stopped.
         self.found: dict[str, tuple[float, int, int, bool]] = {}
-        self._began: dict[str, float] = {}
+        self._before: tuple[str, float] = "", 0.0
 
     def __call__(self, component: str, done: int, total: int) -> None:
-        if component == "total":
-            return
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         now = time.perf_counter()
-        if done == 0:
-            self._began[component] = now
-        seconds = now - self._began[component]
+        visited, before = self._before
+        self._before = component, now
+        if component == "total":
+            return
+        seconds = self.found.get(component, (0.0,))[0]
+        if visited == component:
+            seconds += now - before
         stopped = component == self.stop_at and seconds > self.limit and done < total
         self.found[component] = seconds, done, total, stopped
         if stopped:
@@ -160,7 +166,7 @@ def test_row(
     device: torch.device,
     ceilings: Callable[[torch.dtype], Ceilings],
     timed: Callable[..., Any],
-    peak: Callable[[Callable[[], Any]], int | None],
+    peak: Callable[[Callable[[], Any]], tuple[Any, int | None]],
     row: dict[str, Any],
 ) -> None:
     """Seconds per example with one probe, beside the paper's and the floor."""
@@ -201,6 +207,6 @@ def test_row(
         a100_seconds=sum(all_blocks.values()) / A100,
         flops=all_blocks,
         ceilings={"flop_rate": ceiling.flop_rate, "byte_rate": ceiling.byte_rate},
-        peak_bytes=peak(lambda: measured(model, ids, config, GLANCE)),
+        peak_bytes=peak(lambda: measured(model, ids, config, GLANCE))[1],
     )
     assert total > 0

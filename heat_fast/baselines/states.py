@@ -26,7 +26,7 @@ class AttentionRollout(Baseline):
 
     p is the position that predicts the target. Rows of the product sum to 1 over the context, of
     which the earlier target tokens have a share. The row alone is carried down the layers, never a
-    matrix of all positions. Cost: 1 forward.
+    matrix of all positions. Cost: 2 forwards, the trunk and the model's own beside it.
     """
 
     def scores(self, case: Case) -> Tensor:
@@ -131,7 +131,7 @@ class ProgressiveInference(Baseline):
     `(N - 1) / (C(N,|S|) |S| (N - |S|))`. The paper optimises the distribution of masks; here each
     mask keeps a share of tokens drawn uniformly. Masked tokens get the zero embedding, and the
     whole and the empty prompt weigh as much as all others together. Before the first token the
-    prediction is uniform, `1 / V`. Signed. Cost: 1 forward, or `passes` + 1.
+    prediction is uniform, `1 / V`. Signed. Cost: 1 forward, or `passes` + 2.
     """
 
     mode: str = setting("single", choice("single", "masked"))

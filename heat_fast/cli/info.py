@@ -10,8 +10,16 @@ from heat_fast._version import __version__
 from heat_fast.cli import options
 from heat_fast.cli.common import check_places, standard_output, write_json
 
-_NEEDED = ("torch", "transformers", "tokenizers", "numpy", "safetensors", "rich", "typer")
-_OPTIONAL = ("triton", "pandas", "pyarrow", "sentencex", "matplotlib", "jinja2")
+_NEEDED = ("torch", "transformers", "tokenizers", "numpy", "safetensors", "rich", "typer", "jinja2")
+_OPTIONAL = (
+    "triton",
+    "pandas",
+    "pyarrow",
+    "sentencex",
+    "matplotlib",
+    "scipy",
+    "scikit-learn",
+)
 
 
 def info(json_path: options.Json = None) -> None:

@@ -57,10 +57,12 @@ def ragged_attention(
 
     output = torch.empty_like(query)
     tile, step = tile_shape(heads, 2 * group * length, queries, query.device)
-    for low in range(0, queries, tile):
+    # The bounds of all tiles at once: on a GPU reading a number waits for all that was launched.
+    bounds = torch.stack([torch.stack(each.aminmax()) for each in position.split(tile)]).tolist()
+    for low, (nearest, furthest) in zip(range(0, queries, tile), bounds, strict=True):
         at = slice(low, min(low + tile, queries))
         who, where = branch[at], position[at]
-        seen = slice(masking.first_key(int(where.min())), int(where.max()) + 1)
+        seen = slice(masking.first_key(nearest), furthest + 1)
         trunk_hidden = masking.hidden(where, everywhere[seen]) | replaced[who][:, seen]
         own = ((own_branch >= who.min()) & (own_branch <= who.max())).nonzero()[:, 0]
         own_hidden = masking.hidden(where, own_position[own]) | (who[:, None] != own_branch[own])

@@ -40,8 +40,7 @@ def gram(left: Tensor, right: Tensor) -> Tensor:
     sizes = left.shape[-1], right.shape[-1]
     partial = left.new_empty(outer, inner, chunks, *sizes, dtype=torch.float64)
     result = left.new_empty(outer, inner, *sizes, dtype=torch.float64)
-    arrays = cuda.array(left), cuda.array(right)
-    module.gram(*cuda.place(left), *arrays, same, cuda.array(partial), each, cuda.array(result))
+    cuda.launch("gram", left, left, right, same, partial, each, result)
     return result.view(*lead, *sizes)
 
 
@@ -50,9 +49,7 @@ def combine(tall: Tensor, small: Tensor) -> Tensor:
     lead = torch.broadcast_shapes(tall.shape[:-2], small.shape[:-2])
     left, right = _batched(tall, lead), _batched(small.double(), lead)
     result = tall.new_empty(*left.shape[:-1], small.shape[-1])
-    module = cuda.module()
-    arrays = cuda.array(left), cuda.array(right), cuda.array(result)
-    module.combine(*cuda.place(left), *arrays)
+    cuda.launch("combine", left, left, right, result)
     return result.view(*lead, *result.shape[-2:])
 
 
@@ -90,15 +87,8 @@ def block_norms(vectors: Tensor, values: Tensor, seed: int, samples: Tensor) -> 
     count = len(numbers)
     workspace = vectors.new_empty(outer, tokens, count, rank)
     result = vectors.new_empty(outer, tokens, count)
-    cuda.module().block_norms(
-        *cuda.place(vectors),
-        cuda.array(factors),
-        cuda.array(weights),
-        seed & 0xFFFFFFFFFFFFFFFF,
-        cuda.array(numbers),
-        cuda.array(workspace),
-        cuda.array(result),
-    )
+    unsigned = seed & 0xFFFFFFFFFFFFFFFF
+    cuda.launch("block_norms", vectors, factors, weights, unsigned, numbers, workspace, result)
     return result.view(*lead, tokens, count)
 
 

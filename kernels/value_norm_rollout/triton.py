@@ -25,8 +25,6 @@ from heat_fast.kernels.device import soft_cap
 
 #: Products of float32: three passes of the tensor cores, near full precision. See the README.
 PRECISION = "tf32x3"
-#: The widest head that is served.
-MAX_WIDTH = 256
 #: Targets that a program serves at once where there are several: the columns of a matrix product.
 MANY_TARGETS = 16
 

@@ -23,11 +23,5 @@ def window_mean(rows: Tensor, index: Tensor, tokens: int, counted: Tensor | None
     mask = None if counted is None else counted.contiguous()
     mean = rows.new_empty(count, tokens)
     rows = rows.contiguous()
-    cuda.module().window_mean(
-        *cuda.place(rows),
-        cuda.array(rows),
-        cuda.array(places),
-        None if mask is None else cuda.array(mask),
-        cuda.array(mean),
-    )
+    cuda.launch("window_mean", rows, rows, places, mask, mean)
     return mean
