@@ -41,9 +41,9 @@ from heat_fast.prompt import (
     check_length,
     encode_prompt,
     encode_target,
-    readable_tokens,
 )
 from heat_fast.provenance import provenance
+from heat_fast.readable import readable_tokens
 from heat_fast.result import Attribution
 from heat_fast.spans import TargetSpan, target_range
 from heat_fast.windows import Finding, Plan, accumulate, plan_windows, report, worth_sweeping

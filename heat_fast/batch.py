@@ -7,7 +7,8 @@ was cut off is taken back, and so is the reason of a row that is tried again: on
 row's own fault, or that was found under other settings. Parquet cannot be appended to: there the
 lines go to a journal beside the output, which becomes the output at the end.
 
-A row is a mapping with `prompt` (text or ids) or `messages` (chat), and optionally `target`,
+A row is a mapping with `prompt` (text or ids) or `messages` (a chat, and `chat_template_kwargs`
+with it where its template takes any), and optionally `target`,
 `target_span` and `id`; empty fields count as left out, other fields are passed over.
 """
 
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
 __all__ = ["Row", "Summary", "attribute_rows", "count_rows", "read_rows"]
 
 #: Fields that hold what a row asks for; a misspelt one must not pass for somebody else's column.
-_FIELDS: Final = ("prompt", "messages", "target", "target_span")
+_FIELDS: Final = ("prompt", "messages", "chat_template_kwargs", "target", "target_span")
 #: Errors that a row brings about whenever it is tried; others (memory, the machine) may pass.
 _LASTING: Final = (InputError.__name__, NumericalError.__name__)
 
@@ -312,7 +313,7 @@ def _attribute(attributor: Attributor, row: Row) -> Attribution:
             f"the row has {'both' if 'prompt' in fields else 'neither'} of prompt and messages: "
             f"expected one of them beside target, target_span and id. It has {sorted(fields)}."
         )
-    prompt = fields["prompt"] if "prompt" in fields else _messages(fields["messages"])
+    prompt = fields["prompt"] if "prompt" in fields else _conversation(fields)
     span = fields.get("target_span")
     return attributor.attribute(
         prompt,
@@ -321,11 +322,18 @@ def _attribute(attributor: Attributor, row: Row) -> Attribution:
     )
 
 
-def _messages(messages: Any) -> list[dict[str, Any]]:
-    """Chat messages without what Parquet fills up with nothing."""
+def _conversation(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """A chat and its template's arguments, without what Parquet fills up with nothing."""
+    messages, arguments = fields["messages"], fields.get("chat_template_kwargs") or {}
+    if not isinstance(arguments, dict):
+        raise InputError("chat_template_kwargs is no object: expected names with their values.")
     if not isinstance(messages, list) or not all(isinstance(each, dict) for each in messages):
         raise InputError("messages is no list of objects: expected role and content in each.")
-    return [{key: value for key, value in each.items() if value is not None} for each in messages]
+    *messages, arguments = [
+        {key: value for key, value in each.items() if value is not None}
+        for each in (*messages, arguments)
+    ]
+    return {"messages": messages, "chat_template_kwargs": arguments}
 
 
 # --- what was done before -------------------------------------------------------------------------

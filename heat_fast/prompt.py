@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import dataclasses
 import numbers
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from heat_fast.chat import Conversation, is_chat
 from heat_fast.checks import is_whole
 from heat_fast.errors import InputError
+from heat_fast.readable import readable_tokens, special_flags
 
 __all__ = [
     "EncodedPrompt",
     "check_length",
     "encode_prompt",
     "encode_target",
-    "readable_tokens",
 ]
 
 # What a tokenizer may return beside the ids without changing what the model computes.
@@ -32,7 +32,6 @@ _HARMLESS_KEYS = frozenset(
 _BOUNDARY = "▁"
 # Texts that a target may be tokenised behind: one that does not merge with what follows is enough.
 _BEFORE = ("a", "1", ".")
-_BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +49,7 @@ class EncodedPrompt:
     special: which tokens are special.
     roles: of chat messages, for each token the role of the message whose content it belongs to (as
         in `heat_fast.spans`), None for the template's own. None for other prompts, and where the
-        rendered template cannot be taken apart, because it rewrites contents.
+        rendered template cannot be taken apart (`heat_fast.chat`).
     """
 
     token_ids: tuple[int, ...]
@@ -74,10 +73,10 @@ def encode_prompt(
 
     Parameters
     ----------
-    prompt: text (tokenised with the tokenizer's usual special tokens); token ids as a list, a
-        1-D integer array or tensor, or a tokenizer's output; or chat messages, a list of dicts
-        with ``role`` and ``content``, rendered by the tokenizer's chat template with the
-        generation prompt appended.
+    prompt: text (tokenised with the tokenizer's usual special tokens, unless it begins with the
+        one for the beginning, as a rendered chat does); token ids as a list, a 1-D integer array or
+        tensor, or a tokenizer's output; or chat messages, a list of dicts with ``role`` and
+        ``content``, rendered by the tokenizer's chat template (see `heat_fast.chat`).
     tokenizer: a Hugging Face tokenizer; may be None where ids are given.
     vocabulary_size: rows of the model's embedding matrix; ids lie in ``[0, vocabulary_size)``.
     max_length: most tokens the model can read, or None for no limit.
@@ -95,14 +94,17 @@ def encode_prompt(
     roles: tuple[str | None, ...] | None = None
     if isinstance(prompt, str):
         text = prompt
-        token_ids, offsets = _tokenize(prompt, tokenizer, add_special_tokens=True)
-    elif _is_chat(prompt):
-        text = _render_chat(prompt, tokenizer)
+        begun = getattr(tokenizer, "bos_token", None)
+        rendered = bool(begun) and prompt.startswith(str(begun))
+        token_ids, offsets = _tokenize(prompt, tokenizer, add_special_tokens=not rendered)
+    elif is_chat(prompt):
+        conversation = Conversation.of(prompt)
+        text = conversation.render(tokenizer)
         # The template has written the special tokens into the text already.
         token_ids, offsets = _tokenize(text, tokenizer, add_special_tokens=False)
-        roles = _roles(prompt, text, offsets, tokenizer)
+        roles = conversation.roles(text, offsets, tokenizer)
     elif isinstance(prompt, Mapping):
-        token_ids = _ids_of_mapping(prompt)
+        token_ids = _ids_of_mapping(prompt, "prompt")
     else:
         token_ids = _ids_of_sequence(prompt, "prompt")
     if not token_ids:
@@ -118,7 +120,7 @@ def encode_prompt(
         tokens=readable_tokens(token_ids, tokenizer),
         offsets=offsets,
         text=text,
-        special=_special_flags(token_ids, tokenizer),
+        special=special_flags(token_ids, tokenizer),
         roles=roles,
     )
 
@@ -146,7 +148,7 @@ def encode_target(target: Any, tokenizer: Any, vocabulary_size: int) -> tuple[in
     if isinstance(target, str):
         token_ids = _tokenize_target(target, tokenizer)
     elif isinstance(target, Mapping):
-        token_ids = _ids_of_mapping(target)
+        token_ids = _ids_of_mapping(target, "target")
     elif _is_scalar(target):
         token_ids = (_whole_number(_unwrap(target), "target", None),)
     else:
@@ -187,18 +189,6 @@ def check_length(
         f"{parts}: expected at most {max_length}, the length of the model's context. "
         f"{'Choose a smaller window' if cut else shorten}, or use a model with a longer context."
     )
-
-
-def readable_tokens(token_ids: Sequence[int], tokenizer: Any) -> tuple[str, ...]:
-    """Each id as the piece of text a person would read; `tokenizer` may be None."""
-    if tokenizer is None:
-        return tuple(f"#{token_id}" for token_id in token_ids)
-    special = _special_ids(tokenizer)
-    readable = {
-        token_id: _readable_token(token_id, tokenizer, token_id in special)
-        for token_id in set(token_ids)
-    }
-    return tuple(readable[token_id] for token_id in token_ids)
 
 
 # --- text ---------------------------------------------------------------------------------------
@@ -261,119 +251,23 @@ def _tokenize_target(text: str, tokenizer: Any) -> tuple[int, ...]:
     return token_ids
 
 
-def _is_chat(prompt: Any) -> bool:
-    return isinstance(prompt, (list, tuple)) and any(isinstance(item, Mapping) for item in prompt)
-
-
-def _render_chat(messages: Sequence[Any], tokenizer: Any) -> str:
-    for position, message in enumerate(messages):
-        role = message.get("role") if isinstance(message, Mapping) else None
-        if not isinstance(role, str) or not ("content" in message or "tool_calls" in message):
-            raise InputError(
-                f"chat message {position} is {message!r}: expected a dict with 'role' (text) and "
-                "'content'. Write it as {'role': 'user', 'content': '...'}."
-            )
-    if tokenizer is None:
-        raise InputError(
-            "the prompt is a list of chat messages but there is no tokenizer: expected one whose "
-            "chat template renders them. Pass the model's tokenizer, or token ids."
-        )
-    if not getattr(tokenizer, "chat_template", None):
-        raise InputError(
-            "the prompt is a list of chat messages but the tokenizer has no chat template: "
-            "expected tokenizer.chat_template to be set. Set it, or pass the prompt as text."
-        )
-    try:
-        rendered = tokenizer.apply_chat_template(
-            [dict(message) for message in messages], tokenize=False, add_generation_prompt=True
-        )
-    except Exception as error:  # a template may raise anything, on purpose or not
-        raise InputError(
-            f"the tokenizer's chat template rejected the messages: {error}. Expected roles and "
-            "contents in the order the template asks for; change the messages accordingly."
-        ) from error
-    if not isinstance(rendered, str):
-        raise InputError(
-            "the tokenizer's chat template gave several texts: expected the messages of one "
-            "conversation. Attribute one conversation at a time."
-        )
-    return rendered
-
-
-# --- roles --------------------------------------------------------------------------------------
-
-
-def _roles(
-    messages: Sequence[Any],
-    text: str,
-    offsets: Sequence[tuple[int, int]] | None,
-    tokenizer: Any,
-) -> tuple[str | None, ...] | None:
-    """The role of the message that each token of the rendered text belongs to."""
-    contents = None if offsets is None else _contents(messages, text, tokenizer)
-    if offsets is None or contents is None:
-        return None
-    roles: list[str | None] = []
-    for pair in offsets:
-        place = first_visible(text, pair)
-        inside = (role for start, stop, role in contents if start <= place < stop)
-        roles.append(next(inside, None) if pair[0] < pair[1] else None)
-    return tuple(roles)
-
-
-def _contents(
-    messages: Sequence[Any], text: str, tokenizer: Any
-) -> list[tuple[int, int, str]] | None:
-    """Where each content stands in the rendered text, and whose it is; None if that is not clear.
-
-    The template is rendered once more with marks in place of the contents: what stands between the
-    marks is the template's own, and has to be found again, in order, around the contents.
-    """
-    marked, order = [], []
-    for number, message in enumerate(messages):
-        content = message.get("content")
-        if isinstance(content, str) and content.strip():
-            order.append((f"heatfast{number}mark", content, str(message["role"])))
-            message = {**message, "content": order[-1][0]}
-        marked.append(message)
-    try:
-        rest = _render_chat(marked, tokenizer)
-    except InputError:  # a template that looks at what is said
-        return None
-    found, place = [], 0
-    for mark, content, role in order:
-        before, middle, rest = rest.partition(mark)
-        if not middle or not text.startswith(before, place):
-            return None
-        place += len(before)
-        # Templates often strip contents; nothing else is done to them.
-        written = content if text.startswith(content, place) else content.strip()
-        if not text.startswith(written, place):
-            return None
-        found.append((place, place + len(written), role))
-        place += len(written)
-    return found if text[place:] == rest else None
-
-
-def first_visible(text: str, pair: tuple[int, int]) -> int:
-    """The first character of a range that is not white space, else its first: where it belongs."""
-    piece = text[slice(*pair)]
-    body = piece.lstrip()
-    return pair[0] + (len(piece) - len(body) if body else 0)
-
-
 # --- ids ----------------------------------------------------------------------------------------
 
 
-def _ids_of_mapping(encoding: Mapping[str, Any]) -> tuple[int, ...]:
+#: What to do with a message where there should be a prompt, or a target.
+_SINGLE = {
+    "prompt": "a list of messages. Put it in a list.",
+    "target": "what it says, text or token ids. Pass its content.",
+}
+
+
+def _ids_of_mapping(encoding: Mapping[str, Any], what: str) -> tuple[int, ...]:
     """The ids of a tokenizer's output, after checking that nothing else in it matters."""
     if "role" in encoding:
-        raise InputError(
-            "the prompt is a single chat message: expected a list of messages. Put it in a list."
-        )
+        raise InputError(f"the {what} is a single chat message: expected {_SINGLE[what]}")
     if "input_ids" not in encoding:
         raise InputError(
-            f"the prompt is a mapping with {sorted(map(str, encoding))}: expected a tokenizer's "
+            f"the {what} is a mapping with {sorted(map(str, encoding))}: expected a tokenizer's "
             "output with 'input_ids'. Pass text, token ids or chat messages."
         )
     unknown = sorted(str(key) for key in encoding if key not in _HARMLESS_KEYS)
@@ -382,7 +276,7 @@ def _ids_of_mapping(encoding: Mapping[str, Any]) -> tuple[int, ...]:
             f"the tokenizer's output also has {unknown}, which would be ignored: expected "
             "input_ids and attention_mask alone. Pass the ids by themselves."
         )
-    token_ids = _ids_of_sequence(encoding["input_ids"], "prompt")
+    token_ids = _ids_of_sequence(encoding["input_ids"], what)
     if "attention_mask" in encoding:
         mask = _ids_of_sequence(encoding["attention_mask"], "attention_mask")
         if len(mask) != len(token_ids):
@@ -466,73 +360,3 @@ def _check_vocabulary(
                 f"token id {token_id} at position {position} of the {what} is outside the model's "
                 f"vocabulary: expected 0 to {vocabulary_size - 1}. {do}"
             )
-
-
-# --- what a person reads ------------------------------------------------------------------------
-
-
-def _special_ids(tokenizer: Any) -> frozenset[int]:
-    added = getattr(tokenizer, "added_tokens_decoder", None) or {}
-    marked = {token_id for token_id, token in added.items() if getattr(token, "special", False)}
-    return frozenset(marked.union(getattr(tokenizer, "all_special_ids", None) or ()))
-
-
-def _special_flags(token_ids: Sequence[int], tokenizer: Any) -> tuple[bool, ...]:
-    special = frozenset() if tokenizer is None else _special_ids(tokenizer)
-    return tuple(token_id in special for token_id in token_ids)
-
-
-def _readable_token(token_id: int, tokenizer: Any, special: bool) -> str:
-    # A model's embedding may have more rows than its tokenizer has tokens.
-    piece = tokenizer.convert_ids_to_tokens(token_id) if token_id < len(tokenizer) else None
-    if piece is None:
-        return f"#{token_id}"
-    piece = str(piece)
-    if special:
-        return piece
-    # Decoders strip the space before a first word, so a token's own text is what a second copy
-    # of it adds to the first.
-    once = _decode(tokenizer, [token_id])
-    twice = _decode(tokenizer, [token_id, token_id])
-    if "\N{REPLACEMENT CHARACTER}" not in once and twice.startswith(once):
-        return twice[len(once) :]
-    raw = _bytes_of_piece(piece)
-    return once if raw is None else _show_bytes(raw)
-
-
-def _decode(tokenizer: Any, token_ids: list[int]) -> str:
-    return str(
-        tokenizer.decode(token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    )
-
-
-def _bytes_of_piece(piece: str) -> bytes | None:
-    """The bytes behind a byte-fallback piece (``<0xE4>``) or a byte-level one, else None."""
-    match = _BYTE_PIECE.fullmatch(piece)
-    if match:
-        return bytes([int(match.group(1), 16)])
-    if all(character in _BYTE_OF_CHARACTER for character in piece):
-        return bytes(_BYTE_OF_CHARACTER[character] for character in piece)
-    return None
-
-
-def _byte_level_alphabet() -> dict[str, int]:
-    """The printable stand-in of each byte in byte-level BPE vocabularies, the other way round.
-
-    Bytes that are visible Latin-1 characters stand for themselves; the others, in order, are
-    written as the characters from U+0100 on.
-    """
-    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    hidden = [byte for byte in range(0x100) if byte not in visible]
-    alphabet = {chr(byte): byte for byte in visible}
-    alphabet.update({chr(0x100 + index): byte for index, byte in enumerate(hidden)})
-    return alphabet
-
-
-_BYTE_OF_CHARACTER = _byte_level_alphabet()
-
-
-def _show_bytes(raw: bytes) -> str:
-    """Whole characters as they are, every other byte as ``<0xE4>``."""
-    shown = raw.decode("utf-8", errors="surrogateescape")
-    return re.sub(r"[\udc80-\udcff]", lambda match: f"<0x{ord(match.group()) - 0xDC00:02X}>", shown)

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 
 from heat_fast.checks import is_whole
 from heat_fast.errors import InputError, MissingPackageError
-from heat_fast.prompt import first_visible
 
 if TYPE_CHECKING:
     from heat_fast.result import Attribution
@@ -37,6 +36,13 @@ __all__ = [
 ]
 
 Range = tuple[int, int]
+
+
+def first_visible(text: str, pair: Range) -> int:
+    """The first character of a range that is not white space, else its first: where it belongs."""
+    piece = text[slice(*pair)]
+    body = piece.lstrip()
+    return pair[0] + (len(piece) - len(body) if body else 0)
 
 
 @dataclass(frozen=True)

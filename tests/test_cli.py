@@ -239,9 +239,11 @@ def test_messages_of_a_chat(run: Run, engine: Callable[[Any], Recorder], tmp_pat
     (tmp_path / "chat.json").write_text(json.dumps(messages))
     run("--messages", str(tmp_path / "chat.json"))
     run("--messages", "-", input=json.dumps(messages).encode())
-    assert [call["prompt"] for call in recorder.calls] == [messages, messages]
+    conversation = {"messages": messages, "chat_template_kwargs": {"thinking": False}}
+    run("--messages", "-", input=json.dumps(conversation).encode())
+    assert [call["prompt"] for call in recorder.calls] == [messages, messages, conversation]
     for wrong in (b"{}", b"[]", b'["a"]', b'[{"role": "user"}]', b'[{"role": 1, "content": "a"}]'):
-        failed(run("--messages", "-", input=wrong), 2, "standard input holds no list of messages")
+        failed(run("--messages", "-", input=wrong), 2, "standard input holds no conversation")
     failed(run("--messages", "-", input=b"Hello"), 2, "standard input is not JSON", "line 1")
 
 

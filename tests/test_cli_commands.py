@@ -86,7 +86,7 @@ def test_every_setting_has_an_option() -> None:
         (["compare", "one.json", "one.json", "--messages", "a"], "without --against"),
         (["compare", "one.json", "--against", "gs"], "Drop one"),
         (["compare", "--against", "gs", "--prompt", "a", "--messages", "b"], "both --messages and"),
-        (["compare", "--against", "gs", "--messages", "one.json"], "holds no list of messages"),
+        (["compare", "--against", "gs", "--messages", "one.json"], "holds no conversation"),
         (["compare", "--against", "gs", "--model", "a"], "--prompt-file F or --messages F"),
         (["compare", "--against", "g", "--prompt", "a"], "--against: unknown variant 'g'"),
         (["compare", "one.json", "one.json", "--id", "one"], "holds one result"),

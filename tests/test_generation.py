@@ -46,9 +46,7 @@ def test_every_token_has_the_role_of_its_message(chat: Any) -> None:
     ]
     encoded = encode_prompt(messages, chat, len(chat))
     assert encoded.roles is not None
-    spoken: dict[Any, str] = {}
-    for token, role in zip(encoded.tokens, encoded.roles, strict=True):
-        spoken[role] = spoken.get(role, "") + token
+    spoken = said(encoded)
     assert spoken["system"] == "user"
     assert spoken["user"] == "assistant\nuserok"
     assert spoken["assistant"] == "user"
@@ -56,10 +54,68 @@ def test_every_token_has_the_role_of_its_message(chat: Any) -> None:
     assert all(role is None for role, s in zip(encoded.roles, encoded.special, strict=True) if s)
 
 
-def test_templates_that_rewrite_contents_have_no_roles(chat: Any) -> None:
-    chat.chat_template = CHATML.replace("| trim", "| upper")
-    assert encode_prompt([{"role": "user", "content": "hi"}], chat, len(chat)).roles is None
+def said(encoded: Any) -> dict[Any, str]:
+    """What each role says, all of its messages together."""
+    spoken: dict[Any, str] = {}
+    for token, role in zip(encoded.tokens, encoded.roles, strict=True):
+        spoken[role] = spoken.get(role, "") + token
+    return spoken
+
+
+def test_a_rewritten_message_is_what_stands_in_its_place(chat: Any) -> None:
+    """As templates of reasoning models leave out what an earlier turn thought."""
+    chat.chat_template = CHATML.replace("m['content']", "m['content'].split('</think>')[-1]")
+    messages = [
+        {"role": "user", "content": "one"},
+        {"role": "assistant", "content": "<think>hmm</think> two"},
+        {"role": "user", "content": "three"},
+    ]
+    encoded = encode_prompt(messages, chat, len(chat))
+    assert "hmm" not in encoded.text
+    assert said(encoded) | {None: ""} == {"user": "onethree", "assistant": "two", None: ""}
+
+
+def test_a_template_that_cannot_be_taken_apart_is_told_of(chat: Any) -> None:
+    chat.chat_template = "{% for m in messages %}{{ m['content'] | upper }}\n{% endfor %}Go"
+    messages = [{"role": "user", "content": "one"}, {"role": "user", "content": "two"}]
+    with pytest.warns(UserWarning, match="rewrites the messages.*roles are None"):
+        assert encode_prompt(messages, chat, len(chat)).roles is None
     assert encode_prompt("hi", chat, len(chat)).roles is None
+
+
+def test_the_text_parts_of_a_content_are_its_message(chat: Any) -> None:
+    chat.chat_template = CHATML.replace(
+        "m['content']", "(m['content'] | map(attribute='text') | join(' and '))"
+    )
+    parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
+    encoded = encode_prompt([{"role": "user", "content": parts}], chat, len(chat))
+    assert said(encoded)["user"] == "onetwo"
+
+
+def test_the_template_is_told_what_it_takes(chat: Any) -> None:
+    chat.chat_template = "{{ 'Think. ' if thinking }}" + CHATML
+    messages = [{"role": "user", "content": "one"}]
+    prompt = {"messages": messages, "chat_template_kwargs": {"thinking": True}}
+    encoded = encode_prompt(prompt, chat, len(chat))
+    assert encoded.text == "Think. " + encode_prompt(messages, chat, len(chat)).text
+    assert said(encoded)["user"] == "one"
+    silent = {**prompt, "chat_template_kwargs": {"add_generation_prompt": False}}
+    assert encode_prompt(silent, chat, len(chat)).text.endswith("<|im_end|>\n")
+    for wrong, match in (
+        ({"messages": messages, "tools": []}, "conversation has 'tools'"),
+        ({"messages": messages, "chat_template_kwargs": {"tokenize": True}}, "'tokenize'"),
+        ({"messages": messages, "chat_template_kwargs": [1]}, "expected a mapping"),
+        ({"messages": []}, "at least one message"),
+    ):
+        with pytest.raises(InputError, match=match):
+            encode_prompt(wrong, chat, len(chat))
+
+
+def test_an_answer_that_has_begun_goes_on(chat: Any) -> None:
+    messages = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "I say"}]
+    encoded = encode_prompt(messages, chat, len(chat))
+    assert encoded.text.endswith("assistant\nI say")
+    assert said(encoded)["assistant"] == "I say"
 
 
 def test_special_and_template_tokens_can_be_left_out_of_the_ranking(chat: Any) -> None:

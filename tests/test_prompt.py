@@ -21,7 +21,8 @@ from tokenizers import (
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from heat_fast.errors import InputError
-from heat_fast.prompt import check_length, encode_prompt, encode_target, readable_tokens
+from heat_fast.prompt import check_length, encode_prompt, encode_target
+from heat_fast.readable import readable_tokens
 
 TEMPLATE = (
     "{% for message in messages %}"
@@ -170,6 +171,13 @@ def test_chat_is_rendered_once_with_one_set_of_special_tokens(byte_level: Any) -
         assert special == token.startswith("<")
     expected = byte_level.apply_chat_template(messages, add_generation_prompt=True)
     assert list(encoded.token_ids) == list(expected["input_ids"])
+
+
+def test_a_rendered_chat_begins_once(byte_level: Any) -> None:
+    encoded = encode_prompt("<s><|user|>the cat", byte_level, len(byte_level))
+    plain = encode_prompt("<|user|>the cat", byte_level, len(byte_level))
+    assert encoded.token_ids == plain.token_ids
+    assert encoded.offsets is not None and encoded.offsets[0] == (0, 3)
 
 
 def test_chat_errors(byte_level: Any, word_level: Any) -> None:

@@ -17,8 +17,8 @@ from heat_fast.checks import suggest
 from heat_fast.errors import ConfigError
 from heat_fast.forward import check_in_memory, unchanged
 from heat_fast.kernels.dispatch import using
-from heat_fast.prompt import readable_tokens
 from heat_fast.provenance import provenance
+from heat_fast.readable import readable_tokens
 from heat_fast.result import COMPONENTS, Attribution
 
 _METHODS: dict[str, type[Baseline]] = {}

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from heat_fast.chat import Conversation
 from heat_fast.cli import options
 from heat_fast.cli.common import (
     STANDARD_STREAM,
@@ -22,6 +23,7 @@ from heat_fast.cli.common import (
 )
 from heat_fast.cli.models import load_model
 from heat_fast.config import HeatConfig
+from heat_fast.errors import InputError
 
 if TYPE_CHECKING:
     from heat_fast.result import Attribution
@@ -138,8 +140,8 @@ def read_prompt(prompt: str | None, prompt_file: str | None, messages: str | Non
     return _messages(messages)
 
 
-def _messages(path: str) -> list[dict[str, str]]:
-    """The messages of a chat, from a JSON file."""
+def _messages(path: str) -> Any:
+    """The conversation of a JSON file: its messages, or an object that has them."""
     try:
         found = json.loads(_read(path))
     except json.JSONDecodeError as error:
@@ -147,19 +149,10 @@ def _messages(path: str) -> list[dict[str, str]]:
             f"{_name(path)} is not JSON ({error}): expected a list of messages, "
             '[{"role": "user", "content": "..."}]. Correct it.'
         ) from error
-    fields = ("role", "content")
-    if (
-        not isinstance(found, list)
-        or not found
-        or not all(
-            isinstance(each, dict) and all(isinstance(each.get(field), str) for field in fields)
-            for each in found
-        )
-    ):
-        raise UsageError(
-            f"{_name(path)} holds no list of messages: expected each to be an object with role and "
-            'content, [{"role": "user", "content": "..."}]. Correct it.'
-        )
+    try:
+        Conversation.of(found)
+    except InputError as error:
+        raise UsageError(f"{_name(path)} holds no conversation: {error}") from error
     return found
 
 

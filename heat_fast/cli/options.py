@@ -78,7 +78,8 @@ Messages = Annotated[
         "--messages",
         metavar="F",
         help="Read a chat from a JSON file, or from standard input (-): a list of messages with "
-        "role and content, put into words by the model's chat template.",
+        "role and content, put into words by the model's chat template; or an object with such "
+        "messages and chat_template_kwargs.",
     ),
 ]
 Device = Annotated[

@@ -1,0 +1,89 @@
+"""Token ids as a person reads them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+_BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+
+def readable_tokens(token_ids: Sequence[int], tokenizer: Any) -> tuple[str, ...]:
+    """Each id as the piece of text a person would read; `tokenizer` may be None."""
+    if tokenizer is None:
+        return tuple(f"#{token_id}" for token_id in token_ids)
+    special = _special_ids(tokenizer)
+    readable = {
+        token_id: _readable_token(token_id, tokenizer, token_id in special)
+        for token_id in set(token_ids)
+    }
+    return tuple(readable[token_id] for token_id in token_ids)
+
+
+def special_flags(token_ids: Sequence[int], tokenizer: Any) -> tuple[bool, ...]:
+    """Which ids are special tokens; `tokenizer` may be None."""
+    special = frozenset() if tokenizer is None else _special_ids(tokenizer)
+    return tuple(token_id in special for token_id in token_ids)
+
+
+def _special_ids(tokenizer: Any) -> frozenset[int]:
+    added = getattr(tokenizer, "added_tokens_decoder", None) or {}
+    marked = {token_id for token_id, token in added.items() if getattr(token, "special", False)}
+    return frozenset(marked.union(getattr(tokenizer, "all_special_ids", None) or ()))
+
+
+def _readable_token(token_id: int, tokenizer: Any, special: bool) -> str:
+    # A model's embedding may have more rows than its tokenizer has tokens.
+    piece = tokenizer.convert_ids_to_tokens(token_id) if token_id < len(tokenizer) else None
+    if piece is None:
+        return f"#{token_id}"
+    piece = str(piece)
+    if special:
+        return piece
+    # Decoders strip the space before a first word, so a token's own text is what a second copy
+    # of it adds to the first.
+    once = _decode(tokenizer, [token_id])
+    twice = _decode(tokenizer, [token_id, token_id])
+    if "\N{REPLACEMENT CHARACTER}" not in once and twice.startswith(once):
+        return twice[len(once) :]
+    raw = _bytes_of_piece(piece)
+    return once if raw is None else _show_bytes(raw)
+
+
+def _decode(tokenizer: Any, token_ids: list[int]) -> str:
+    return str(
+        tokenizer.decode(token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    )
+
+
+def _bytes_of_piece(piece: str) -> bytes | None:
+    """The bytes behind a byte-fallback piece (``<0xE4>``) or a byte-level one, else None."""
+    match = _BYTE_PIECE.fullmatch(piece)
+    if match:
+        return bytes([int(match.group(1), 16)])
+    if all(character in _BYTE_OF_CHARACTER for character in piece):
+        return bytes(_BYTE_OF_CHARACTER[character] for character in piece)
+    return None
+
+
+def _byte_level_alphabet() -> dict[str, int]:
+    """The printable stand-in of each byte in byte-level BPE vocabularies, the other way round.
+
+    Bytes that are visible Latin-1 characters stand for themselves; the others, in order, are
+    written as the characters from U+0100 on.
+    """
+    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = [byte for byte in range(0x100) if byte not in visible]
+    alphabet = {chr(byte): byte for byte in visible}
+    alphabet.update({chr(0x100 + index): byte for index, byte in enumerate(hidden)})
+    return alphabet
+
+
+_BYTE_OF_CHARACTER = _byte_level_alphabet()
+
+
+def _show_bytes(raw: bytes) -> str:
+    """Whole characters as they are, every other byte as ``<0xE4>``."""
+    shown = raw.decode("utf-8", errors="surrogateescape")
+    return re.sub(r"[\udc80-\udcff]", lambda match: f"<0x{ord(match.group()) - 0xDC00:02X}>", shown)
