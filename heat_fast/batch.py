@@ -34,6 +34,7 @@ from heat_fast.errors import (
     UnsupportedModelError,
 )
 from heat_fast.files import is_parquet
+from heat_fast.provenance import identity
 from heat_fast.result import Attribution
 from heat_fast.storage import read_jsonl, to_line, write_jsonl
 from heat_fast.tables import missing, read_parquet, write_parquet
@@ -45,6 +46,14 @@ __all__ = ["Row", "Summary", "attribute_rows", "count_rows", "read_rows"]
 
 #: Fields that hold what a row asks for; a misspelt one must not pass for somebody else's column.
 _FIELDS: Final = ("prompt", "messages", "chat_template_kwargs", "target", "target_span")
+#: What tells one model from another in a result's metadata.
+_MODEL_SETTINGS: Final = {
+    "model": "model",
+    "name": "model_name",
+    "dtype": "dtype",
+    "adapters": "adapters",
+    "weights": "weights",
+}
 #: Errors that a row brings about whenever it is tried; others (memory, the machine) may pass.
 _LASTING: Final = (InputError.__name__, NumericalError.__name__)
 
@@ -383,23 +392,22 @@ def _lasts(reason: dict[str, Any], settings: Mapping[str, Any]) -> bool:
 
 
 def _settings(attributor: Attributor) -> dict[str, Any]:
-    """What all results of an output have to share: their model, its dtype, and the configuration.
+    """What all results of an output have to share: their model and the configuration.
 
     The same as `_settings_of` finds in the metadata of a result.
     """
     model: Any = attributor.model
-    return {
-        "model": type(model).__name__,
-        "model_name": str(getattr(model, "name_or_path", "") or ""),
-        "dtype": str(model.get_input_embeddings().weight.dtype).removeprefix("torch."),
-        **attributor.config.to_dict(),
-    }
+    dtype = str(model.get_input_embeddings().weight.dtype).removeprefix("torch.")
+    return {**_of_model({**identity(model), "dtype": dtype}), **attributor.config.to_dict()}
 
 
 def _settings_of(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    keys = {"model": "model", "model_name": "name", "dtype": "dtype"}
-    found = {name: metadata[key] for name, key in keys.items() if key in metadata}
-    return {**found, **metadata["config"]}
+    return {**_of_model(metadata), **metadata["config"]}
+
+
+def _of_model(known: Mapping[str, Any]) -> dict[str, Any]:
+    """What is known of a model, by the names that errors have for it."""
+    return {shown: known[key] for key, shown in _MODEL_SETTINGS.items() if key in known}
 
 
 def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

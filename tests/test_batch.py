@@ -110,15 +110,22 @@ def test_bad_rows_go_to_the_side_file_and_the_others_go_on(
 
 
 def test_chat_rows(tmp_path: Path, attributor: Attributor) -> None:
-    attributor.tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }};{% endfor %}"
+    attributor.tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['content'] }};{% endfor %}{{ end or '' }}"
+    )
     try:
-        rows = [{"messages": [{"role": "user", "content": "hi", "name": None}], "id": "a"}]
+        messages = [{"role": "user", "content": "hi", "name": None}]
+        told = {"end": "Go", "other": None}
+        rows = [
+            {"messages": messages, "id": "a"},
+            {"messages": messages, "chat_template_kwargs": told},
+        ]
         output = tmp_path / "out.jsonl"
         attribute_rows(attributor, write(tmp_path / "in.jsonl", rows), output)
     finally:
         attributor.tokenizer.chat_template = None
-    (result,) = heat_fast.read_jsonl(output)
-    assert result.prompt_text == "hi;"
+    result, other = heat_fast.read_jsonl(output)
+    assert (result.prompt_text, other.prompt_text) == ("hi;", "hi;Go")
     assert result.roles == ("user", "user", None)
 
 
@@ -216,6 +223,11 @@ def test_another_model_or_dtype_is_refused(tmp_path: Path, attributor: Attributo
     narrow = copy.deepcopy(attributor.model).to(torch.bfloat16)
     with pytest.raises(ConfigError, match="begun with dtype 'float32', not 'bfloat16'"):
         attribute_rows(Attributor(narrow, tokenizer, config), source, output)
+    trained = copy.deepcopy(attributor.model)
+    with torch.no_grad():
+        trained.get_input_embeddings().weight.add_(0.01)
+    with pytest.raises(ConfigError, match=r"begun with weights '\w{16}', not '\w{16}'"):
+        attribute_rows(Attributor(trained, tokenizer, config), source, output)
     assert output.read_bytes() == before
     # What a reason says of the settings is what a result says of them.
     metadata = attributor.attribute("a").to_dict()["metadata"]

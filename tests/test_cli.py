@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -358,6 +359,11 @@ def test_quoted_prompts_stay_as_they_are(run: Run, engine: Callable[[Any], Recor
 def test_models_that_cannot_be_loaded(run: Run, tmp_path: Path, model_folder: str) -> None:
     failed(run("--prompt", "a", model=str(tmp_path / "none")), 1, "no model folder")
     failed(run("--prompt", "a", model=str(tmp_path)), 1, "cannot load the configuration")
+    if importlib.util.find_spec("peft") is None:
+        adapter = tmp_path / "adapter"
+        adapter.mkdir()
+        (adapter / "adapter_config.json").write_text('{"base_model_name_or_path": "base"}')
+        failed(run("--prompt", "a", model=str(adapter)), 1, "pip install peft")
     (tmp_path / "config.json").write_text((Path(model_folder) / "config.json").read_text())
     failed(run("--prompt", "a", model=str(tmp_path)), 1, "cannot load the tokenizer")
     for name in ("tokenizer.json", "tokenizer_config.json"):

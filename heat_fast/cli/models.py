@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
+import json
 import logging
 import os
 import sys
@@ -70,7 +72,10 @@ def _load_embedded(device: Any, dtype: str) -> Loaded:
 
 
 def _load(name: str, device: Any, dtype: str) -> Loaded:
-    """A causal language model and its tokenizer, from a folder or the hub."""
+    """A causal language model and its tokenizer, from a folder or the hub.
+
+    Where it is an adapter alone, what the adapter does not bring is its base model's.
+    """
     from transformers import (
         MODEL_FOR_CAUSAL_LM_MAPPING,
         AutoConfig,
@@ -88,7 +93,8 @@ def _load(name: str, device: Any, dtype: str) -> Loaded:
     if not local and sys.stderr.isatty():
         note(f"there is no folder {name!r} here; asking the hub for it", False)
     with _loading(name, "configuration"):
-        config = AutoConfig.from_pretrained(name, **options)
+        base = _base_of_adapter(name, **options) or name
+        config = AutoConfig.from_pretrained(base, **options)
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModelError(
             f"{name!r} is an encoder-decoder model ({config.model_type}): expected a decoder-only "
@@ -100,10 +106,24 @@ def _load(name: str, device: Any, dtype: str) -> Loaded:
             "expected a decoder-only one. Choose one such as Llama, Qwen2 or GPT-2."
         )
     with _loading(name, "tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(name, **options)
+        own = base == name or os.path.isfile(os.path.join(name, "tokenizer_config.json"))
+        tokenizer = AutoTokenizer.from_pretrained(name if own else base, **options)
     with _loading(name, "weights"):
         model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options)
         return Loaded(model.to(device).eval(), tokenizer)
+
+
+def _base_of_adapter(name: str, **options: Any) -> str | None:
+    """The model that a PEFT adapter changes; None where `name` is no adapter."""
+    from transformers.utils.peft_utils import find_adapter_config_file
+
+    found = find_adapter_config_file(name, **options)
+    if found is None:
+        return None
+    if importlib.util.find_spec("peft") is None:
+        raise ImportError("it is an adapter, and peft is not installed (pip install peft)")
+    with open(found, encoding="utf-8") as file:
+        return str(json.load(file)["base_model_name_or_path"])
 
 
 @contextlib.contextmanager
