@@ -20,6 +20,7 @@ from heat_fast.fields import (
     Check,
     automatic,
     below_one,
+    check_settings,
     fraction,
     integer,
     number,
@@ -218,7 +219,9 @@ class HeatConfig:
     )
     aggregate: Aggregate = field(default=_UNSET, metadata=_spec("mean", one_of(Aggregate)))
     coverage: float | None = field(default=_UNSET, metadata=_spec(None, optional(fraction(0.95))))
-    branch_tolerance: float | None = field(default=_UNSET, metadata=_spec(None, optional(positive)))
+    branch_tolerance: float | None = field(
+        default=_UNSET, metadata=_spec(None, optional(positive(0.02)))
+    )
     seed: int = field(default=_UNSET, metadata=_spec(0, integer(minimum=0, maximum=2**63 - 1)))
     token_budget: int | None = field(
         default=_UNSET, metadata=_spec(None, optional(integer(minimum=1, also=OR_NONE)))
@@ -231,13 +234,10 @@ class HeatConfig:
     def __post_init__(self) -> None:
         preset = PRESETS[_variant("variant", self.variant)]
         for spec in dataclasses.fields(self):
-            check: Check | None = spec.metadata.get("check")
-            if check is None:
-                continue
-            value = getattr(self, spec.name)
-            if value is _UNSET:
+            if getattr(self, spec.name) is _UNSET:
                 value = preset.get(spec.name, spec.metadata["default"])
-            object.__setattr__(self, spec.name, check(spec.name, value))
+                object.__setattr__(self, spec.name, value)
+        check_settings(self)
         self._check_together()
 
     def _check_together(self) -> None:

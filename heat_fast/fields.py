@@ -1,4 +1,4 @@
-"""What a field of the configuration may hold: checks of one value each, made to measure.
+"""What a setting may hold: fields of frozen dataclasses, each with a check made to measure.
 
 A check receives the field's name and the value given, and returns the value to store, or raises
 `ConfigError`. `also` is what a wrapper adds to the words of the check within.
@@ -6,6 +6,7 @@ A check receives the field's name and the value given, and returns the value to 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import numbers
 from collections.abc import Callable
@@ -15,6 +16,19 @@ from heat_fast.checks import is_whole, nearest
 from heat_fast.errors import ConfigError
 
 Check = Callable[[str, Any], Any]
+
+
+def setting(default: Any, check: Check) -> Any:
+    """A field of a dataclass that calls `check_settings` when it is made."""
+    return dataclasses.field(default=default, metadata={"check": check})
+
+
+def check_settings(owner: Any) -> None:
+    """Check the fields of a frozen dataclass that have a check, and store what it returns."""
+    for field in dataclasses.fields(owner):
+        check: Check | None = field.metadata.get("check")
+        if check is not None:
+            object.__setattr__(owner, field.name, check(field.name, getattr(owner, field.name)))
 
 
 def _error(name: str, value: Any, expected: str, do: str) -> ConfigError:
@@ -38,22 +52,53 @@ def one_of(literal: Any, also: str = "") -> Check:
     return check
 
 
-def number(*, minimum: float) -> Check:
-    """A finite number of at least `minimum`, as a float."""
+def _real(holds: Callable[[float], bool], expected: str, do: str) -> Check:
+    """A real number of which `holds` is true, as a float."""
 
     def check(name: str, value: Any) -> float:
-        expected = f"a finite number, at least {minimum:g}"
         if isinstance(value, bool) or not isinstance(value, numbers.Real):
             raise _error(name, value, expected, f"Pass a float, not {_kind(value)}.")
         try:
             found = float(value)
         except OverflowError:
             found = math.inf
-        if not math.isfinite(found) or found < minimum:
-            raise _error(name, value, expected, f"Choose a value of at least {minimum:g}.")
+        if not holds(found):
+            raise _error(name, value, expected, do)
         return found
 
     return check
+
+
+def number(*, minimum: float) -> Check:
+    """A finite number of at least `minimum`, as a float."""
+    return _real(
+        lambda found: minimum <= found < math.inf,
+        f"a finite number, at least {minimum:g}",
+        f"Choose a value of at least {minimum:g}.",
+    )
+
+
+def fraction(example: float) -> Check:
+    """A number between 0 and 1, neither included; `example` is one to advise."""
+    return _real(
+        lambda found: 0 < found < 1, "a number between 0 and 1", f"Choose, say, {example}."
+    )
+
+
+def positive(example: float, maximum: float = math.inf) -> Check:
+    """A finite number above 0 and at most `maximum`; `example` is one to advise."""
+    upper = "" if math.isinf(maximum) else f" and at most {maximum:g}"
+    return _real(
+        lambda found: 0 < found <= maximum and found < math.inf,
+        f"a finite number above 0{upper}",
+        f"Choose, say, {example}.",
+    )
+
+
+#: A number from 0 to below 1.
+below_one: Final = _real(
+    lambda found: 0 <= found < 1, "a number of at least 0 and below 1", "Choose, say, 0.5."
+)
 
 
 def integer(*, minimum: int, maximum: int | None = None, also: str = "") -> Check:
@@ -93,31 +138,3 @@ def automatic(check: Check) -> Check:
         return "auto" if isinstance(value, str) and value == "auto" else check(name, value)
 
     return automatic_check
-
-
-def fraction(example: float) -> Check:
-    """A number between 0 and 1, neither included; `example` is one to advise."""
-
-    def check(name: str, value: Any) -> float:
-        found: float = number(minimum=0)(name, value)
-        if not 0 < found < 1:
-            raise _error(name, value, "a number between 0 and 1", f"Choose, say, {example}.")
-        return found
-
-    return check
-
-
-def below_one(name: str, value: Any) -> float:
-    """A number from 0 to below 1."""
-    found: float = number(minimum=0)(name, value)
-    if found >= 1:
-        raise _error(name, value, "a number of at least 0 and below 1", "Choose, say, 0.5.")
-    return found
-
-
-def positive(name: str, value: Any) -> float:
-    """A number above 0."""
-    found: float = number(minimum=0)(name, value)
-    if found == 0:
-        raise _error(name, value, "a positive number", "Choose, say, 0.02.")
-    return found

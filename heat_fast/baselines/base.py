@@ -5,21 +5,24 @@ from __future__ import annotations
 import dataclasses
 import time
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 from heat_fast.attributor import Attributor
 from heat_fast.baselines.case import Case
-from heat_fast.baselines.settings import check_settings, setting, whole
 from heat_fast.checks import suggest
 from heat_fast.errors import ConfigError
+from heat_fast.fields import check_settings, integer, setting
 from heat_fast.forward import check_in_memory, unchanged
 from heat_fast.kernels.dispatch import using
 from heat_fast.provenance import provenance
 from heat_fast.readable import readable_tokens
 from heat_fast.result import COMPONENTS, Attribution
+
+#: What may take the place of a token's embedding, as in `HeatConfig`.
+Replacement = Literal["zero", "mean"]
 
 _METHODS: dict[str, type[Baseline]] = {}
 Method = TypeVar("Method", bound="type[Baseline]")
@@ -35,7 +38,7 @@ class Baseline(ABC):
 
     name: ClassVar[str]
 
-    seed: int = setting(0, whole(0, 2**63 - 1))
+    seed: int = setting(0, integer(minimum=0, maximum=2**63 - 1))
 
     def __post_init__(self) -> None:
         check_settings(self)

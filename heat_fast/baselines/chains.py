@@ -9,7 +9,7 @@ from torch import Tensor
 
 from heat_fast.baselines.base import Baseline, register
 from heat_fast.baselines.case import Case
-from heat_fast.baselines.settings import positive, setting, whole
+from heat_fast.fields import integer, positive, setting
 from heat_fast.forward import context_length
 from heat_fast.generation import PLAIN_SAMPLING, without_end
 from heat_fast.prompt import check_length
@@ -34,9 +34,9 @@ class SelfEntailedChains(Baseline):
     prompt. From 0 to 1. Cost: `chains` generations and T + 1 times as many tokens read once more.
     """
 
-    chains: int = setting(8, whole())
-    length: int = setting(32, whole())
-    temperature: float = setting(0.7, positive())
+    chains: int = setting(8, integer(minimum=1))
+    length: int = setting(32, integer(minimum=1))
+    temperature: float = setting(0.7, positive(0.7))
 
     def scores(self, case: Case) -> Tensor:
         """See `Baseline.scores`."""

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from heat_fast.baselines.base import Baseline, register
+from heat_fast.baselines.base import Baseline, Replacement, register
 from heat_fast.baselines.case import Case
-from heat_fast.baselines.settings import choice, setting, whole
+from heat_fast.fields import integer, one_of, setting
 from heat_fast.information import replacement
+
+Norm = Literal["l2", "l1"]
 
 
 @register("token_gradients")
@@ -24,7 +27,7 @@ class TokenGradients(Baseline):
     `norm`: `"l2"` or `"l1"`; papers use either. Cost: 1 forward, T backwards.
     """
 
-    norm: str = setting("l2", choice("l2", "l1"))
+    norm: Norm = setting("l2", one_of(Norm))
 
     def scores(self, case: Case) -> Tensor:
         """See `Baseline.scores`."""
@@ -70,8 +73,8 @@ class IntegratedGradients(Baseline):
     are context and stay as they are. Cost: `steps` + 2 forwards, `steps` T backwards.
     """
 
-    steps: int = setting(50, whole())
-    baseline: str = setting("zero", choice("zero", "mean"))
+    steps: int = setting(50, integer(minimum=1))
+    baseline: Replacement = setting("zero", one_of(Replacement))
 
     def scores(self, case: Case) -> Tensor:
         """See `Baseline.scores`."""

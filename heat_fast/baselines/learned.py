@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from heat_fast.baselines.base import Baseline, register
+from heat_fast.baselines.base import Baseline, Replacement, register
 from heat_fast.baselines.case import Case
-from heat_fast.baselines.settings import choice, positive, setting, whole
+from heat_fast.fields import integer, one_of, positive, setting
 from heat_fast.information import replacement
 
 
@@ -32,11 +32,11 @@ class LearnedMask(Baseline):
     tokens stay. From 0 to 1. Draws nothing at random. Cost: 2 T `steps` forwards and backwards.
     """
 
-    steps: int = setting(100, whole())
-    rate: float = setting(0.2, positive())
-    complement: float = setting(1.0, positive())
-    sparsity: float = setting(2.0, positive())
-    masking: str = setting("zero", choice("zero", "mean"))
+    steps: int = setting(100, integer(minimum=1))
+    rate: float = setting(0.2, positive(0.2))
+    complement: float = setting(1.0, positive(1.0))
+    sparsity: float = setting(2.0, positive(2.0))
+    masking: Replacement = setting("zero", one_of(Replacement))
 
     def scores(self, case: Case) -> Tensor:
         """See `Baseline.scores`."""

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from heat_fast.attributor import Attributor
-from heat_fast.baselines.base import Baseline, as_result, register
+from heat_fast.baselines.base import Baseline, Replacement, as_result, register
 from heat_fast.baselines.case import Case
-from heat_fast.baselines.settings import choice, positive, setting, whole
 from heat_fast.config import HeatConfig
 from heat_fast.errors import InputError, MissingPackageError
+from heat_fast.fields import integer, one_of, positive, setting
+
+Sources = Literal["token", "sentence"]
 
 
 @register("random")
@@ -37,7 +39,7 @@ class LeaveOneOut(Baseline):
     tokens from i on, half of N whole ones.
     """
 
-    masking: Literal["zero", "mean"] = setting("zero", choice("zero", "mean"))
+    masking: Replacement = setting("zero", one_of(Replacement))
 
     def scores(self, case: Case) -> dict[str, Tensor]:
         """See `Baseline.scores`."""
@@ -70,10 +72,10 @@ class ContextCite(Baseline):
     0. Signed. Needs scikit-learn (`heat-fast[evaluation]`). Cost: `ablations` forwards.
     """
 
-    ablations: int = setting(64, whole(2))
-    sources: str = setting("token", choice("token", "sentence"))
-    keep: float = setting(0.5, positive(1))
-    alpha: float = setting(0.01, positive())
+    ablations: int = setting(64, integer(minimum=2))
+    sources: Sources = setting("token", one_of(Sources))
+    keep: float = setting(0.5, positive(0.5, maximum=1))
+    alpha: float = setting(0.01, positive(0.01))
 
     def scores(self, case: Case) -> Tensor:
         """See `Baseline.scores`."""
@@ -134,8 +136,8 @@ class ReAGent(Baseline):
     forwards.
     """
 
-    steps: int = setting(64, whole())
-    share: float = setting(0.3, positive(1))
+    steps: int = setting(64, integer(minimum=1))
+    share: float = setting(0.3, positive(0.3, maximum=1))
 
     def scores(self, case: Case) -> Tensor:
         """See `Baseline.scores`."""
@@ -174,8 +176,8 @@ class CausalTracing(Baseline):
     3 here). Signed. Cost: `samples` (N L + 1) forwards, of half the blocks on average.
     """
 
-    samples: int = setting(3, whole())
-    noise: float = setting(3.0, positive())
+    samples: int = setting(3, integer(minimum=1))
+    noise: float = setting(3.0, positive(3.0))
 
     def scores(self, case: Case) -> Tensor:
         """See `Baseline.scores`."""

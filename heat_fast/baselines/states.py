@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -10,11 +11,14 @@ from torch.nn import functional
 
 from heat_fast.baselines.base import Baseline, register
 from heat_fast.baselines.case import Case
-from heat_fast.baselines.settings import choice, optional, setting, whole
 from heat_fast.decoder.norm import wide
 from heat_fast.errors import ConfigError
+from heat_fast.fields import OR_NONE, integer, one_of, optional, setting
 from heat_fast.gate import _flow, _targets
 from heat_fast.information import replacement
+
+Direction = Literal["forward", "backward", "bidirectional"]
+Mode = Literal["single", "masked"]
 
 
 @register("attention_rollout")
@@ -51,7 +55,7 @@ class Peering(Baseline):
     threshold. Signed. Cost: 1 forward, of one token more.
     """
 
-    layer: int | None = setting(None, optional(whole(0)))
+    layer: int | None = setting(None, optional(integer(minimum=0, also=OR_NONE)))
 
     def scores(self, case: Case) -> Tensor:
         """See `Baseline.scores`."""
@@ -82,8 +86,8 @@ class TokenDistributionDynamics(Baseline):
     not read yet. Signed. Cost: 1 forward (forward direction), N forwards (backward), or N + 1.
     """
 
-    direction: str = setting("bidirectional", choice("forward", "backward", "bidirectional"))
-    alternative: int | None = setting(None, optional(whole(0)))
+    direction: Direction = setting("bidirectional", one_of(Direction))
+    alternative: int | None = setting(None, optional(integer(minimum=0, also=OR_NONE)))
 
     def scores(self, case: Case) -> Tensor:
         """See `Baseline.scores`."""
@@ -134,8 +138,8 @@ class ProgressiveInference(Baseline):
     prediction is uniform, `1 / V`. Signed. Cost: 1 forward, or `passes` + 2.
     """
 
-    mode: str = setting("single", choice("single", "masked"))
-    passes: int = setting(64, whole())
+    mode: Mode = setting("single", one_of(Mode))
+    passes: int = setting(64, integer(minimum=1))
 
     def scores(self, case: Case) -> Tensor:
         """See `Baseline.scores`."""
