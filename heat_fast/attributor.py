@@ -25,7 +25,7 @@ from heat_fast.forward import (
     check_model,
     context_length,
     log_probs,
-    unchanged,
+    undisturbed,
 )
 from heat_fast.information import replacement
 from heat_fast.kernels.dispatch import Record, using
@@ -143,13 +143,8 @@ class Attributor:
         check_length(len(encoded), span.stop, longest, window)
         device = check_in_memory(self.model)
         try:
-            # Within inference mode autograd could not differentiate the activations; autocast
-            # would change dtypes behind the model's back.
             with (
-                torch.inference_mode(False),
-                torch.no_grad(),
-                torch.autocast(device.type, enabled=False),
-                unchanged(self.model),
+                undisturbed(self.model, device),
                 using(self.config.kernels, device) as ran,
                 _reporting(progress, self.config) as report,
             ):

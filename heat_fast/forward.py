@@ -177,6 +177,20 @@ def unchanged(model: nn.Module) -> Iterator[None]:
                 restore()
 
 
+@contextmanager
+def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """The model `unchanged`, and torch's modes as if the caller had set none; no gradients."""
+    # Within inference mode autograd could not differentiate the activations; autocast would change
+    # dtypes behind the model's back.
+    with (
+        torch.inference_mode(False),
+        torch.no_grad(),
+        torch.autocast(device.type, enabled=False),
+        unchanged(model),
+    ):
+        yield
+
+
 _LOCK = threading.Lock()
 #: Of each model in use: by how many calls, and what puts it back as it was before the first.
 _BORROWED: dict[nn.Module, tuple[int, Callable[[], None]]] = {}

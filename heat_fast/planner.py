@@ -257,14 +257,14 @@ def _submitting(workers: int) -> Iterator[Callable[..., Future[Any]]]:
     try:
         # The choice of kernels is the caller's.
         yield lambda run, first, stop: pool.submit(
-            copy_context().run, _undisturbed, run, first, stop
+            copy_context().run, _in_default_modes, run, first, stop
         )
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
         torch.set_num_threads(threads)  # the matrix library's own setting is the process'
 
 
-def _undisturbed(run: Callable[[int, int], Result], first: int, stop: int) -> Result:
+def _in_default_modes(run: Callable[[int, int], Result], first: int, stop: int) -> Result:
     """A batch on a new thread, whose torch modes are the defaults."""
     with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
         return run(first, stop)

@@ -15,7 +15,7 @@ from heat_fast.baselines.case import Case
 from heat_fast.checks import suggest
 from heat_fast.errors import ConfigError
 from heat_fast.fields import check_settings, integer, setting
-from heat_fast.forward import check_in_memory, unchanged
+from heat_fast.forward import check_in_memory, undisturbed
 from heat_fast.kernels.dispatch import using
 from heat_fast.provenance import provenance
 from heat_fast.readable import readable_tokens
@@ -57,13 +57,7 @@ class Baseline(ABC):
         Attributor(model, tokenizer)  # refuses what is no supported model or no tokenizer
         device = check_in_memory(model)
         started = time.perf_counter()
-        with (
-            torch.inference_mode(False),
-            torch.no_grad(),
-            torch.autocast(device.type, enabled=False),
-            unchanged(model),
-            using("auto", device),
-        ):
+        with undisturbed(model, device), using("auto", device):
             case = Case.read(model, tokenizer, prompt, target)
             log_probs = case.pick(case.log_probs())[0]
             found = self.scores(case)

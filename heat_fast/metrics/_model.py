@@ -13,7 +13,7 @@ from torch import Tensor
 from heat_fast.checks import check_whole, is_whole
 from heat_fast.decoder.norm import wide
 from heat_fast.errors import InputError
-from heat_fast.forward import context_length, unchanged
+from heat_fast.forward import context_length, undisturbed
 from heat_fast.metrics._estimate import check_vector
 from heat_fast.planner import Budget, cpu_rows, run_batches
 from heat_fast.prompt import check_length
@@ -129,12 +129,7 @@ class Asker:
 def asking(model: Any, rows: int | None) -> Iterator[Asker]:
     """Ask a model; its modes, gradients and the global random state stay as they are."""
     asker = Asker(model, rows)
-    with (
-        torch.inference_mode(False),
-        torch.no_grad(),
-        torch.autocast(asker.embed.weight.device.type, enabled=False),
-        unchanged(model),
-    ):
+    with undisturbed(model, asker.embed.weight.device):
         yield asker
 
 
