@@ -26,6 +26,7 @@ from heat_fast.forward import (
     context_length,
     log_probs,
     undisturbed,
+    vocabularies,
 )
 from heat_fast.information import replacement
 from heat_fast.kernels.dispatch import Record, using
@@ -131,12 +132,10 @@ class Attributor:
         """Attribute one prompt; see `heat_fast.attribute` for the arguments and the result."""
         model: Any = self.model
         embed = model.get_input_embeddings()
-        vocabulary = int(embed.weight.shape[0])
+        vocabulary, predicted = vocabularies(model)
         longest, window = context_length(self.model), self.config.window
         # With windows it is a window that has to fit.
         encoded = encode_prompt(prompt, self.tokenizer, vocabulary, None if window else longest)
-        head: Any = model.get_output_embeddings()
-        predicted = int(getattr(head, "out_features", vocabulary))
         response = encode_target(target, self.tokenizer, min(vocabulary, predicted))
         span = self._span(response, target_span)
         # What comes after the span cannot matter to it.

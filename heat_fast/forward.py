@@ -49,6 +49,13 @@ def context_length(model: Any) -> int | None:
     return int(length) if length else None
 
 
+def vocabularies(model: Any) -> tuple[int, int]:
+    """How many token ids the model reads, and how many it predicts; they may differ."""
+    read = int(model.get_input_embeddings().weight.shape[0])
+    head: Any = model.get_output_embeddings()
+    return read, int(getattr(head, "out_features", read))
+
+
 def log_probs(model: Any, embeddings: Tensor, count: int) -> Tensor:
     """Log-probabilities `[count, V]` at the last positions of a context `[M, d]`, float32 or 64."""
     output = model(inputs_embeds=embeddings[None], use_cache=False, logits_to_keep=count)

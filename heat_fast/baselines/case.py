@@ -18,7 +18,13 @@ from torch import Tensor
 
 from heat_fast.decoder import Decoder, Rows, view
 from heat_fast.decoder.norm import wide
-from heat_fast.forward import check_faithful, check_hooks, check_in_memory, context_length
+from heat_fast.forward import (
+    check_faithful,
+    check_hooks,
+    check_in_memory,
+    context_length,
+    vocabularies,
+)
 from heat_fast.planner import Budget, cpu_rows, run_batches
 from heat_fast.prompt import EncodedPrompt, check_length, encode_prompt, encode_target
 from heat_fast.trunk import Trunk, require_finite, run_trunk
@@ -48,16 +54,13 @@ class Case:
     @classmethod
     def read(cls, model: Any, tokenizer: Any, prompt: Any, target: Any) -> Case:
         """Encode prompt and target; a target of None is the model's own next token."""
-        embed = model.get_input_embeddings()
-        vocabulary, longest = int(embed.weight.shape[0]), context_length(model)
+        (vocabulary, predicted), longest = vocabularies(model), context_length(model)
         encoded = encode_prompt(prompt, tokenizer, vocabulary, longest)
-        head = model.get_output_embeddings()
-        predicted = int(getattr(head, "out_features", vocabulary))
         targets = encode_target(target, tokenizer, min(vocabulary, predicted)) or ()
         check_length(len(encoded), max(1, len(targets)), longest)
         device = check_in_memory(model)
         ids = torch.tensor([*encoded.token_ids, *targets[:-1]], device=device)
-        embeddings = embed(ids).detach()
+        embeddings = model.get_input_embeddings()(ids).detach()
         rows = GPU_ROWS if device.type == "cuda" else cpu_rows(embeddings.shape[-1])
         case = cls(model, tokenizer, encoded, targets or (0,), embeddings, Budget(rows))
         if not targets:

@@ -57,14 +57,14 @@ def _measure(
     from heat_fast.attributor import Attributor
     from heat_fast.ceilings import measure
     from heat_fast.cost import estimate
+    from heat_fast.forward import vocabularies
 
     told = estimate(model, tokens, targets, config)
     embed = model.get_input_embeddings().weight
     generator = torch.Generator().manual_seed(config.seed)
-    ids = torch.randint(embed.shape[0], (tokens + targets,), generator=generator).tolist()
     # A vocabulary may have fewer outputs than embeddings; a prompt may repeat a token.
-    head = model.get_output_embeddings()
-    outputs = int(getattr(head, "out_features", embed.shape[0]))
+    vocabulary, outputs = vocabularies(model)
+    ids = torch.randint(vocabulary, (tokens + targets,), generator=generator).tolist()
     goals = [each % outputs for each in ids[tokens:]]
     attributor = Attributor(model, None, config)
     attributor.attribute(ids[: min(tokens, 8)], goals[:1])  # the first run pays for caches
