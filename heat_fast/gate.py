@@ -51,8 +51,8 @@ def gate(trunk: Trunk, rollout: str, step: Step) -> Tensor:
     return (flow / total)[:, : trunk.prompt_length]
 
 
-def _targets(trunk: Trunk, dtype: torch.dtype) -> Tensor:
-    """Unit rows `e_p`, `[n, M]`, one per target position."""
+def target_rows(trunk: Trunk, dtype: torch.dtype) -> Tensor:
+    """Unit rows `e_p`, `[n, M]`, one per target: p is the position that predicts it."""
     eye = torch.eye(trunk.length, dtype=dtype, device=trunk.embeddings.device)
     return eye[trunk.first_row :]
 
@@ -66,8 +66,11 @@ def _norms(trunk: Trunk, layer: int, dtype: torch.dtype, heads: slice = _ALL) ->
     return value_output_norms(state.value[heads], weight[:, heads].flatten(1), dtype)
 
 
-def _flow(trunk: Trunk, layer: int, rho: Tensor, heads: slice = _ALL) -> Tensor:
-    """`rho A[l,h]`, `[Hk, G, R, M]`, for weights over all positions `[.., R, M]`."""
+def head_flows(trunk: Trunk, layer: int, rho: Tensor, heads: slice = _ALL) -> Tensor:
+    """What each head of a block takes from every position: `rho A[l,h]`, `[Hk, G, R, M]`.
+
+    `rho [.., R, M]`: R rows of weights over all positions. `heads`: which key-value heads.
+    """
     state = trunk.states[layer].attention
     masking = trunk.decoder.blocks[layer].attention.masking
     rho = rho[..., state.first_query :].to(state.query.device)
@@ -78,11 +81,11 @@ def _flow(trunk: Trunk, layer: int, rho: Tensor, heads: slice = _ALL) -> Tensor:
 
 def _value_path(trunk: Trunk, step: Step) -> Tensor:
     dtype = wide(trunk.embeddings.dtype)
-    rho = _targets(trunk, dtype)
+    rho = target_rows(trunk, dtype)
     total = torch.zeros_like(rho)
     layers = reversed(trunk.layers)
     for layer, work in zip(layers, trunk.work.gate("value_path"), strict=True):
-        flow = _flow(trunk, layer, rho)
+        flow = head_flows(trunk, layer, rho)
         norms = _norms(trunk, layer, dtype)
         total += (flow * norms[:, :, None]).sum((0, 1)).to(total.device)
         rho = (rho + flow.mean((0, 1)).to(rho.device)) / 2
@@ -92,7 +95,7 @@ def _value_path(trunk: Trunk, step: Step) -> Tensor:
 
 def _input_path(trunk: Trunk, step: Step) -> Tensor:
     dtype = wide(trunk.embeddings.dtype)
-    start = _targets(trunk, dtype)
+    start = target_rows(trunk, dtype)
     count = len(trunk.layers)
     heads, group = trunk.states[0].attention.query.shape[:2]
     # Every head's rollout is its own, so heads are taken a few at a time.
@@ -107,7 +110,7 @@ def _input_path(trunk: Trunk, step: Step) -> Tensor:
         norms = []
         for visited, layer in enumerate(reversed(trunk.layers)):
             rho = torch.cat((rho, start.expand(size, group, -1, -1)), dim=2)
-            rho = (rho + _flow(trunk, layer, rho, part).to(rho.device)) / 2
+            rho = (rho + head_flows(trunk, layer, rho, part).to(rho.device)) / 2
             norms.append(_norms(trunk, layer, dtype, part).to(rho.device))
             step(size * work[visited])
         rows = rho.unflatten(2, (count, -1))

@@ -14,7 +14,7 @@ from heat_fast.baselines.case import Case
 from heat_fast.decoder.norm import wide
 from heat_fast.errors import ConfigError
 from heat_fast.fields import OR_NONE, integer, one_of, optional, setting
-from heat_fast.gate import _flow, _targets
+from heat_fast.gate import head_flows, target_rows
 from heat_fast.information import replacement
 
 Direction = Literal["forward", "backward", "bidirectional"]
@@ -36,9 +36,9 @@ class AttentionRollout(Baseline):
     def scores(self, case: Case) -> Tensor:
         """See `Baseline.scores`."""
         trunk = case.trunk()
-        rho = _targets(trunk, wide(trunk.embeddings.dtype))
+        rho = target_rows(trunk, wide(trunk.embeddings.dtype))
         for layer in reversed(trunk.layers):
-            rho = (rho + _flow(trunk, layer, rho).mean((0, 1)).to(rho.device)) / 2
+            rho = (rho + head_flows(trunk, layer, rho).mean((0, 1)).to(rho.device)) / 2
         return rho[:, : case.tokens]
 
 
