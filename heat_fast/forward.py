@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from types import MethodType
@@ -58,8 +58,21 @@ def vocabularies(model: Any) -> tuple[int, int]:
 
 def log_probs(model: Any, embeddings: Tensor, count: int) -> Tensor:
     """Log-probabilities `[count, V]` at the last positions of a context `[M, d]`, float32 or 64."""
-    output = model(inputs_embeds=embeddings[None], use_cache=False, logits_to_keep=count)
-    logits = output.logits[0, -count:]
+    return padded_log_probs(model, [embeddings], count)[0]
+
+
+def padded_log_probs(model: Any, contexts: Sequence[Tensor], count: int) -> Tensor:
+    """Log-probabilities `[B, count, V]` at the last positions of each context `[M, d]`.
+
+    Shorter contexts are padded on the right, which a causal model does not see.
+    """
+    sizes = [len(each) for each in contexts]
+    padded = nn.utils.rnn.pad_sequence(list(contexts), batch_first=True)
+    kept = max(sizes) - min(sizes) + count
+    logits = model(inputs_embeds=padded, use_cache=False, logits_to_keep=kept).logits[:, -kept:]
+    if kept > count:
+        ends = [slice(size - min(sizes), size - min(sizes) + count) for size in sizes]
+        logits = torch.stack([row[end] for row, end in zip(logits, ends, strict=True)])
     return torch.log_softmax(logits.to(wide(logits.dtype)), dim=-1)
 
 

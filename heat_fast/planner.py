@@ -29,6 +29,9 @@ _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 # to width 128 twice as many rows take 0.5 to 0.7 times as long, at 288 more rows gain nothing.
 CPU_ROWS = 512
 _CPU_NUMBERS = 512 * 288
+# A batch of plain forwards: rows on a GPU, and logits, 256 MB of them in float32.
+_GPU_FORWARD_ROWS = 1 << 13
+FORWARD_LOGITS = 1 << 26
 # Python itself takes a few milliseconds of each batch, one thread at a time.
 MOST_WORKERS = 8
 
@@ -55,9 +58,13 @@ class Budget:
     workers: int = 1
     halvings: int = 0
 
-    def batch(self, rows_each: int, most: int) -> int:
-        """How many sequences of `rows_each` rows fit, at least one, at most `most`."""
-        return max(1, min(most, self.rows // max(1, rows_each)))
+    def batch(self, rows_each: int, most: int, logits_each: int = 1) -> int:
+        """How many sequences of `rows_each` rows fit, at least one, at most `most`.
+
+        `logits_each`: how many logits a sequence makes, where their number may matter.
+        """
+        fit = min(self.rows // max(1, rows_each), FORWARD_LOGITS // logits_each)
+        return max(1, min(most, fit))
 
     def shrink(self) -> None:
         """Halve the budget after a batch did not fit."""
@@ -114,6 +121,11 @@ def cpu_rows(width: int) -> int:
     At most twice the least: rows of a sweep hold memory in every block.
     """
     return max(CPU_ROWS, min(2 * CPU_ROWS, _CPU_NUMBERS // width))
+
+
+def forward_rows(device: torch.device, width: int) -> int:
+    """Token rows of one batch of plain forwards, of which nothing but logits is kept."""
+    return _GPU_FORWARD_ROWS if device.type == "cuda" else cpu_rows(width)
 
 
 def runs_alone(length: int, width: int) -> bool:
@@ -234,6 +246,15 @@ def run_batches(
                 stop, result = ready.pop(kept)
                 keep(kept, stop, result)
                 kept = stop
+
+
+def collect(
+    total: int, budget: Budget, size: Callable[[int], int], run: Callable[[int, int], torch.Tensor]
+) -> torch.Tensor:
+    """What `run(first, stop)` of `run_batches` returns for all items, in one tensor."""
+    parts: list[torch.Tensor] = []
+    run_batches(total, budget, size, run, lambda first, stop, found: parts.append(found))
+    return torch.cat(parts)
 
 
 @contextmanager

@@ -50,7 +50,7 @@ def linear_case(values: Tensor, slopes: Tensor, rows: int = 4) -> Case:
             return SimpleNamespace(out_features=2)
 
         def get_input_embeddings(self) -> Any:
-            return None
+            return SimpleNamespace(weight=torch.empty(2, 0))
 
         def __call__(self, inputs_embeds: Tensor, **_: Any) -> Any:
             log_p = (inputs_embeds * slopes).sum((-1, -2))
@@ -282,7 +282,7 @@ def test_logits_bound_how_many_masks_are_learned_at_once(monkeypatch: pytest.Mon
     sizes.clear()
     # Room for the logits of one mask and its complement, at all targets.
     logits = 2 * len(TARGETS) * model.get_output_embeddings().out_features
-    monkeypatch.setattr(heat_fast.baselines.case, "LOGIT_ELEMENTS", logits)
+    monkeypatch.setattr("heat_fast.planner.FORWARD_LOGITS", logits)
     apart = quick("faml")(model, None, ids, TARGETS)
     assert max(sizes) == 2
     assert_close("scores", together.target_scores, apart.target_scores, rtol=1e-9)
@@ -334,7 +334,7 @@ def test_every_method_serves_every_family_and_leaves_the_model(family: str) -> N
 def test_batches_do_not_matter_and_seeds_do(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, ids = build("llama"), prompt_ids("llama", 8)
     result = quick(name)(model, None, ids, TARGETS)
-    monkeypatch.setattr("heat_fast.baselines.case.cpu_rows", lambda width: 1)
+    monkeypatch.setattr("heat_fast.baselines.case.forward_rows", lambda *_: 1)
     again = quick(name)(model, None, ids, TARGETS)
     assert_close(name, result.target_scores, again.target_scores, rtol=1e-3, atol=1e-6)
     other = quick(name, seed=1)(model, None, ids, TARGETS)
@@ -387,10 +387,7 @@ def test_reagent_finds_the_token_that_matters(monkeypatch: pytest.MonkeyPatch) -
     values, slopes = torch.full((5, 1), 0.1).double(), torch.zeros(5, 1).double()
     slopes[2] = -1  # log p = -0.1, and -5 with token 2 replaced
     case = linear_case(values, slopes)
-
-    def embed(ids: Tensor) -> Tensor:
-        return torch.full((len(ids), 1), 5.0, dtype=torch.float64)
-
+    embed = torch.nn.Embedding.from_pretrained(torch.full((2, 1), 5.0, dtype=torch.float64))
     monkeypatch.setattr(type(case.model), "get_input_embeddings", lambda _: embed)
     monkeypatch.setattr(
         perturbation, "_draw", lambda _, steps, generator: torch.zeros(steps, 5, dtype=torch.long)

@@ -23,15 +23,12 @@ from heat_fast.forward import (
     check_hooks,
     check_in_memory,
     context_length,
+    padded_log_probs,
     vocabularies,
 )
-from heat_fast.planner import Budget, cpu_rows, run_batches
+from heat_fast.planner import Budget, collect, forward_rows
 from heat_fast.prompt import EncodedPrompt, check_length, encode_prompt, encode_target
 from heat_fast.trunk import Trunk, require_finite, run_trunk
-
-GPU_ROWS = 1 << 13
-# Logits of one batch: at most this many numbers, 256 MB in float32.
-LOGIT_ELEMENTS = 1 << 26
 
 
 @dataclass
@@ -61,7 +58,7 @@ class Case:
         device = check_in_memory(model)
         ids = torch.tensor([*encoded.token_ids, *targets[:-1]], device=device)
         embeddings = model.get_input_embeddings()(ids).detach()
-        rows = GPU_ROWS if device.type == "cuda" else cpu_rows(embeddings.shape[-1])
+        rows = forward_rows(device, embeddings.shape[-1])
         case = cls(model, tokenizer, encoded, targets or (0,), embeddings, Budget(rows))
         if not targets:
             case.targets = (int(case.log_probs()[0, 0].argmax()),)
@@ -106,18 +103,8 @@ class Case:
         kept = max(lengths) - min(lengths) + targets
 
         def run(first: int, stop: int) -> Tensor:
-            rows = [torch.cat((self.embeddings[list(each)], later)) for each in subsets[first:stop]]
-            padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-            longest = padded.shape[1]
-            sizes = lengths[first:stop]
-            found = self.forward(padded, longest - min(sizes) + targets)
-            start = min(sizes) - targets
-            return torch.stack(
-                [
-                    found[row, size - targets - start : size - start]
-                    for row, size in enumerate(sizes)
-                ]
-            )
+            some = [torch.cat((self.embeddings[list(each)], later)) for each in subsets[first:stop]]
+            return self.forward(some, targets)
 
         return self._batches(len(subsets), max(lengths), kept, run)
 
@@ -205,32 +192,23 @@ class Case:
         self.counts["forward"] += 2
         return trunk
 
-    def forward(self, embeddings: Tensor, kept: int) -> Tensor:
-        """`log P [B, kept, V]` at the last positions of one batch of contexts."""
-        self.counts["forward"] += len(embeddings)
-        output = self.model(inputs_embeds=embeddings, use_cache=False, logits_to_keep=kept)
-        logits = output.logits[:, -kept:]
-        return torch.log_softmax(logits.to(wide(logits.dtype)), dim=-1)
+    def forward(self, contexts: Sequence[Tensor] | Tensor, kept: int) -> Tensor:
+        """`log P [B, kept, V]` at the last positions of one batch of contexts `[M, d]`."""
+        self.counts["forward"] += len(contexts)
+        return padded_log_probs(self.model, list(contexts), kept)
 
     def batch(self, length: int, kept: int, most: int) -> int:
         """How many items of `length` rows, of which `kept` make logits, are run at once.
 
         Within the budget of rows and of logits; at least one, at most `most`.
         """
-        head = self.model.get_output_embeddings()
-        vocabulary = int(getattr(head, "out_features", 1))
-        return self.budget.batch(length, min(most, LOGIT_ELEMENTS // (kept * vocabulary)))
+        _, predicted = vocabularies(self.model)
+        return self.budget.batch(length, most, kept * predicted)
 
     def _batches(
         self, count: int, length: int, kept: int, run: Callable[[int, int], Tensor]
     ) -> Tensor:
         """`run(first, stop)` over all sequences, within the budget of rows and of logits."""
-        parts: list[Tensor] = []
-        run_batches(
-            count,
-            self.budget,
-            lambda first: self.batch(length, kept, count - first),
-            run,
-            lambda first, stop, found: parts.append(found),
+        return collect(
+            count, self.budget, lambda first: self.batch(length, kept, count - first), run
         )
-        return torch.cat(parts)

@@ -11,20 +11,15 @@ import torch
 from torch import Tensor
 
 from heat_fast.checks import check_whole, is_whole
-from heat_fast.decoder.norm import wide
 from heat_fast.errors import InputError
-from heat_fast.forward import context_length, undisturbed
+from heat_fast.forward import context_length, padded_log_probs, undisturbed
 from heat_fast.metrics._estimate import check_vector
-from heat_fast.planner import Budget, cpu_rows, run_batches
+from heat_fast.planner import Budget, collect, forward_rows
 from heat_fast.prompt import check_length
 from heat_fast.trunk import require_finite
 
 if TYPE_CHECKING:
     from heat_fast.result import Attribution
-
-GPU_ROWS = 1 << 13
-# Logits of one batch: at most this many numbers, 256 MB in float32.
-LOGIT_ELEMENTS = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -65,9 +60,8 @@ class Asker:
         weight = self.embed.weight
         self.vocabulary = int(weight.shape[0])
         self.longest = context_length(model) if hasattr(model, "config") else None
-        on_gpu = weight.device.type == "cuda"
         asked = None if rows is None else check_whole("rows", rows)
-        self.budget = Budget(asked or (GPU_ROWS if on_gpu else cpu_rows(weight.shape[-1])))
+        self.budget = Budget(asked or forward_rows(weight.device, weight.shape[-1]))
 
     def plain(self, case: Case, where: str) -> Case:
         """The case with ids that are Python's, all of them in the vocabulary."""
@@ -93,36 +87,21 @@ class Asker:
         make: Callable[[int], Tensor],
         keep: Callable[[Tensor], Tensor],
     ) -> Tensor:
-        """`keep(log P [B, V]) [B]` after every context `make(k) [lengths[k], d]`, on the CPU.
-
-        Shorter ones of a batch are padded on the right, which a causal model does not see.
-        """
-        parts: list[Tensor] = []
+        """`keep(log P [B, V]) [B]` after every context `make(k) [lengths[k], d]`, on the CPU."""
         longest, spread = max(lengths), max(lengths) - min(lengths) + 1
-        most = max(1, LOGIT_ELEMENTS // (spread * self.vocabulary))
 
         def run(first: int, stop: int) -> Tensor:
-            sizes = lengths[first:stop]
-            padded = torch.nn.utils.rnn.pad_sequence(
-                [make(which) for which in range(first, stop)], batch_first=True
-            )
-            kept = max(sizes) - min(sizes) + 1
-            output = self.model(inputs_embeds=padded, use_cache=False, logits_to_keep=kept)
-            logits = output.logits[:, -kept:]
-            last = torch.tensor(sizes, device=logits.device) - min(sizes)
-            rows = logits[torch.arange(len(sizes), device=logits.device), last]
-            found = torch.log_softmax(rows.to(wide(rows.dtype)), dim=-1)
+            contexts = [make(which) for which in range(first, stop)]
+            found = padded_log_probs(self.model, contexts, 1)[:, 0]
             require_finite(found, "the logits of a perturbed prompt")
             return keep(found).double().cpu()
 
-        run_batches(
+        return collect(
             len(lengths),
             self.budget,
-            lambda at: self.budget.batch(longest, min(most, len(lengths) - at)),
+            lambda at: self.budget.batch(longest, len(lengths) - at, spread * self.vocabulary),
             run,
-            lambda first, stop, found: parts.append(found),
         )
-        return torch.cat(parts)
 
 
 @contextmanager

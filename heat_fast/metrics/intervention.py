@@ -22,7 +22,7 @@ from heat_fast.metrics._estimate import (
 )
 from heat_fast.metrics._model import Asker, Case, asking, read
 from heat_fast.metrics.alignment import Tokens
-from heat_fast.planner import run_batches
+from heat_fast.planner import collect
 from heat_fast.ranks import spearman
 from heat_fast.trunk import require_finite
 
@@ -74,7 +74,6 @@ def _effects(asker: Asker, case: Case, reference: str, number: int) -> Tensor:
     replaced = embeddings.mean(0) if reference == "mean" else torch.zeros_like(embeddings[0])
     clean = _cache(asker.model, embeddings[None])
     whole = _log_prob(asker.model, embeddings[None, -1:], clean, case.target)
-    parts: list[Tensor] = []
 
     def run(first: int, stop: int) -> Tensor:
         tokens = range(first, stop)
@@ -100,8 +99,7 @@ def _effects(asker: Asker, case: Case, reference: str, number: int) -> Tensor:
         # The last token is a run of its own.
         return max(1, min(asker.budget.batch(length, length), length - 1 - first))
 
-    run_batches(length, asker.budget, size, run, lambda first, stop, found: parts.append(found))
-    return whole - torch.cat(parts)
+    return whole - collect(length, asker.budget, size, run)
 
 
 Cache = list[tuple[Tensor, Tensor]]  # keys and values `[B, Hk, M, D]` of every layer
