@@ -241,6 +241,12 @@ def attribute_rows(
     with; ConfigError where the output was begun with another model, dtype or settings; OutputError
     where it cannot be written. Whatever goes wrong in a row is a line of the side file.
     """
+    if not isinstance(source, (str, os.PathLike)):
+        raise InputError(
+            f"source is {type(source).__name__}: expected the path of a JSON Lines or Parquet "
+            "file, for an interrupted run goes on by it. Write the rows to one, or attribute them "
+            "one by one."
+        )
     output = Path(output)
     parquet = is_parquet(output)
     journal = output.with_name(output.name + ".partial.jsonl") if parquet else output
@@ -252,7 +258,7 @@ def attribute_rows(
     settings = _settings(attributor)
     summary = Summary()
     try:
-        done = dict(_finished(lines, settings))
+        done = dict(_finished(lines, settings, output))
         reasons = list(_reasons(side))
         lasting = [] if retry_failed else [each for each in reasons if _lasts(each, settings)]
         failed = {reason["row"]: reason["input"] for reason in lasting}
@@ -348,7 +354,9 @@ def _conversation(fields: Mapping[str, Any]) -> dict[str, Any]:
 # --- what was done before -------------------------------------------------------------------------
 
 
-def _finished(lines: _Lines, settings: Mapping[str, Any]) -> Iterator[tuple[int, str]]:
+def _finished(
+    lines: _Lines, settings: Mapping[str, Any], output: Path
+) -> Iterator[tuple[int, str]]:
     """Numbers and digests of the rows whose results an earlier run wrote."""
     for line in lines.read():
         metadata = line.get("metadata") if isinstance(line, dict) else None
@@ -358,7 +366,7 @@ def _finished(lines: _Lines, settings: Mapping[str, Any]) -> Iterator[tuple[int,
             or not isinstance(metadata.get("config"), dict)
         ):
             raise _foreign(lines.path, "results")
-        _check_settings(_settings_of(metadata), settings, lines.path)
+        _check_settings(_settings_of(metadata), settings, output)
         yield metadata["batch"]["row"], metadata["batch"]["input"]
 
 

@@ -455,6 +455,24 @@ def test_it_tells_what_was_done(run: Callable[..., Any], tmp_path: Path) -> None
     assert run(source, tmp_path / "out.jsonl", "--errors", side, "--quiet").output == ""
 
 
+def test_a_log_gets_a_line_now_and_then(
+    run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write(tmp_path / "in.jsonl", GOOD)
+    assert " of 4 rows, " not in run(source, tmp_path / "one.jsonl").stderr
+    # Its package shows the command under the module's name.
+    monkeypatch.setattr(sys.modules["heat_fast.cli.batch"], "SECONDS_BETWEEN_LINES", 0.0)
+    told = run(source, tmp_path / "two.jsonl").stderr
+    assert [f"{number} of 4 rows, " in told for number in range(6)] == [
+        number in (1, 2, 3, 4) for number in range(6)
+    ]
+
+
+def test_rows_in_memory_are_no_source(tmp_path: Path, attributor: Attributor) -> None:
+    with pytest.raises(InputError, match="source is list: expected the path"):
+        attribute_rows(attributor, GOOD, tmp_path / "out.jsonl")  # type: ignore[arg-type]
+
+
 def test_where_every_row_fails_that_is_an_error(run: Callable[..., Any], tmp_path: Path) -> None:
     source = write(tmp_path / "in.jsonl", [BAD[0][0], BAD[2][0]])
     outcome = run(source, tmp_path / "out.jsonl")

@@ -47,6 +47,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     make(token_ids=(7, 8, 9)).save("other.safetensors")
     Path("one.json").write_text(json.dumps(one.to_dict()))
     heat_fast.write_jsonl([one, two], "both.jsonl")
+    heat_fast.write_jsonl([one, two, one], "twice.jsonl")
     heat_fast.write_jsonl([], "empty.jsonl")
     Path("broken.json").write_text("{")
     return tmp_path
@@ -76,6 +77,7 @@ def test_every_setting_has_an_option() -> None:
         (["show", "both.jsonl"], "holds several results"),
         (["show", "both.jsonl", "--id", "three"], "no result 'three'"),
         (["show", "empty.jsonl"], "holds no results"),
+        (["show", "twice.jsonl", "--id", "one"], "several results 'one': expected ids of one"),
         (["show", "one.json", "--id", "one"], "holds one result"),
         (["show", "one.json", "--json", "no-folder/x"], "does not exist"),
         (["show", "one.json", "--html", "-"], "--html -: expected a file name"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,6 +19,9 @@ from heat_fast.errors import HeatError
 
 if TYPE_CHECKING:
     from heat_fast.batch import Summary
+
+#: In a log: often enough to see that it lives, seldom enough to be read.
+SECONDS_BETWEEN_LINES = 60.0
 
 Report = Callable[["Summary"], None]
 
@@ -100,9 +104,12 @@ def _check_paths(source: str, output: str, side: str) -> None:
 
 @contextlib.contextmanager
 def _progress(rows: int, quiet: bool) -> Iterator[Report | None]:
-    """A bar with throughput, on standard error where that is a terminal."""
-    if quiet or not sys.stderr.isatty():
+    """A bar with throughput on standard error; a line now and then where that is no terminal."""
+    if quiet:
         yield None
+        return
+    if not sys.stderr.isatty():
+        yield _lines(rows)
         return
     from rich.console import Console
     from rich.progress import (
@@ -118,11 +125,26 @@ def _progress(rows: int, quiet: bool) -> Iterator[Report | None]:
         task = progress.add_task("rows", total=rows)
 
         def report(summary: Summary) -> None:
-            before = summary.before + summary.failed_before
-            finished = before + summary.done + summary.failed
-            progress.update(task, completed=finished, description=_speed(summary))
+            progress.update(task, completed=_finished(summary), description=_speed(summary))
 
         yield report
+
+
+def _lines(rows: int) -> Report:
+    """A report that writes a line every `SECONDS_BETWEEN_LINES`, for logs."""
+    told = time.monotonic()
+
+    def report(summary: Summary) -> None:
+        nonlocal told
+        if time.monotonic() - told >= SECONDS_BETWEEN_LINES:
+            told = time.monotonic()
+            note(f"{_finished(summary)} of {rows} rows, {_speed(summary)}", False)
+
+    return report
+
+
+def _finished(summary: Summary) -> int:
+    return summary.before + summary.failed_before + summary.done + summary.failed
 
 
 def _speed(summary: Summary) -> str:

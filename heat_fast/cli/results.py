@@ -55,16 +55,23 @@ def _many(path: str) -> Iterator[Attribution]:
 
 
 def _chosen(path: str, results: Iterator[Attribution], name: str) -> Attribution:
-    """The first result with that id; where there is none, that of the row of that number."""
-    numbered = None
+    """The result with that id; where there is none, that of the row of that number."""
+    named = numbered = None
     last = 0
     for place, result in enumerate(results, start=1):
-        if result.id == name:
-            return result
         number = _row(result, place)
+        if result.id == name:
+            if named is not None:
+                raise UsageError(
+                    f"{path!r} has several results {name!r}: expected ids of one result each. "
+                    f"Name it by its row instead; the second is row {number}."
+                )
+            named = result
         last = max(last, number)
         if str(number) == name:
             numbered = result
+    if named is not None:
+        return named
     if numbered is None:
         raise UsageError(
             f"{path!r} has no result {name!r}: expected an id, or a row from 1 to {last} that did "
