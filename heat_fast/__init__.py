@@ -24,6 +24,7 @@ from heat_fast._version import __version__
 
 if TYPE_CHECKING:
     from heat_fast.attributor import Attributor, attribute
+    from heat_fast.calibration import Calibration, calibrate
     from heat_fast.config import HeatConfig
     from heat_fast.cost import Estimate, estimate
     from heat_fast.demo import load_demo_model
@@ -48,6 +49,7 @@ __all__ = [
     "Attribution",
     "Attributor",
     "Bounds",
+    "Calibration",
     "ConfigError",
     "Estimate",
     "HeatConfig",
@@ -62,6 +64,7 @@ __all__ = [
     "attribute",
     "bounds",
     "build_info",
+    "calibrate",
     "estimate",
     "from_dict",
     "generate_and_attribute",
@@ -78,6 +81,7 @@ _HOME = {
     "Attribution": "heat_fast.result",
     "Attributor": "heat_fast.attributor",
     "Bounds": "heat_fast.error_bounds",
+    "Calibration": "heat_fast.calibration",
     "ConfigError": "heat_fast.errors",
     "Estimate": "heat_fast.cost",
     "HeatConfig": "heat_fast.config",
@@ -90,6 +94,7 @@ _HOME = {
     "UnsupportedModelError": "heat_fast.errors",
     "attribute": "heat_fast.attributor",
     "bounds": "heat_fast.error_bounds",
+    "calibrate": "heat_fast.calibration",
     "build_info": "heat_fast.native",
     "estimate": "heat_fast.cost",
     "from_dict": "heat_fast.storage",

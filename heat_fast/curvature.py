@@ -77,9 +77,14 @@ class Curvature:
 
     @staticmethod
     def of(samples: Tensor, quality: Quality | None = None) -> Curvature:
-        """Mean and standard error over probes; one probe alone has no known error."""
+        """Mean and standard error over probes.
+
+        The error is not known of one probe alone, and of a low-rank approximation: its probes share
+        one sketch, whose own randomness they do not show.
+        """
         probes = samples.shape[-1]
-        stderr = samples.std(-1) / math.sqrt(probes) if probes > 1 else None
+        known = probes > 1 and quality is None
+        stderr = samples.std(-1) / math.sqrt(probes) if known else None
         return Curvature(samples.mean(-1), stderr, samples, quality)
 
     @staticmethod
@@ -267,9 +272,9 @@ class _Coded:
     It leaves the ranking to the plain norms and is consistent, for q falls as 1/K and vanishes at
     K = N'. With 8 codes the level was 0.91 to 0.98 of the converged value on a 3M-parameter model.
 
-    `codes="auto"`: the first probe measures the ratio `R` of off-diagonal to diagonal energy with
-    8 codes (`var_k = R` times the signal); K is then the power of two from 8 on with `R / K <= 2`,
-    at most 256.
+    `codes="auto"`: the first probe measures the noise of 8 codes, `var_mean = R / 8` times the
+    signal, where R is the ratio of off-diagonal to diagonal energy times `1 - 8 / N'`; K is then
+    the power of two from 8 on with `R / K <= 2`, at most 256.
     """
 
     def __init__(self, products: Products, config: HeatConfig) -> None:

@@ -52,7 +52,7 @@ class Bounds:
     None without a low-rank approximation; `width` is d; for the `sampled` tokens
     `distribution_shift [n, sampled]` is eps_orig + eps_mask (l1 norms, means over the windows of a
     token) and `mu [n]` the smallest probability met. `theorem [n, sampled]` is their sum as in
-    Eq. 17.
+    Eq. 17, which knows no gradient term: None where `alpha` is not 0.
     """
 
     error: Tensor
@@ -65,7 +65,7 @@ class Bounds:
     sampled: tuple[int, ...]
     distribution_shift: Tensor
     mu: Tensor
-    theorem: Tensor
+    theorem: Tensor | None
 
     def report(self) -> dict[str, Any]:
         """Means over tokens and the worst cases, as JSON values."""
@@ -77,7 +77,7 @@ class Bounds:
             "sampled": list(self.sampled),
             "distribution_shift": self.distribution_shift.tolist(),
             "mu": self.mu.tolist(),
-            "theorem": self.theorem.tolist(),
+            "theorem": None if self.theorem is None else self.theorem.tolist(),
         }
 
 
@@ -141,7 +141,7 @@ def bounds(model: Any, approximate: Attribution, exact: Attribution, *, sample: 
         sampled=sampled,
         distribution_shift=moved,
         mu=mu,
-        theorem=theorem,
+        theorem=None if config.alpha else theorem,
     )
 
 
@@ -200,7 +200,7 @@ def _distributions(
     """`eps_orig + eps_mask [n, sampled]` and the smallest windowed probability `[n]`."""
     embed, count = model.get_input_embeddings(), len(result.token_ids)
     targets = len(result.target_ids)
-    ids = [*result.token_ids, *result.target_ids[:-1]]
+    ids = result.context_ids
     with unchanged(model):
         embeddings = embed(torch.tensor(ids, device=embed.weight.device))
         vector = replacement(embed, config.masking, config.sentinel_token, embeddings)

@@ -132,7 +132,8 @@ class Reference:
                 return (entering, *args[1:]), kwargs
             return args, {**kwargs, "hidden_states": entering}
 
-        block = self.blocks()[-self.layers]
+        blocks = self.blocks()
+        block = blocks[-min(self.layers, len(blocks))]
         handle = block.register_forward_pre_hook(cut, with_kwargs=True)
         try:
             log_p = self.log_distribution(embeddings)
@@ -211,7 +212,7 @@ class Reference:
         layers, heads, length, _ = weights.shape
         identity = torch.eye(length, dtype=weights.dtype, device=weights.device)
         flow = torch.zeros(layers, heads, length, dtype=weights.dtype, device=weights.device)
-        first = 0 if self.layers is None else layers - self.layers
+        first = 0 if self.layers is None else max(0, layers - self.layers)
         for layer in range(first, layers):
             for head in range(heads):
                 if kind == "value_path":

@@ -68,8 +68,10 @@ class Attribution:
 
     gate: attention-value flow into the target's position, of which the whole context (the
         prompt and the target tokens before) receives 1: row 0 sums to 1; later rows leave out the
-        share of the earlier target tokens, and sum to less. Of a prompt in several windows it is,
-        like all components, the mean over the windows that hold the token, and sums to none of it.
+        share of the earlier target tokens, and sum to less. Of a prompt in several windows it is
+        the weighted mean over the windows that hold the token, and sums to none of it; the other
+        components are then means of what each window found times its weight
+        (`heat_fast.windows`), also where they are in nats.
     curvature: S, the mean l1 norm of a token's block of the Hessian of the log-probability times
         a vector of signs (or what the settings put in its place).
     information: I, the KL divergence in nats after the token's embedding is replaced.
@@ -83,8 +85,8 @@ class Attribution:
     target_ids, target_tokens, target_log_probs: the targets; log-probabilities [T] in nats; of
         several windows see ``metadata["windows"]["target_of"]``.
     curvature_stderr: standard error of the curvature over its probes [T, N], in the units of
-        `curvature`; 0 where it is exact, None where it is not known (a single probe, or the
-        Gauss-Newton sketch), an upper bound where windows are averaged.
+        `curvature`; 0 where it is exact, None where it is not known (a single probe, the
+        Gauss-Newton sketch, a low-rank approximation), an upper bound where windows are averaged.
     information_skipped: for each prompt token, whether screening left its information out
         (`coverage`): its information and log_prob_drop are 0 and were not measured. None where
         all were.
@@ -211,6 +213,13 @@ class Attribution:
     def scores(self) -> Tensor:
         """The scores [N], aggregated over targets as the configuration says; each time anew."""
         return self.aggregated("target_scores")
+
+    @property
+    def context_ids(self) -> tuple[int, ...]:
+        """What the model read: the prompt, and its response up to the last explained token."""
+        response = self.metadata.get("response")
+        ids = self.target_ids if response is None else response["token_ids"][: response["span"][1]]
+        return (*self.token_ids, *ids[:-1])
 
     @property
     def aggregate(self) -> str:

@@ -40,7 +40,14 @@ def test_the_terms_bound_the_error(settings: dict[str, Any]) -> None:
     assert bool((found.error <= total + 1e-6 * total.max()).all())
     assert float(found.error.max()) > 0
     assert found.sampled == (0, 8, 17)
-    assert found.theorem.shape == found.distribution_shift.shape == (2, 3)
+    assert found.distribution_shift.shape == (2, 3)
+    if settings.get("alpha"):
+        assert found.theorem is None and found.report()["theorem"] is None
+    else:
+        assert found.theorem is not None
+        # It knows windows and low rank, not the noise of codes or layers that are left out.
+        held = (found.error[:, list(found.sampled)] <= found.theorem + 1e-6).all()
+        assert bool(held) or not {"window", "rank"} & set(settings)
     windowed = "window" in settings
     assert bool((found.window > 0).any()) == (windowed or "layers" in settings)
     assert bool((found.distribution_shift > 0).all()) == windowed
@@ -109,7 +116,7 @@ def test_an_attribution_against_itself_has_no_error() -> None:
     exact = run(model)
     found = bounds(model, exact, exact)
     assert float(found.error.max()) == float(found.gate_shift.max()) == 0.0
-    assert float(found.theorem.max()) == 0.0
+    assert found.theorem is not None and float(found.theorem.max()) == 0.0
 
 
 @pytest.mark.parametrize(

@@ -78,8 +78,9 @@ def test_probes_of_a_low_rank_approximation_take_no_products() -> None:
     assert few.metadata["counts"]["hvp"] == most.metadata["counts"]["hvp"] == 2 * (12 + 4)
     fixed = attribute(probes=8, **settings)
     torch.testing.assert_close(few.curvature, fixed.curvature)
-    assert most.curvature_stderr is not None and few.curvature_stderr is not None
-    assert float(most.curvature_stderr.mean()) < float(few.curvature_stderr.mean())
+    # Probes of one sketch do not show the sketch's own error.
+    assert most.curvature_stderr is None and few.curvature_stderr is None
+    assert not torch.equal(most.curvature, few.curvature)
 
 
 @pytest.mark.parametrize("scope", ["sequence", "token"])
