@@ -20,6 +20,7 @@ from heat_fast.combine import combine
 from heat_fast.config import HeatConfig, check_config
 from heat_fast.decoder import check_supported, view
 from heat_fast.errors import HeatError, InputError
+from heat_fast.finding import Finding
 from heat_fast.forward import (
     check_in_memory,
     check_model,
@@ -47,7 +48,7 @@ from heat_fast.provenance import provenance
 from heat_fast.readable import readable_tokens
 from heat_fast.result import Attribution
 from heat_fast.spans import TargetSpan, target_range
-from heat_fast.windows import Finding, Plan, accumulate, plan_windows, report, worth_sweeping
+from heat_fast.windows import Plan, accumulate, plan_windows, report, worth_sweeping
 
 
 def attribute(

@@ -20,6 +20,7 @@ from heat_fast.cost import curvature_work
 from heat_fast.curvature import Curvature, curvature, product_count
 from heat_fast.decoder import Decoder
 from heat_fast.decoder.norm import wide
+from heat_fast.finding import Finding
 from heat_fast.forward import check_faithful, check_hooks
 from heat_fast.gate import gate
 from heat_fast.information import ExactBranches, information
@@ -37,7 +38,6 @@ from heat_fast.progress import Ledger
 from heat_fast.screening import Screening, screened_information
 from heat_fast.stopping import settled
 from heat_fast.trunk import Trunk, run_adjoint, run_trunk
-from heat_fast.windows import Finding
 from heat_fast.work import Work
 
 

@@ -32,7 +32,7 @@ sample of what they left out exactly, report it (`Screening.report`), and use it
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -155,6 +155,10 @@ class FrozenBranches(Branches):
         return ~near | beyond | self._is_target(rows)
 
 
+#: Of a row `[n, length]` per window, every token's mean over the windows that hold it, `[n, N]`.
+Mean = Callable[[Sequence[Tensor]], Tensor]
+
+
 @dataclass(frozen=True)
 class Screening:
     """What screening left out, and what an audit of it found.
@@ -172,6 +176,48 @@ class Screening:
     def sums(self) -> tuple[Tensor, Tensor] | None:
         """What the skipped tokens' information and positive drop are estimated to sum to."""
         return None if self.estimates is None else self.estimates[:2]
+
+    def times(self, share: Tensor) -> Screening:
+        """The same with its estimates multiplied, `[n, 1]`."""
+        if self.estimates is None:
+            return self
+        information, drop, weighted = (each * share.to(each) for each in self.estimates)
+        return replace(self, estimates=(information, drop, weighted))
+
+    @staticmethod
+    def together(windows: Sequence[Screening], gate: Tensor, mean: Mean) -> Screening:
+        """What was left out of several windows together: counts add up, the worst error is kept.
+
+        `gate [n, N]` of the windows together. Errors and divergences of the audits are those of
+        single windows, before they are weighted.
+        """
+        never, estimates = None, None
+        facts: dict[str, dict[str, Any]] = {}
+        skipped = [torch.tensor(each.skipped) for each in windows if each.skipped is not None]
+        if skipped:
+            everywhere = mean([each[None].to(gate.dtype) for each in skipped])[0] == 1
+            never = tuple(bool(each) for each in everywhere.tolist())
+
+            def expected(kind: int) -> Tensor:
+                """An estimate of a sum, spread over its tokens, averaged and summed again."""
+                spread = []
+                for window, mask in zip(windows, skipped, strict=True):
+                    assert window.estimates is not None
+                    each = window.estimates[kind] / max(1, int(mask.sum()))
+                    spread.append(each * mask.to(each.dtype))
+                return mean(spread)[:, everywhere].sum(-1, keepdim=True)
+
+            estimates = (expected(0), expected(1), expected(2))
+            found = [each.facts["coverage"] for each in windows]
+            audit = _tokens_together([each["audit"] for each in found])
+            rounds = sum(each["rounds"] for each in found)
+            facts["coverage"] = _token_facts(gate, never, rounds, audit)
+        if "branch_tolerance" in windows[0].facts:
+            found = [each.facts["branch_tolerance"] for each in windows]
+            audit = _branches_together([each["audit"] for each in found])
+            rows, frozen = (sum(each[name] for each in found) for name in ("rows", "frozen"))
+            facts["branch_tolerance"] = {"rows": rows, "frozen": frozen, "audit": audit}
+        return Screening(never, estimates, facts)
 
     def report(self, parts: Components, score: Tensor, config: HeatConfig) -> dict[str, Any]:
         """Counts and audits as JSON values: `"coverage"` and `"branch_tolerance"`, where set.
@@ -241,17 +287,7 @@ def screened_information(
         measure(audited, exact, step)
         skipped = tuple(token in set(rest) - set(audited) for token in range(count))
         estimates = _extrapolate(gates, kl, drop, audited, len(rest) - len(audited))
-        facts["coverage"] = {
-            "tokens": count,
-            "skipped": sum(skipped),
-            "gate_share_skipped": share_of(gates, skipped),
-            "rounds": rounds,
-            "audit": {
-                "tokens": len(audited),
-                "largest_information": float(kl[:, audited].max()) if audited else 0.0,
-                "mean_information": float(kl[:, audited].mean()) if audited else 0.0,
-            },
-        }
+        facts["coverage"] = _token_facts(gates, skipped, rounds, _token_audit(kl[:, audited]))
     if frozen is not None:
         audited = _draw(run, generator)
         approximate = kl[:, audited]
@@ -259,7 +295,7 @@ def screened_information(
         facts["branch_tolerance"] = {
             "rows": frozen.all_rows,
             "frozen": frozen.all_rows - frozen.layer_rows,
-            "audit": {"branches": len(audited), **_errors(approximate, kl[:, audited])},
+            "audit": _branch_audit(approximate, kl[:, audited]),
         }
     return kl, drop, Screening(skipped, estimates, facts)
 
@@ -312,21 +348,64 @@ def _share(part: Tensor, rest: Tensor) -> float:
     return float(torch.where(whole > 0, part / whole, 0.0).max())
 
 
-def share_of(gates: Tensor, skipped: Sequence[bool]) -> float:
-    """The share of the prompt's gates that skipped tokens hold, at the worst target."""
+# --- what is told of it ---------------------------------------------------------------------------
+
+
+def _token_facts(
+    gates: Tensor, skipped: Sequence[bool], rounds: int, audit: dict[str, Any]
+) -> dict[str, Any]:
+    """What `coverage` left out: counts, and the gates of the skipped tokens at the worst target."""
     chosen = torch.tensor(skipped)
-    return _share(gates[:, chosen].sum(-1), gates[:, ~chosen].sum(-1))
+    return {
+        "tokens": len(skipped),
+        "skipped": sum(skipped),
+        "gate_share_skipped": _share(gates[:, chosen].sum(-1), gates[:, ~chosen].sum(-1)),
+        "rounds": rounds,
+        "audit": audit,
+    }
 
 
-def _errors(approximate: Tensor, exact: Tensor) -> dict[str, Any]:
-    """Errors of `[n, k]` divergences: nats, relative to the exact ones, and of their order."""
+def _token_audit(kl: Tensor) -> dict[str, Any]:
+    """The information `[n, k]` of `k` tokens that would have been skipped, nats."""
+    return {
+        "tokens": kl.shape[1],
+        "largest_information": float(kl.max()) if kl.shape[1] else 0.0,
+        "mean_information": float(kl.mean()) if kl.shape[1] else 0.0,
+    }
+
+
+def _tokens_together(audits: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The audits of tokens in several windows as one."""
+    audited = sum(audit["tokens"] for audit in audits)
+    weighted = sum(audit["tokens"] * audit["mean_information"] for audit in audits)
+    return {
+        "tokens": audited,
+        "largest_information": max(audit["largest_information"] for audit in audits),
+        "mean_information": weighted / audited if audited else 0.0,
+    }
+
+
+def _branch_audit(approximate: Tensor, exact: Tensor) -> dict[str, Any]:
+    """Errors of divergences `[n, k]`: nats, relative to the exact ones, and of their order."""
     error = (approximate - exact).abs()
     relative = (error / exact)[exact > 0]
     ranked = zip(approximate, exact, strict=True) if exact.shape[1] >= _FEWEST_RANKED else ()
     orders = [order for pair in ranked if (order := spearman(*pair)) is not None]
     return {
+        "branches": exact.shape[1],
         "largest_error": float(error.max()),
         "median_relative_error": float(relative.median()) if len(relative) else 0.0,
         "largest_relative_error": float(relative.max()) if len(relative) else 0.0,
         "rank_correlation": min(orders) if len(orders) == len(exact) else None,
+    }
+
+
+def _branches_together(audits: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The audits of branches in several windows as one: each error is the worst window's."""
+    orders = [audit["rank_correlation"] for audit in audits]
+    errors = ("largest_error", "median_relative_error", "largest_relative_error")
+    return {
+        "branches": sum(audit["branches"] for audit in audits),
+        **{name: max(audit[name] for audit in audits) for name in errors},
+        "rank_correlation": None if None in orders else min(orders),
     }

@@ -33,7 +33,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -41,9 +42,10 @@ from torch import Tensor
 
 from heat_fast.combine import Components, combine
 from heat_fast.config import HeatConfig
+from heat_fast.finding import Finding
 from heat_fast.kernels.window_mean import window_mean
 from heat_fast.lowrank import Quality
-from heat_fast.screening import Screening, share_of
+from heat_fast.screening import Screening
 
 #: The least weight of a window, so that a token which is in such windows alone has a mean gate.
 LEAST_WEIGHT = 1e-12
@@ -88,83 +90,6 @@ def plan_windows(tokens: int, config: HeatConfig) -> Plan:
     stride = max(1, round((1 - config.overlap) * body))
     starts = [*range(sink, last, stride), last]
     return Plan(tokens, sink, tail, tuple(range(start, start + body) for start in starts))
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What one window found, or all together.
-
-    `stderr [n, N]` of the curvature is None where it is not known, `screening` where nothing was
-    screened. `log_probs [n]`: log P of the `targets`, nats. `quality`: of the low-rank
-    approximation, where there is one; of several windows the worst. `swept`: whether curvature and
-    information were measured, and are not just taken to be 0.
-    """
-
-    parts: Components
-    stderr: Tensor | None
-    screening: Screening | None
-    targets: tuple[int, ...]
-    log_probs: Tensor
-    quality: Quality | None = None
-    swept: bool = True
-
-    @staticmethod
-    def of_gate(gate: Tensor, targets: tuple[int, ...], log_probs: Tensor) -> Finding:
-        """What is known of a window that is not swept: its gate `[n, N]`, and nothing else."""
-        none = torch.zeros_like(gate)
-        parts = Components(gate, none, none, none, none)
-        return Finding(parts, none, None, targets, log_probs, swept=False)
-
-    def times(self, share: Tensor) -> Finding:
-        """The same with its components, their errors and what was screened multiplied, `[n, 1]`."""
-
-        def of(value: Tensor) -> Tensor:
-            return value * share.to(value)
-
-        parts = replace(
-            self.parts,
-            gate=of(self.parts.gate),
-            curvature=of(self.parts.curvature),
-            information=of(self.parts.information),
-            log_prob_drop=of(self.parts.log_prob_drop),
-            gradient_norm=of(self.parts.gradient_norm),
-        )
-        screening = self.screening
-        if screening is not None and screening.estimates is not None:
-            information, drop, weighted = screening.estimates
-            screening = replace(screening, estimates=(of(information), of(drop), of(weighted)))
-        return replace(
-            self,
-            parts=parts,
-            stderr=None if self.stderr is None else of(self.stderr),
-            screening=screening,
-        )
-
-    @staticmethod
-    def joined(parts: Sequence[Finding]) -> Finding:
-        """Those of several groups of targets as one; nothing was screened."""
-        if len(parts) == 1:
-            return parts[0]
-
-        def together(name: str) -> Tensor:
-            return torch.cat([getattr(part.parts, name) for part in parts])
-
-        components = Components(
-            gate=together("gate"),
-            curvature=together("curvature"),
-            information=together("information"),
-            log_prob_drop=together("log_prob_drop"),
-            gradient_norm=together("gradient_norm"),
-        )
-        errors = [part.stderr for part in parts if part.stderr is not None]
-        return Finding(
-            parts=components,
-            stderr=torch.cat(errors) if len(errors) == len(parts) else None,
-            screening=None,
-            targets=tuple(target for part in parts for target in part.targets),
-            log_probs=torch.cat([part.log_probs for part in parts]),
-            quality=Quality.joined([part.quality for part in parts]),
-        )
 
 
 def weights(findings: Sequence[Finding], config: HeatConfig) -> Tensor:
@@ -226,7 +151,7 @@ def accumulate(plan: Plan, findings: Sequence[Finding], config: HeatConfig) -> F
             * average
         )
 
-    screening = _screened_together(plan, screenings, skipped, gate) if screenings else None
+    screening = Screening.together(screenings, gate, partial(_mean, plan)) if screenings else None
     together = Components(
         gate=gate,
         curvature=_mean(plan, [part.curvature for part in parts]),
@@ -292,59 +217,3 @@ def _mean(plan: Plan, rows: Sequence[Tensor], counted: Sequence[Tensor] | None =
     index = torch.tensor([plan.indices(number) for number in range(len(rows))], device=device)
     mask = None if counted is None else torch.stack(list(counted)).to(device)
     return window_mean(torch.stack(list(rows)), index, plan.tokens, mask)
-
-
-def _screened_together(
-    plan: Plan, screenings: Sequence[Screening], skipped: Sequence[Tensor], gate: Tensor
-) -> Screening:
-    """What the windows left out together: counts add up, of errors the worst window's is kept.
-
-    Errors and divergences of the audits are those of single windows, before they are weighted.
-    """
-    never, estimates = None, None
-    facts: dict[str, dict[str, Any]] = {}
-    if skipped:
-        share = _mean(plan, [each[None].to(gate.dtype) for each in skipped])[0]
-        everywhere = share == 1
-        never = tuple(bool(each) for each in everywhere.tolist())
-
-        def expected(kind: int) -> Tensor:
-            """An estimate of a sum, spread over its tokens, averaged over windows, summed again."""
-            spread = []
-            for screening, mask in zip(screenings, skipped, strict=True):
-                assert screening.estimates is not None
-                each = screening.estimates[kind] / max(1, int(mask.sum()))
-                spread.append(each * mask.to(each.dtype))
-            return _mean(plan, spread)[:, everywhere].sum(-1, keepdim=True)
-
-        estimates = (expected(0), expected(1), expected(2))
-        windows = [screening.facts["coverage"] for screening in screenings]
-        audits = [each["audit"] for each in windows]
-        audited = sum(audit["tokens"] for audit in audits)
-        weighted = sum(audit["tokens"] * audit["mean_information"] for audit in audits)
-        facts["coverage"] = {
-            "tokens": plan.tokens,
-            "skipped": sum(never),
-            "gate_share_skipped": share_of(gate, never),
-            "rounds": sum(each["rounds"] for each in windows),
-            "audit": {
-                "tokens": audited,
-                "largest_information": max(audit["largest_information"] for audit in audits),
-                "mean_information": weighted / audited if audited else 0.0,
-            },
-        }
-    if "branch_tolerance" in screenings[0].facts:
-        windows = [screening.facts["branch_tolerance"] for screening in screenings]
-        audits = [each["audit"] for each in windows]
-        orders = [audit["rank_correlation"] for audit in audits]
-        errors = ("largest_error", "median_relative_error", "largest_relative_error")
-        facts["branch_tolerance"] = {
-            "rows": sum(each["rows"] for each in windows),
-            "frozen": sum(each["frozen"] for each in windows),
-            "audit": {
-                "branches": sum(audit["branches"] for audit in audits),
-                **{name: max(audit[name] for audit in audits) for name in errors},
-                "rank_correlation": None if None in orders else min(orders),
-            },
-        }
-    return Screening(never, estimates, facts)

@@ -29,11 +29,12 @@ from heat_fast import ConfigError, HeatConfig, InputError
 from heat_fast.combine import Components
 from heat_fast.cost import flops
 from heat_fast.decoder import view
+from heat_fast.finding import Finding
 from heat_fast.forward import log_probs
 from heat_fast.reference import attribute_in_windows
 from heat_fast.screening import Screening
 from heat_fast.terminal import render
-from heat_fast.windows import LEAST_WEIGHT, Finding, accumulate, leakage, plan_windows, weights
+from heat_fast.windows import LEAST_WEIGHT, accumulate, leakage, plan_windows, weights
 from oracles import COMPONENTS, measure, probe_signs
 
 PROBABILITY, UNIFORM = HeatConfig(), HeatConfig(window_weights="uniform")
