@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Final, NoReturn
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor
@@ -15,6 +14,7 @@ from heat_fast.checks import is_whole, suggest
 from heat_fast.combine import AGGREGATES, aggregate
 from heat_fast.errors import InputError, NumericalError
 from heat_fast.files import write_file
+from heat_fast.metadata import frozen, plain
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -155,7 +155,7 @@ class Attribution:
             if not isinstance(array, Tensor):
                 raise InputError(f"{name} is {type(array).__name__}: expected a torch tensor.")
             store(name, array.detach().to("cpu", torch.float32, copy=True).contiguous())
-        store("metadata", _read_only(_through_json(self.metadata)))
+        store("metadata", frozen(plain(self.metadata)))
         self._check()
 
     def _check(self) -> None:
@@ -427,7 +427,7 @@ class Attribution:
             "information_skipped": (
                 None if self.information_skipped is None else list(self.information_skipped)
             ),
-            "metadata": _through_json(self.metadata),
+            "metadata": plain(self.metadata),
         }
 
     # --- showing ------------------------------------------------------------------------------
@@ -475,44 +475,3 @@ class Attribution:
         from heat_fast.report.plots import plot_targets
 
         return plot_targets(self, k)
-
-
-# --- metadata -------------------------------------------------------------------------------------
-
-
-class _ReadOnlyDict(dict[str, Any]):
-    """A dict that json, copy and pickle understand and nobody can change."""
-
-    def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
-        raise TypeError("the metadata of a result is read-only; copy it with dict(...) first")
-
-    __setitem__ = __delitem__ = __ior__ = _refuse
-    clear = pop = popitem = setdefault = update = _refuse
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (_ReadOnlyDict, (dict(self),))
-
-    def __deepcopy__(self, memo: Any) -> _ReadOnlyDict:
-        return self
-
-
-def _through_json(metadata: Any) -> dict[str, Any]:
-    """A deep copy as plain JSON values; InputError where JSON cannot hold it."""
-    try:
-        copied = json.loads(json.dumps(metadata, allow_nan=False))
-    except (TypeError, ValueError) as error:
-        raise InputError(
-            f"the metadata cannot be written as JSON ({error}): expected strings, finite numbers, "
-            "lists and dicts."
-        ) from error
-    if not isinstance(copied, dict):
-        raise InputError(f"the metadata is {type(metadata).__name__}: expected a dict.")
-    return copied
-
-
-def _read_only(value: Any) -> Any:
-    if isinstance(value, dict):
-        return _ReadOnlyDict({key: _read_only(item) for key, item in value.items()})
-    if isinstance(value, list):
-        return tuple(_read_only(item) for item in value)
-    return value

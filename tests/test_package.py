@@ -73,7 +73,9 @@ def test_submodules_are_reachable_without_an_import(tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize("name", ["comparison", "generation", "spans", "storage", "tables"])
+@pytest.mark.parametrize(
+    "name", ["comparison", "generation", "metadata", "spans", "storage", "tables"]
+)
 def test_the_examples_of_docstrings_run(name: str) -> None:
     if name == "tables":
         pytest.importorskip("pandas")
