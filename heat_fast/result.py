@@ -22,11 +22,7 @@ if TYPE_CHECKING:
 
     from heat_fast.spans import InputSpan, Segment, Span, TargetSpan
 
-__all__ = ["SCHEMA_VERSION", "Attribution", "TopToken"]
-
-#: Version of the file's layout and of :meth:`Attribution.to_dict`; a reader refuses newer ones.
-SCHEMA_VERSION: Final = 2
-FORMAT: Final = "heat_fast.attribution"
+__all__ = ["Attribution", "TopToken"]
 
 #: The arrays of shape [T, N], in the order they are shown.
 COMPONENTS: Final = (
@@ -388,12 +384,9 @@ class Attribution:
 
         Described by ``heat_fast/schema/attribution-2.json``; :func:`heat_fast.from_dict` reads it.
         """
-        arrays = {name: getattr(self, name).tolist() for name in self.array_names()}
-        return {
-            **self.header(),
-            "scores": self.scores.tolist(),
-            **arrays,
-        }
+        from heat_fast.storage import to_dict
+
+        return to_dict(self)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one safetensors file; an existing file is replaced only once all is written.
@@ -412,23 +405,9 @@ class Attribution:
 
     def header(self) -> dict[str, Any]:
         """All but the arrays, as JSON values."""
-        return {
-            "format": FORMAT,
-            "schema_version": SCHEMA_VERSION,
-            "id": self.id,
-            "roles": None if self.roles is None else list(self.roles),
-            "prompt_text": self.prompt_text,
-            "token_ids": list(self.token_ids),
-            "tokens": list(self.tokens),
-            "offsets": None if self.offsets is None else [list(pair) for pair in self.offsets],
-            "special": list(self.special),
-            "target_ids": list(self.target_ids),
-            "target_tokens": list(self.target_tokens),
-            "information_skipped": (
-                None if self.information_skipped is None else list(self.information_skipped)
-            ),
-            "metadata": plain(self.metadata),
-        }
+        from heat_fast.storage import header_of
+
+        return header_of(self)
 
     # --- showing ------------------------------------------------------------------------------
 

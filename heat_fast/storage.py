@@ -19,18 +19,25 @@ from torch import Tensor
 
 from heat_fast.errors import InputError, NumericalError
 from heat_fast.files import replacing
-from heat_fast.result import ARRAYS, FORMAT, SCHEMA_VERSION, STDERR, Attribution
+from heat_fast.metadata import plain
+from heat_fast.result import ARRAYS, STDERR, Attribution
 
 __all__ = [
+    "SCHEMA_VERSION",
     "from_dict",
+    "header_of",
     "json_schema",
     "load",
     "read_jsonl",
     "to_bytes",
+    "to_dict",
     "to_line",
     "write_jsonl",
 ]
 
+#: Version of the file's layout and of :meth:`Attribution.to_dict`; a reader refuses newer ones.
+SCHEMA_VERSION: Final = 2
+_FORMAT: Final = "heat_fast.attribution"
 _HEADER_KEY: Final = "heat_fast"
 
 
@@ -57,7 +64,7 @@ def to_bytes(result: Attribution) -> bytes:
     from safetensors.torch import save
 
     arrays = {name: getattr(result, name) for name in result.array_names()}
-    return save(arrays, metadata={_HEADER_KEY: json.dumps(result.header(), allow_nan=False)})
+    return save(arrays, metadata={_HEADER_KEY: json.dumps(header_of(result), allow_nan=False)})
 
 
 def load(path: str | os.PathLike[str]) -> Attribution:
@@ -118,6 +125,12 @@ def _load_safetensors(place: Path) -> Attribution:
 # --- JSON -----------------------------------------------------------------------------------------
 
 
+def to_dict(result: Attribution) -> dict[str, Any]:
+    """A result as strict JSON values; see :meth:`Attribution.to_dict`."""
+    arrays = {name: getattr(result, name).tolist() for name in result.array_names()}
+    return {**header_of(result), "scores": result.scores.tolist(), **arrays}
+
+
 def from_dict(data: Mapping[str, Any]) -> Attribution:
     """The inverse of :meth:`Attribution.to_dict`, of this version or an older one.
 
@@ -138,7 +151,7 @@ def _from_dict(data: Any, where: str) -> Attribution:
 
 def to_line(result: Attribution) -> str:
     """A result as one line of JSON, with its line break."""
-    return json.dumps(result.to_dict(), allow_nan=False) + "\n"
+    return json.dumps(to_dict(result), allow_nan=False) + "\n"
 
 
 def write_jsonl(results: Iterable[Attribution], path: str | os.PathLike[str]) -> None:
@@ -197,6 +210,26 @@ def check_result(value: Any) -> None:
         )
 
 
+def header_of(result: Attribution) -> dict[str, Any]:
+    """All of a result but its arrays, as JSON values; :func:`build` is the inverse."""
+    skipped, roles, offsets = result.information_skipped, result.roles, result.offsets
+    return {
+        "format": _FORMAT,
+        "schema_version": SCHEMA_VERSION,
+        "id": result.id,
+        "roles": None if roles is None else list(roles),
+        "prompt_text": result.prompt_text,
+        "token_ids": list(result.token_ids),
+        "tokens": list(result.tokens),
+        "offsets": None if offsets is None else [list(pair) for pair in offsets],
+        "special": list(result.special),
+        "target_ids": list(result.target_ids),
+        "target_tokens": list(result.target_tokens),
+        "information_skipped": None if skipped is None else list(skipped),
+        "metadata": plain(result.metadata),
+    }
+
+
 def build(header: Any, arrays: Mapping[str, Tensor], where: str) -> Attribution:
     """A result from its header and arrays, of any version; `where` is named in errors."""
     _check_header(header, where)
@@ -230,7 +263,7 @@ def build(header: Any, arrays: Mapping[str, Tensor], where: str) -> Attribution:
 
 
 def _check_header(header: Any, where: str) -> None:
-    if not isinstance(header, Mapping) or header.get("format") != FORMAT:
+    if not isinstance(header, Mapping) or header.get("format") != _FORMAT:
         _damaged(where, "its header does not describe an attribution")
     version = header.get("schema_version")
     if isinstance(version, bool) or not isinstance(version, int) or version < 1:

@@ -23,7 +23,7 @@ from heat_fast.checks import suggest
 from heat_fast.errors import InputError, MissingPackageError
 from heat_fast.files import replacing
 from heat_fast.result import ARRAYS, COMPONENTS, STDERR, Attribution
-from heat_fast.storage import build, check_result
+from heat_fast.storage import build, check_result, header_of
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -238,7 +238,7 @@ def _schema(pyarrow: Any, kept: Sequence[str]) -> Any:
 
 def _row(result: Attribution, kept: Sequence[str]) -> dict[str, Any]:
     check_result(result)
-    row = result.header()
+    row = header_of(result)
     offsets = row.pop("offsets")
     row["starts"] = None if offsets is None else [start for start, _ in offsets]
     row["ends"] = None if offsets is None else [end for _, end in offsets]

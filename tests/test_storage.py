@@ -14,8 +14,15 @@ import torch
 
 import heat_fast
 from heat_fast.errors import HeatError, InputError, OutputError
-from heat_fast.result import COMPONENTS, SCHEMA_VERSION, Attribution
-from heat_fast.storage import from_dict, json_schema, load, read_jsonl, write_jsonl
+from heat_fast.result import COMPONENTS, Attribution
+from heat_fast.storage import (
+    SCHEMA_VERSION,
+    from_dict,
+    json_schema,
+    load,
+    read_jsonl,
+    write_jsonl,
+)
 from test_result import make
 
 DATA = Path(__file__).parent / "data"
