@@ -1,7 +1,7 @@
 """What an attribution costs, before it is run: products, rows, FLOPs, bytes, seconds.
 
-FLOPs and bytes are the floor of the definition (`heat_fast.work`). Where `probes` or `codes` is
-"auto" all of it is an upper bound: an attribution stops earlier.
+FLOPs and bytes are the floor of the definition (`heat_fast.work`, `heat_fast.traffic`). Where
+`probes` or `codes` is "auto" all of it is an upper bound: an attribution stops earlier.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -26,8 +25,12 @@ from heat_fast.information import GPU_LOGIT_ELEMENTS, LOGIT_ELEMENTS
 from heat_fast.lowrank import HELD_OUT, factor_sizes
 from heat_fast.planner import Budget, runs_alone, slices, targets_at_once, token_budget
 from heat_fast.prompt import check_length
+from heat_fast.traffic import Traffic
 from heat_fast.windows import plan_windows
-from heat_fast.work import Shape, Traffic, Work
+from heat_fast.work import Shape, Work
+
+#: The pieces of an attribution: in FLOPs, or in bytes.
+Pieces = Work | Traffic
 
 
 @dataclass(frozen=True)
@@ -57,26 +60,25 @@ class Estimate:
 
 def flops(decoder: Decoder, tokens: int, targets: int, config: HeatConfig) -> dict[str, int]:
     """Floor FLOPs per component for `tokens` prompt and `targets` target tokens, all windows."""
-    return _components(decoder, tokens, targets, config, Work)
+    return _components(decoder, tokens, targets, config, lambda work: work)
 
 
 def bytes_moved(
     decoder: Decoder, tokens: int, targets: int, config: HeatConfig, rows: int
 ) -> dict[str, int]:
     """Floor bytes per component to and from memory, in batches of `rows` token rows."""
-    return _components(decoder, tokens, targets, config, partial(Traffic, rows=rows))
+    return _components(decoder, tokens, targets, config, lambda work: Traffic(decoder, work, rows))
 
 
 def _components(
-    decoder: Decoder, tokens: int, targets: int, config: HeatConfig, kind: Callable[..., Work]
+    decoder: Decoder, tokens: int, targets: int, config: HeatConfig, count: Callable[[Work], Pieces]
 ) -> dict[str, int]:
-    """The costs of `kind`, per component."""
+    """The cost of each component, its pieces counted by `count`."""
     plan = plan_windows(tokens, config)
     total = dict.fromkeys(("trunk", "gate", "information", "curvature"), 0)
     item = decoder.embeddings_weight.element_size()
-    sizes = _chunks(decoder, plan.length, targets, config)
-    costs = _chunks(decoder, plan.length, targets, config, kind)
-    for work, cost in zip(sizes, costs, strict=True):
+    for work in _chunks(decoder, plan.length, targets, config):
+        cost = count(work)
         at_once = slices(work.targets, targets_at_once(_trunk_bytes(work, work.swept, item)))
         groups = [len(range(work.targets)[part]) for part in at_once]
         branches = sum(cost.branch(start) for start in range(work.tokens))
@@ -84,24 +86,18 @@ def _components(
         total["gate"] += sum(cost.gate(config.rollout))
         total["information"] += branches + work.tokens * work.targets * cost.logits
         total["curvature"] += curvature_work(cost, groups, config)
-    return {component: len(plan) * count for component, count in total.items()}
+    return {component: len(plan) * cost for component, cost in total.items()}
 
 
-def _chunks(
-    decoder: Decoder,
-    tokens: int,
-    targets: int,
-    config: HeatConfig,
-    kind: Callable[..., Work] = Work,
-) -> list[Work]:
+def _chunks(decoder: Decoder, tokens: int, targets: int, config: HeatConfig) -> list[Work]:
     """The work of each part of the response that is explained at a time, first to last."""
     first = decoder.first_of(config.layers)
     parts = [range(targets)[part] for part in slices(targets, config.response_chunk or targets)]
-    return [kind(decoder, tokens, len(part), first, part.start) for part in parts]
+    return [Work(decoder, tokens, len(part), first, part.start) for part in parts]
 
 
-def curvature_work(work: Work, groups: Sequence[int], config: HeatConfig) -> int:
-    """Most FLOPs of all targets' curvature, the primal adjoints included.
+def curvature_work(work: Pieces, groups: Sequence[int], config: HeatConfig) -> int:
+    """Most FLOPs, or bytes, of all targets' curvature, the primal adjoints included.
 
     `groups`: how many targets share each tangent sweep.
     """
@@ -126,8 +122,8 @@ def curvature_work(work: Work, groups: Sequence[int], config: HeatConfig) -> int
     return total
 
 
-def _low_rank_work(work: Work, targets: range, products: int, config: HeatConfig) -> int:
-    """FLOPs of the low-rank approximations of some targets' Hessians and of all their probes."""
+def _low_rank_work(work: Pieces, targets: range, products: int, config: HeatConfig) -> int:
+    """The same for low-rank approximations of some targets' Hessians and for all their probes."""
     rank, columns = factor_sizes(config, work.tokens, work.width)
     starts = range(work.tokens if config.rank_scope == "token" else 1)
     shared = sum(work.product(targets, products, start) for start in starts)
@@ -248,20 +244,19 @@ def _peak_bytes(
         block = wide * (2 * sizes.normed + 2 * heads + sizes.hidden + 2 * sizes.inner)
         temporary, inner = max(temporary, block), max(inner, sizes.inner)
     workers, each = budget.workers, max(work.length, budget.rows)
-    vocabulary = work.logits // (2 * work.width)
     # Eight copies of the logits in a divergence, four of the targets' rows in the trunk. The GPU
     # kernel takes more of them at once, in one copy as the model makes them.
     fused = device.type == "cuda" and config.kernels != "reference" and not gpu.missing()
     each_logit, most = (item, GPU_LOGIT_ELEMENTS) if fused else (8 * wide, LOGIT_ELEMENTS)
     logits = each_logit * min(
-        workers * max(most, targets * vocabulary), tokens * targets * vocabulary
+        workers * max(most, targets * work.vocabulary), tokens * targets * work.vocabulary
     )
     information = temporary * min(workers * each, tokens * work.length) + logits
     # The second derivative of an activation is taken through autograd's graph of the first.
     curvature = (adjoint + 12 * wide * inner) * work.length
     products = product_count(config, tokens, work.width)
     if config.curvature == "gauss_newton":
-        curvature += wide * (products * tokens * work.width + 8 * vocabulary)
+        curvature += wide * (products * tokens * work.width + 8 * work.vocabulary)
     elif products:
         sweeps = 1 if runs_alone(work.length, work.width) else workers
         rows = min(sweeps * each, products * work.length)
@@ -269,9 +264,9 @@ def _peak_bytes(
         head = min(64, work.width) if shares_curvature(products, work.width) else 1
         held = adjoint * few * work.length + sweep * rows
         held += derivatives * work.length if config.estimator == "block" else 0
-        held += wide * (4 * rows * work.width + 3 * head * vocabulary)
+        held += wide * (4 * rows * work.width + 3 * head * work.vocabulary)
         curvature = max(curvature, held + temporary * rows)
-    return kept + 4 * wide * targets * vocabulary + max(information, curvature)
+    return kept + 4 * wide * targets * work.vocabulary + max(information, curvature)
 
 
 def _calibrate(model: Any, tokens: int, targets: int, config: HeatConfig, wanted: int) -> float:

@@ -1,4 +1,4 @@
-"""Floating-point operations and bytes of every piece of an attribution: progress and cost.
+"""Floating-point operations of every piece of an attribution: what progress and cost count.
 
 They are the floor of the definition: every matrix product that the formulas ask for, causal pairs
 only, each once. With `P` weights per block, `H` query heads of size `D`, a run from position `i` of
@@ -21,15 +21,13 @@ through all. Left out: element-wise work, which grows with the same rows and pai
 run of the model that checks its view; and what a sweep makes anew to need no memory of order `M^2`,
 the scores and their adjoint once per batch of products and the tangent scores once per product.
 
-`Traffic` counts the same pieces in bytes: what the products with weights take in and give out,
-every row once, and the weights once per batch of rows. Attention, whose tiles stay in the cache at
-best, and element-wise work are left out, so this too is a floor.
+`heat_fast.traffic` counts the same pieces in bytes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, dataclass
 
 import torch
 from torch import Tensor
@@ -39,7 +37,6 @@ from heat_fast.decoder.attention import FusedProjection, SeparateProjection
 from heat_fast.decoder.block import Block
 from heat_fast.decoder.head import shares_curvature
 from heat_fast.decoder.norm import Norm
-from heat_fast.planner import Budget
 
 
 @dataclass(frozen=True)
@@ -119,13 +116,18 @@ class Work:
         self.length = tokens + lead + targets - 1
         self.shapes = [shape(block, row) for block in decoder.blocks]
         head = decoder.head
-        vocabulary = head.projection.out_features(row.to(head.device or row.device))
+        #: Rows of the head's weights.
+        self.vocabulary = head.projection.out_features(row.to(head.device or row.device))
         #: One row of logits, or its adjoint.
-        self.logits = 2 * self.width * vocabulary
+        self.logits = 2 * self.width * self.vocabulary
         #: The blocks that gate and curvature go through.
         self.swept = self.shapes[first:]
         self._body = _sum(self.shapes[:-1])
         self._swept_body = _sum(self.swept[:-1])
+
+    def stop(self, target: int) -> int:
+        """Where the context of one target ends: its adjoint has so many rows."""
+        return self.tokens + self.lead + target
 
     def block(self, layer: int, start: int = 0) -> int:
         """A forward run of positions `start..M-1` through one block."""
@@ -177,7 +179,7 @@ class Work:
 
     def down(self, start: int, target: int) -> int:
         """One tangent of the adjoint of one target, down to `start`; without the head."""
-        stop = self.tokens + self.lead + target
+        stop = self.stop(target)
         total = self._sweep(self.shapes[-1], start, stop, 1, 6)
         if self._swept_body is not None:
             total += self._sweep(self._swept_body, start, stop, None, 6)
@@ -195,7 +197,7 @@ class Work:
 
     def adjoint(self, target: int) -> list[int]:
         """The primal adjoint of one target, block by block from the top; without the head."""
-        stop = self.tokens + self.lead + target
+        stop = self.stop(target)
         each = []
         for visited, sizes in enumerate(reversed(self.swept)):
             queries = 1 if visited == 0 else stop
@@ -236,117 +238,3 @@ class Work:
     def factor_norms(self, rank: int) -> int:
         """Block norms of one probe from factors of rank k, one target."""
         return 4 * self.tokens * self.width * rank
-
-
-class Traffic(Work):
-    """Bytes instead of FLOPs: what products with weights move to and from memory, at the least.
-
-    A product takes in and gives out a row's numbers once, in the model's dtype, and reads its
-    weights once per batch; `rows` is the token budget that says how many sequences share one.
-    """
-
-    def __init__(
-        self,
-        decoder: Decoder,
-        tokens: int,
-        targets: int,
-        first: int = 0,
-        lead: int = 0,
-        *,
-        rows: int,
-    ) -> None:
-        super().__init__(decoder, tokens, targets, first, lead)
-        self._budget = Budget(rows)
-        self._item = decoder.embeddings_weight.element_size()
-        self._sizes = self.swept
-        vocabulary = self.logits // (2 * self.width)
-        self.logits = self._item * (self.width + vocabulary)
-        self._head_weights = self._item * self.width * vocabulary
-        #: Bytes of each block's weights.
-        self._weights = [self._item * (each.shared + each.queried) for each in self.shapes]
-        self._swept_weights = sum(self._weights[first:])
-        self.shapes = [
-            self._moved(block, sizes)
-            for block, sizes in zip(decoder.blocks, self.shapes, strict=True)
-        ]
-        self.swept = self.shapes[first:]
-        self._body, self._swept_body = _sum(self.shapes[:-1]), _sum(self.swept[:-1])
-
-    def _moved(self, block: Block, sizes: Shape) -> Shape:
-        """Half the bytes of a row's numbers in place of weights, each of which is two FLOPs."""
-        width, half = self.width, self._item // 2
-        separate = isinstance(block.attention.projection, SeparateProjection)
-        made = sizes.heads + 2 * sizes.key_heads
-        projected = made + (3 if separate else 1) * width
-        shared = 2 * (sizes.key_heads + width) if separate else projected
-        up = sizes.hidden + (1 if block.mlp.up is None else 2) * width
-        rest = sizes.heads + width + up + sizes.inner + width
-        return replace(
-            sizes,
-            projected=half * projected,
-            shared=half * shared,
-            queried=half * (projected - shared + rest),
-            heads=0,
-        )
-
-    def _share(self, weights: int, start: int) -> int:
-        """A sequence's share of reading some weights, in a batch of sequences from `start` on."""
-        return -(-weights // self._budget.batch(self.length - start, self.length))
-
-    def branch(self, start: int) -> int:
-        """A branch with its share of all weights and of the head's."""
-        weights = sum(self._weights) + self._head_weights
-        return super().branch(start) + self._share(weights, start)
-
-    def trunk(self) -> int:
-        """The unmodified context, every weight once."""
-        return super().trunk() + sum(self._weights) + self._head_weights
-
-    def gate(self, rollout: str) -> list[int]:
-        """Queries, keys and values of each block and its output weights, once."""
-        return [
-            self._item * (self.length * (each.heads + 2 * each.key_heads) + each.heads * self.width)
-            for each in reversed(self._sizes)
-        ]
-
-    def up(self, start: int) -> int:
-        """One tangent up, with its share of the weights."""
-        return super().up(start) + self._share(self._swept_weights, start)
-
-    def down(self, start: int, target: int) -> int:
-        """One tangent of the adjoint down, with its share of the weights."""
-        return super().down(start, target) + self._share(self._swept_weights, start)
-
-    def adjoint(self, target: int) -> list[int]:
-        """The primal adjoint of one target, every weight once."""
-        weights = self._weights[len(self._weights) - len(self.swept) :]
-        pairs = zip(super().adjoint(target), reversed(weights), strict=True)
-        return [moved + weight for moved, weight in pairs]
-
-    def head_gradient(self, probes: int) -> int:
-        """The vocabulary's weights down, and again with as many rows as the width if shared."""
-        shared = 2 * self._head_weights if shares_curvature(probes, self.width) else 0
-        return 2 * self.logits + self._head_weights + shared
-
-    def head_product(self, probes: int) -> int:
-        """A row in and out of the shared matrix, or to the vocabulary and back."""
-        row = 2 * self._item * self.width
-        return row if shares_curvature(probes, self.width) else 2 * self.logits
-
-    def product(self, targets: Sequence[int], probes: int, start: int) -> int:
-        """One product, with its share of the vocabulary's weights, read on the way up and down."""
-        weights = 0 if shares_curvature(probes, self.width) else 2 * self._head_weights
-        shares = len(targets) * self._share(weights, start)
-        return super().product(targets, probes, start) + shares
-
-    def block_norms(self, probes: int) -> int:
-        """The factors and the probes, once."""
-        return self._item * self.tokens * self.width * 2 * probes
-
-    def factorisation(self, columns: int, rank: int, passes: int) -> int:
-        """Test vectors and products read, a basis read and written."""
-        return self._item * self.tokens * self.width * (2 * columns + 2 * rank)
-
-    def factor_norms(self, rank: int) -> int:
-        """The factors, once for a probe."""
-        return self._item * self.tokens * self.width * rank
