@@ -20,8 +20,8 @@ from heat_fast.cost import curvature_work
 from heat_fast.curvature import Curvature, curvature, product_count
 from heat_fast.decoder import Decoder
 from heat_fast.decoder.norm import wide
+from heat_fast.faithful import check_faithful, check_hooks
 from heat_fast.finding import Finding
-from heat_fast.forward import check_faithful, check_hooks
 from heat_fast.gate import gate
 from heat_fast.information import ExactBranches, information
 from heat_fast.lowrank import Quality

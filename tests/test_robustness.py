@@ -99,7 +99,7 @@ def test_a_kernel_that_is_not_deterministic_is_no_hook(monkeypatch: pytest.Monke
     def shaken(*arguments: Any) -> Tensor:
         return log_probs(*arguments) + 1e-6 * next(calls)
 
-    monkeypatch.setattr("heat_fast.forward.log_probs", shaken)
+    monkeypatch.setattr("heat_fast.faithful.log_probs", shaken)
     attribute(model)
     assert next(calls) > 2, "the forward with the hook and that without it were not compared"
 

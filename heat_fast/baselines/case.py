@@ -18,9 +18,8 @@ from torch import Tensor
 
 from heat_fast.decoder import Decoder, Rows, view
 from heat_fast.decoder.norm import wide
+from heat_fast.faithful import check_faithful, check_hooks
 from heat_fast.forward import (
-    check_faithful,
-    check_hooks,
     check_in_memory,
     context_length,
     padded_log_probs,
