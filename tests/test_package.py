@@ -6,6 +6,7 @@ import doctest
 import importlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -71,6 +72,21 @@ def test_submodules_are_reachable_without_an_import(tmp_path: Path) -> None:
     assert python("import heat_fast; print(heat_fast.demo.__name__)", tmp_path).split() == [
         "heat_fast.demo"
     ]
+
+
+def test_the_table_of_modules_is_true(repository: Path) -> None:
+    text = (repository / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    layout = text.split("## Layout")[1].split("\n## ")[0]
+    rows = [line.split("|")[1] for line in layout.splitlines() if line.startswith("| `")]
+    named = set(re.findall(r"`(?:heat_fast/)?([^`]+?)/?`", " ".join(rows)))
+    package = repository / "heat_fast"
+    found = {path.name for path in package.iterdir() if path.is_dir() or path.suffix == ".py"}
+    private = {name for name in found if name.startswith(("_", "."))}
+    assert found - private - named == set(), "not in the table"
+    gone = {
+        name for name in named if not ((package / name).exists() or (repository / name).exists())
+    }
+    assert gone == set(), "in the table alone"
 
 
 @pytest.mark.parametrize(
