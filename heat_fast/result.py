@@ -337,6 +337,18 @@ class Attribution:
 
         return sentences(self, language)
 
+    def by_word(self) -> list[Span]:
+        """The prompt's words in order; see :func:`heat_fast.spans.words`."""
+        from heat_fast.spans import words
+
+        return words(self)
+
+    def by_message(self) -> list[Span]:
+        """The messages of a chat in order, by role; see :func:`heat_fast.spans.messages`."""
+        from heat_fast.spans import messages
+
+        return messages(self)
+
     def by_segment(self, segments: Mapping[str, Segment]) -> dict[str, Span]:
         """Parts of the prompt by your own names; see :func:`heat_fast.spans.named_segments`."""
         from heat_fast.spans import named_segments
@@ -429,10 +441,11 @@ class Attribution:
 
         return render_view(self)
 
-    def plot(self, k: int = 15) -> Figure:
+    def plot(self, k: int = 15, *, special: bool = True) -> Figure:
         """A matplotlib figure: the k highest tokens as bars, and their components beside them.
 
-        Tokens are those of :meth:`top`; components that were not measured are left out.
+        Tokens are those of :meth:`top`, and `special` is its argument; components that were not
+        measured are left out.
 
         Raises InputError where k is no whole number of at least 1, MissingPackageError without
         matplotlib.
@@ -441,16 +454,17 @@ class Attribution:
         """
         from heat_fast.report.plots import plot_top
 
-        return plot_top(self, k)
+        return plot_top(self, k, special=special)
 
-    def plot_targets(self, k: int = 40) -> Figure:
+    def plot_targets(self, k: int = 40, *, special: bool = True) -> Figure:
         """A matplotlib figure: the score of prompt tokens (columns) for every target token (rows).
 
         Of a longer prompt, the k tokens with the highest aggregated scores, in their order in the
-        prompt. Raises as :meth:`plot` does.
+        prompt; `special=False` leaves out those that :meth:`top` then does. Raises as :meth:`plot`
+        does.
 
         Example: ``result.plot_targets().savefig("targets.png")``
         """
         from heat_fast.report.plots import plot_targets
 
-        return plot_targets(self, k)
+        return plot_targets(self, k, special=special)

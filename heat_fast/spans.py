@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from heat_fast.checks import is_whole
@@ -28,11 +29,13 @@ __all__ = [
     "Span",
     "TargetSpan",
     "find_span",
+    "messages",
     "named_segments",
     "outstanding",
     "sentences",
     "span_to_span",
     "target_range",
+    "words",
 ]
 
 Range = tuple[int, int]
@@ -184,8 +187,8 @@ def _occurrence(text: str, part: str, occurrence: int | None, where: str) -> Ran
         )
     if occurrence is None and len(starts) > 1:
         raise InputError(
-            f"{part!r} occurs {len(starts)} times in {where}: expected to know which. Pass "
-            "occurrence=0 for the first where that can be given, or a range."
+            f"{part!r} occurs {len(starts)} times in {where}: expected to know which. Pass a "
+            "range, or occurrence=0 for the first; as a segment, the span that span() gives for it."
         )
     try:
         start = starts[occurrence or 0]
@@ -248,14 +251,66 @@ def sentences(result: Attribution, language: str = "en") -> list[Span]:
         for each in get_sentence_boundaries(language, text)
         if text[each["start_index"] : each["end_index"]].strip()
     ]
-    # What comes before the first sentence goes to it.
-    ranges = zip([0, *starts[1:]], [*starts[1:], len(text)], strict=True)
+    return _from(result, starts)
+
+
+def words(result: Attribution) -> list[Span]:
+    """The prompt's words, in order, as Unicode's standard annex 29 separates them.
+
+    Punctuation marks are words of their own, and so is every character of scripts written without
+    spaces. A token is the smallest unit: one that stands for several words belongs to the first
+    that is visible in it, and the others, in which no token begins, are left out. White space
+    belongs to the word before.
+
+    Raises InputError where positions are not known.
+
+    >>> import heat_fast
+    >>> demo = heat_fast.load_demo_model()
+    >>> result = heat_fast.attribute(demo.model, demo.tokenizer, "Maria slept.", probes=1)
+    >>> [word.text for word in words(result)]
+    ['Maria', ' slept', '.']
+    """
+    import regex
+
+    _known_positions(result)
+    assert result.prompt_text is not None
+    boundaries = regex.finditer(r"(?w)\b(?=\S)", result.prompt_text)
+    return _from(result, [each.start() for each in boundaries])
+
+
+def _from(result: Attribution, starts: Sequence[int]) -> list[Span]:
+    """The spans that begin at these characters, each up to the next; empty ones are left out."""
+    assert result.prompt_text is not None
+    # What comes before the first goes to it.
+    ranges = zip([0, *starts[1:]], [*starts[1:], len(result.prompt_text)], strict=True)
     found = []
     for characters in ranges:
         try:
             found.append(_span(result, _tokens_of(result, characters)))
         except InputError:  # a token that began earlier covers all of it
             continue
+    return found
+
+
+def messages(result: Attribution) -> list[Span]:
+    """What the messages of a chat contributed, in order, each named by its role.
+
+    A message in which no token begins is left out, and so is what the chat template wrote.
+
+    Raises InputError where it is not known which tokens are whose: the prompt is no chat, or its
+    template cannot be taken apart.
+    """
+    if result.roles is None:
+        raise InputError(
+            "it is not known which tokens are of which message: expected a prompt of chat messages "
+            "whose template keeps what they say. Name the parts with by_segment()."
+        )
+    found, start = [], 0
+    for role, tokens in groupby(result.roles):
+        stop = start + len(list(tokens))
+        if role is not None:
+            found.append(_span(result, (start, stop), role))
+        start = stop
     return found
 
 

@@ -550,6 +550,8 @@ def test_the_bars_are_the_top_tokens() -> None:
     assert [int(label.split()[-1]) for label in labels] == [row.index for row in result.top(5)]
     with pytest.raises(InputError, match="at least 1"):
         result.plot(0)
+    with pytest.raises(InputError, match="special and template tokens alone"):
+        made_up(["<s>"], special=[0]).plot(special=False)
 
 
 def test_the_heat_map_is_target_by_token() -> None:

@@ -15,6 +15,7 @@ import heat_fast
 from heat_fast.errors import HeatError, InputError
 from heat_fast.result import Attribution
 from heat_fast.spans import _maximal, target_range
+from results import made_up
 from test_result import make
 
 TEXT = "The cat. It sat.\n\nIs it a cat?"
@@ -148,6 +149,43 @@ def test_characters_need_positions() -> None:
 
 
 # --- several --------------------------------------------------------------------------------------
+
+
+def test_words_take_the_prompt_apart() -> None:
+    result = pieces()
+    found = result.by_word()
+    assert [each.text.strip() for each in found] == [
+        *("The", "cat", "."),
+        *("It", "sat", "."),
+        *("Is", "it", "a c", "at", "?"),  # the token that straddles two is of the first
+    ]
+    assert (found[0].start, found[-1].stop) == (1, 13)
+    assert all(left.stop == right.start for left, right in pairwise(found))
+    assert sum(each.score for each in found) == pytest.approx(result.scores[1:].sum().item())
+
+
+def test_words_join_what_the_tokenizer_cut() -> None:
+    cut = made_up(["un", "believ", "ably", " 東", "京", ",", " it", "'s", " 3", ".", "14"])
+    texts = [each.text for each in cut.by_word()]
+    assert texts == ["unbelievably", " 東", "京", ",", " it's", " 3.14"]
+    # A token of several words is of the first; the second has no token of its own.
+    assert [each.text for each in made_up(["one", " two three"]).by_word()] == [
+        "one",
+        " two three",
+    ]
+
+
+def test_messages_are_named_by_their_roles() -> None:
+    result = made_up(["<s>", "be", " brief", "<u>", "Why", "<u>", "Now"])
+    roles = (None, "system", "system", None, "user", None, "user")
+    found = dataclasses.replace(result, roles=roles).by_message()
+    assert [(each.name, each.text) for each in found] == [
+        ("system", "be brief"),
+        ("user", "Why"),
+        ("user", "Now"),
+    ]
+    with pytest.raises(InputError, match="which tokens are of which message"):
+        result.by_message()
 
 
 def test_sentences_take_the_prompt_apart() -> None:

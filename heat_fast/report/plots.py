@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from heat_fast.errors import MissingPackageError
+from heat_fast.errors import InputError, MissingPackageError
 from heat_fast.reading import visible
 from heat_fast.report import palette
 from heat_fast.report.page import shorten
-from heat_fast.result import Attribution
+from heat_fast.result import Attribution, TopToken
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,14 +30,14 @@ _COMPONENTS = ("gate", "curvature", "information")
 _MUTED = "#6a6257"
 
 
-def plot_top(result: Attribution, k: int = 15) -> Figure:
+def plot_top(result: Attribution, k: int = 15, *, special: bool = True) -> Figure:
     """The k highest tokens: their scores as bars, and each component on a scale of its own.
 
     Components that were not measured are left out. Negative scores are blue.
     Raises InputError where k is no whole number of at least 1, MissingPackageError without
     matplotlib.
     """
-    top = result.top(k)
+    top = _top(result, k, special)
     components = [name for name in _COMPONENTS if name in result.measured]
     figure = _figure(width=4.5 + 1.5 * len(components), height=1.3 + 0.27 * len(top))
     widths = (2, *(1 for _ in components))
@@ -63,7 +63,7 @@ def plot_top(result: Attribution, k: int = 15) -> Figure:
     return figure
 
 
-def plot_targets(result: Attribution, k: int = 40) -> Figure:
+def plot_targets(result: Attribution, k: int = 40, *, special: bool = True) -> Figure:
     """The score of prompt tokens (columns) for every target token (rows), as colours.
 
     Of a longer prompt, the k tokens with the highest aggregated scores, in their order in the
@@ -72,7 +72,7 @@ def plot_targets(result: Attribution, k: int = 40) -> Figure:
     Raises InputError where k is no whole number of at least 1, MissingPackageError without
     matplotlib.
     """
-    columns = sorted(row.index for row in result.top(k))
+    columns = sorted(row.index for row in _top(result, k, special))
     scores = result.target_scores[:, torch.tensor(columns)].numpy()
     n_targets = len(result.target_ids)
     figure = _figure(width=2.6 + 0.24 * len(columns), height=1.9 + 0.24 * n_targets)
@@ -108,6 +108,16 @@ def plot_targets(result: Attribution, k: int = 40) -> Figure:
     axis.set_ylabel("target token")
     figure.colorbar(image, ax=axis, label="score", shrink=0.9).outline.set_visible(False)
     return figure
+
+
+def _top(result: Attribution, k: int, special: bool) -> list[TopToken]:
+    top = result.top(k, special=special)
+    if not top:
+        raise InputError(
+            "the prompt has special and template tokens alone: expected others to be drawn. Leave "
+            "special=False out."
+        )
+    return top
 
 
 def _figure(width: float, height: float) -> Figure:
