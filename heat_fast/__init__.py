@@ -25,6 +25,7 @@ from heat_fast._version import __version__
 if TYPE_CHECKING:
     from heat_fast.attributor import Attributor, attribute
     from heat_fast.calibration import Calibration, calibrate
+    from heat_fast.comparison import Comparison, compare_results
     from heat_fast.config import HeatConfig
     from heat_fast.cost import Estimate, estimate
     from heat_fast.demo import load_demo_model
@@ -50,6 +51,7 @@ __all__ = [
     "Attributor",
     "Bounds",
     "Calibration",
+    "Comparison",
     "ConfigError",
     "Estimate",
     "HeatConfig",
@@ -65,6 +67,7 @@ __all__ = [
     "bounds",
     "build_info",
     "calibrate",
+    "compare_results",
     "estimate",
     "from_dict",
     "generate_and_attribute",
@@ -82,6 +85,7 @@ _HOME = {
     "Attributor": "heat_fast.attributor",
     "Bounds": "heat_fast.error_bounds",
     "Calibration": "heat_fast.calibration",
+    "Comparison": "heat_fast.comparison",
     "ConfigError": "heat_fast.errors",
     "Estimate": "heat_fast.cost",
     "HeatConfig": "heat_fast.config",
@@ -95,6 +99,7 @@ _HOME = {
     "attribute": "heat_fast.attributor",
     "bounds": "heat_fast.error_bounds",
     "calibrate": "heat_fast.calibration",
+    "compare_results": "heat_fast.comparison",
     "build_info": "heat_fast.native",
     "estimate": "heat_fast.cost",
     "from_dict": "heat_fast.storage",

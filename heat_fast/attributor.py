@@ -26,6 +26,7 @@ from heat_fast.forward import (
     check_model,
     context_length,
     log_probs,
+    picked,
     undisturbed,
     vocabularies,
 )
@@ -220,8 +221,7 @@ class Attributor:
         parts, screening = found.parts, found.screening
         likely = found.log_probs
         if whole is not None:
-            index = torch.tensor(found.targets, device=whole.device)
-            likely = whole.gather(-1, index[:, None])[:, 0].to(likely)
+            likely = picked(whole, found.targets).to(likely)
         score, envelope = combine(parts, config)
         metadata = self._metadata(pipeline, embeddings, ran)
         if screening is not None:
@@ -292,8 +292,7 @@ class Attributor:
             rows = embeddings[[*plan.indices(number), *later]]
             row = log_probs(self.model, rows, len(span))
             response = response or (int(row[0].argmax()),)
-            index = torch.tensor(response[span.start : span.stop], device=row.device)
-            found.insert(0, row.gather(-1, index[:, None])[:, 0].cpu())
+            found.insert(0, picked(row, response[span.start : span.stop]).cpu())
         assert response is not None and self.config.window_tolerance is not None
         return response, worth_sweeping(torch.stack(found), self.config.window_tolerance)
 

@@ -23,7 +23,7 @@ from heat_fast.checks import is_whole
 from heat_fast.combine import Components, combine
 from heat_fast.config import HeatConfig
 from heat_fast.errors import InputError
-from heat_fast.forward import log_probs, undisturbed
+from heat_fast.forward import log_probs, picked, undisturbed
 from heat_fast.information import replacement
 from heat_fast.result import Attribution
 
@@ -148,11 +148,10 @@ def _masked_spans(
     with undisturbed(model, device):
         embeddings = embed(torch.tensor(result.context_ids, device=device))
         vector = replacement(embed, config.masking, config.sentinel_token, embeddings)
-        targets = torch.tensor(result.target_ids, device=device)[:, None]
 
         def predicted(context: Tensor) -> Tensor:
-            rows = log_probs(model, context, len(targets))
-            return rows.gather(-1, targets)[:, 0].cpu().to(result.log_prob_drop)
+            rows = log_probs(model, context, len(result.target_ids))
+            return picked(rows, result.target_ids).cpu().to(result.log_prob_drop)
 
         whole = predicted(embeddings)
         for _ in range(spans):

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from heat_fast.errors import InputError
 from heat_fast.ranks import spearman
 from heat_fast.result import Attribution
@@ -41,6 +43,44 @@ class Comparison:
         """Whether both explain the same target tokens."""
         return self.left.target_ids == self.right.target_ids
 
+    def log_odds_drop(self) -> Tensor:
+        """Why the left target rather than the right one: `[N]`, nats, float32.
+
+            drop[i] = log P(left) / P(right)  -  the same with token i masked
+
+        Positive for tokens that speak for the left target, negative for those that speak for the
+        right. Of a target of several tokens, P is that of all of them. Each part was measured in
+        its own attribution, so that no approximation is in it.
+
+        Raises InputError where the two were masked differently, in windows, or with `coverage`.
+
+        Example:
+            >>> import heat_fast
+            >>> demo = heat_fast.load_demo_model()
+            >>> config = heat_fast.HeatConfig.preset("gs")
+            >>> attributor = heat_fast.Attributor(demo.model, demo.tokenizer, config)
+            >>> prompt, answers = demo.examples[0].prompt, (" Fenston", " Quilston")
+            >>> one, other = (attributor.attribute(prompt, answer) for answer in answers)
+            >>> odds = compare_results(one, other).log_odds_drop()
+            >>> one.tokens[int(odds.argmax())]  # the passage: "The mountain of Mirmora is Fenston."
+            ' mountain'
+        """
+        for name in ("masking", "sentinel_token"):
+            both = [each.metadata["config"][name] for each in (self.left, self.right)]
+            if both[0] != both[1]:
+                raise InputError(
+                    f"the two results have {name}={both[0]!r} and {both[1]!r}: expected the same, "
+                    "for their drops are compared. Attribute one of them again."
+                )
+        for each in (self.left, self.right):
+            windows = each.metadata.get("windows", {"stretches": ()})["stretches"]
+            if each.information_skipped is not None or len(windows) > 1:
+                raise InputError(
+                    "a result of several windows, or with tokens left out by coverage: expected "
+                    "every token's drop in the whole context. Attribute without these."
+                )
+        return self.left.log_prob_drop.sum(0) - self.right.log_prob_drop.sum(0)
+
 
 def compare_results(left: Attribution, right: Attribution) -> Comparison:
     """Compare two attributions of the same prompt tokens; their targets may differ.
@@ -55,11 +95,20 @@ def compare_results(left: Attribution, right: Attribution) -> Comparison:
     """
     if left.token_ids != right.token_ids:
         raise InputError(
-            f"the two results are of different prompts, of {len(left)} and {len(right)} tokens: "
-            "expected the same tokens. Attribute one prompt twice."
+            f"the two results are of different prompts, of {len(left)} and {len(right)} tokens"
+            f"{_first_difference(left, right)}: expected the same tokens. Attribute one prompt "
+            "twice."
         )
     found = {
         shown: spearman(left.aggregated(name), right.aggregated(name))
         for shown, name in _COMPARED.items()
     }
     return Comparison(left, right, found)
+
+
+def _first_difference(left: Attribution, right: Attribution) -> str:
+    pairs = enumerate(zip(left.token_ids, right.token_ids, strict=False))
+    place = next((place for place, (one, other) in pairs if one != other), None)
+    if place is None:
+        return ""
+    return f", the first that differ being {left.tokens[place]!r} and {right.tokens[place]!r}"

@@ -56,6 +56,12 @@ def log_probs(model: Any, embeddings: Tensor, count: int) -> Tensor:
     return padded_log_probs(model, [embeddings], count)[0]
 
 
+def picked(log_probs: Tensor, targets: Sequence[int]) -> Tensor:
+    """Of each row `[n, V]` the entry of its target, `[n]`."""
+    index = torch.tensor(targets, device=log_probs.device)
+    return log_probs.gather(-1, index[:, None])[:, 0]
+
+
 def padded_log_probs(model: Any, contexts: Sequence[Tensor], count: int) -> Tensor:
     """Log-probabilities `[B, count, V]` at the last positions of each context `[M, d]`.
 

@@ -26,6 +26,7 @@ from heat_fast.decoder.block import BlockAdjoint, BlockState
 from heat_fast.decoder.head import HeadAdjoint
 from heat_fast.decoder.norm import wide
 from heat_fast.errors import NumericalError
+from heat_fast.forward import picked
 from heat_fast.progress import Step
 from heat_fast.work import Work
 
@@ -106,8 +107,7 @@ class Trunk:
     @property
     def target_log_probs(self) -> Tensor:
         """`g` of each target, `[n]`, nats."""
-        index = torch.tensor(self.targets, device=self.log_probs.device)
-        return self.log_probs.gather(-1, index[:, None])[:, 0]
+        return picked(self.log_probs, self.targets)
 
 
 def _rows(decoder: Decoder, layer: int, start: int, first_row: int, stop: int) -> Rows:

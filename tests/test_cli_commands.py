@@ -176,7 +176,7 @@ def test_rank_correlation_is_spearmans() -> None:
     assert 0 <= comparison.overlap(5) < 1
     flat = make([[1.0] * 40], tokens=names, text=None, offsets=None)
     assert compare_results(left, flat).correlations["gate"] is None
-    with pytest.raises(InputError, match="different prompts, of 40 and 3 tokens"):
+    with pytest.raises(InputError, match="different prompts, of 40 and 3 tokens: exp"):
         compare_results(left, make())
 
 
