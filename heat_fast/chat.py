@@ -157,11 +157,11 @@ class Conversation:
             rest = Conversation(marked, self.arguments).render(tokenizer)
         except InputError:  # a template that looks at what is said
             return None
+        # A template may leave a message out, or put the system's into the last of the user's.
+        order = sorted((each for each in order if each[0] in rest), key=lambda e: rest.index(e[0]))
         pieces = []
         for name, _, _ in order:
-            before, middle, rest = rest.partition(name)
-            if not middle:
-                return None
+            before, _, rest = rest.partition(name)
             pieces.append(before)
         pieces.append(rest)
         if not text.startswith(pieces[0]):

@@ -75,6 +75,31 @@ def test_a_rewritten_message_is_what_stands_in_its_place(chat: Any) -> None:
     assert said(encoded) | {None: ""} == {"user": "onethree", "assistant": "two", None: ""}
 
 
+def test_a_template_may_put_a_message_elsewhere_or_leave_it_out(chat: Any) -> None:
+    """As Mistral's does, whose system message is in the last of the user's."""
+    chat.chat_template = (
+        "{% set system = messages[0]['content'] %}{% for m in messages[1:] if m.role != 'tool' %}"
+        "{{ '[INST] ' if m.role == 'user' }}{{ system ~ '\\n\\n' if loop.last }}{{ m['content'] }}"
+        "{{ ' [/INST]' if m.role == 'user' else '</s>' }}{% endfor %}"
+    )
+    messages = [
+        {"role": "system", "content": "brief"},
+        {"role": "user", "content": "one"},
+        {"role": "tool", "content": "secret"},
+        {"role": "assistant", "content": "two"},
+        {"role": "user", "content": "three"},
+    ]
+    encoded = encode_prompt(messages, chat, len(chat))
+    assert encoded.text == "[INST] one [/INST]two</s>[INST] brief\n\nthree [/INST]"
+    spoken = said(encoded)
+    del spoken[None]
+    assert {role: text.strip() for role, text in spoken.items()} == {
+        "system": "brief",
+        "user": "onethree",
+        "assistant": "two",
+    }
+
+
 def test_a_template_that_cannot_be_taken_apart_is_told_of(chat: Any) -> None:
     chat.chat_template = "{% for m in messages %}{{ m['content'] | upper }}\n{% endfor %}Go"
     messages = [{"role": "user", "content": "one"}, {"role": "user", "content": "two"}]
