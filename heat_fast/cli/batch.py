@@ -67,7 +67,8 @@ def batch(
     """
     side = f"{output}.errors.jsonl" if errors_path is None else errors_path
     _check_paths(source, output, side)
-    from heat_fast.batch import attribute_rows, count_rows
+    from heat_fast.batch import attribute_rows
+    from heat_fast.rows import count_rows
 
     rows = count_rows(source)
     loaded = load_model(model, device, dtype, debug=debug)

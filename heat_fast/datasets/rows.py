@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from heat_fast import batch
 from heat_fast.errors import InputError, MissingPackageError
+from heat_fast.rows import read_rows
 
 PathLike = str | os.PathLike[str]
 
@@ -19,7 +19,7 @@ def file_rows(path: PathLike) -> Iterator[Mapping[str, Any]]:
     if Path(path).suffix.lower() == ".json":
         yield from _array(Path(path))
         return
-    for row in batch.read_rows(path):
+    for row in read_rows(path):
         if row.error is not None:
             raise InputError(
                 f"row {row.number} of {str(path)!r} cannot be read: {row.error} Expected a JSON "

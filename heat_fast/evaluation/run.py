@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import zlib
@@ -18,6 +17,7 @@ from heat_fast.evaluation.measures import MEASURES, Asked, Attributed, Inapplica
 from heat_fast.evaluation.plan import Entry, Plan, make_method, model_name, read_data, read_model
 from heat_fast.forward import check_in_memory
 from heat_fast.provenance import versions
+from heat_fast.rows import digest_of
 
 ROWS, PLAN = "rows.jsonl", "plan.json"
 #: `progress(done, total)`.
@@ -143,7 +143,7 @@ def _check_example(folder: Path, row: dict[str, Any], digests: dict[tuple[str, s
 def _digest(example: Example) -> str:
     """What tells an example from another of the same id."""
     text = json.dumps(asdict(example), sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return digest_of(text.encode())
 
 
 def _taken(row: dict[str, Any]) -> dict[str, Any]:
