@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import fcntl
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -33,6 +32,7 @@ from heat_fast.errors import (
     UnsupportedModelError,
 )
 from heat_fast.files import is_parquet
+from heat_fast.journal import Journal
 from heat_fast.provenance import identity
 from heat_fast.result import Attribution
 from heat_fast.rows import Row, read_rows
@@ -73,66 +73,6 @@ class Summary:
 # --- the output -----------------------------------------------------------------------------------
 
 
-class _Lines:
-    """A file of whole lines that is appended to, by one process at a time."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            self.file = path.open("ab+")
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise OutputError(
-                f"{str(path)!r} is being written by another process: expected to be the only one. "
-                "Wait for it, or choose another output."
-            ) from error
-        except OSError as error:
-            raise OutputError(
-                f"cannot write {str(path)!r}: {error.strerror}. Expected a writable file path. "
-                "Choose another place."
-            ) from error
-
-    def read(self) -> Iterator[Any]:
-        """The lines so far, after taking back one that was cut off."""
-        self.file.seek(0)
-        whole = 0
-        for line in self.file:
-            if not line.endswith(b"\n"):
-                break
-            whole += len(line)
-            try:
-                yield json.loads(line)
-            except ValueError as error:
-                raise InputError(
-                    f"{str(self.path)!r} holds a line that is not JSON: expected the output of a "
-                    "batch that was begun. Choose another output, or remove it."
-                ) from error
-        self.file.truncate(whole)
-
-    def append(self, line: str) -> None:
-        """Write a line, so that it stays whatever happens to this process or the machine."""
-        try:
-            self.file.write(line.encode("ascii"))
-            self.file.flush()
-            os.fsync(self.file.fileno())
-        except OSError as error:
-            raise OutputError(
-                f"cannot write {str(self.path)!r}: {error.strerror}. Expected room for the "
-                "results. Make some; the same command then goes on from here."
-            ) from error
-
-    def rewrite(self, lines: list[Any]) -> None:
-        """Write these lines in place of all that there are."""
-        self.file.truncate(0)
-        self.append("".join(json.dumps(line) + "\n" for line in lines))
-
-    def close(self) -> None:
-        """Close it; an empty one leaves no file."""
-        if os.fstat(self.file.fileno()).st_size == 0:
-            self.path.unlink(missing_ok=True)
-        self.file.close()
-
-
 def attribute_rows(
     attributor: Attributor,
     source: str | os.PathLike[str],
@@ -164,8 +104,8 @@ def attribute_rows(
     copied = parquet and output.exists() and not journal.exists()
     if copied:
         write_jsonl(read_parquet(output), journal)
-    lines = _Lines(journal)
-    side = _Lines(Path(errors) if errors is not None else Path(f"{output}.errors.jsonl"))
+    lines = Journal(journal)
+    side = Journal(Path(errors) if errors is not None else Path(f"{output}.errors.jsonl"))
     settings = _settings(attributor)
     summary = Summary()
     try:
@@ -203,8 +143,8 @@ def attribute_rows(
 def _one(
     attributor: Attributor,
     row: Row,
-    lines: _Lines,
-    side: _Lines,
+    lines: Journal,
+    side: Journal,
     settings: dict[str, Any],
     summary: Summary,
 ) -> None:
@@ -266,7 +206,7 @@ def _conversation(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _finished(
-    lines: _Lines, settings: Mapping[str, Any], output: Path
+    lines: Journal, settings: Mapping[str, Any], output: Path
 ) -> Iterator[tuple[int, str]]:
     """Numbers and digests of the rows whose results an earlier run wrote."""
     for line in lines.read():
@@ -281,7 +221,7 @@ def _finished(
         yield metadata["batch"]["row"], metadata["batch"]["input"]
 
 
-def _reasons(side: _Lines) -> Iterator[dict[str, Any]]:
+def _reasons(side: Journal) -> Iterator[dict[str, Any]]:
     """The lines of the side file."""
     for line in side.read():
         if not _is_mark(line) or not isinstance(line.get("settings", {}), dict):

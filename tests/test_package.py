@@ -90,7 +90,8 @@ def test_the_table_of_modules_is_true(repository: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["comparison", "generation", "metadata", "rows", "spans", "storage", "tables"]
+    "name",
+    ["comparison", "generation", "journal", "metadata", "rows", "spans", "storage", "tables"],
 )
 def test_the_examples_of_docstrings_run(name: str) -> None:
     if name == "tables":

@@ -1,0 +1,93 @@
+"""A file that grows line by line, so that work that is stopped can go on from what is there."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from heat_fast.errors import InputError, OutputError
+
+__all__ = ["Journal"]
+
+
+class Journal:
+    """A file of whole JSON Lines that is appended to, by one process at a time.
+
+    place: what an error calls it where it is in use; by default its path.
+
+    Raises OutputError where it cannot be written, or another process is writing it.
+
+    Example:
+        >>> import contextlib, tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     with contextlib.closing(Journal(Path(folder) / "done.jsonl")) as journal:
+        ...         journal.append(json.dumps({"row": 1}) + chr(10))
+        ...         list(journal.read())
+        [{'row': 1}]
+    """
+
+    def __init__(self, path: Path, place: str | None = None) -> None:
+        self.path = path
+        try:
+            self.file = path.open("ab+")
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise OutputError(
+                f"{place or repr(str(path))} is in use, being written by another process: expected "
+                "to be the only one. Wait for it, or choose another output."
+            ) from error
+        except OSError as error:
+            raise OutputError(
+                f"cannot write {str(path)!r}: {error.strerror}. Expected a writable file path. "
+                "Choose another place."
+            ) from error
+
+    def read(self) -> Iterator[Any]:
+        """The lines so far, after taking back one that was cut off.
+
+        Raises InputError where one is not JSON; the file then stays as it is.
+        """
+        self.file.seek(0)
+        whole = 0
+        for line in self.file:
+            if not line.endswith(b"\n"):
+                break
+            whole += len(line)
+            try:
+                yield json.loads(line)
+            except ValueError as error:
+                raise InputError(
+                    f"{str(self.path)!r} holds a line that is not JSON: expected the output of a "
+                    "run that was begun. Choose another output, or remove it."
+                ) from error
+        self.file.truncate(whole)
+
+    def append(self, line: str) -> None:
+        """Write a line, so that it stays whatever happens to this process or the machine.
+
+        Raises OutputError where there is no room for it.
+        """
+        try:
+            self.file.write(line.encode("ascii"))
+            self.file.flush()
+            os.fsync(self.file.fileno())
+        except OSError as error:
+            raise OutputError(
+                f"cannot write {str(self.path)!r}: {error.strerror}. Expected room for the "
+                "results. Make some; the same command then goes on from here."
+            ) from error
+
+    def rewrite(self, lines: list[Any]) -> None:
+        """Write these lines in place of all that there are."""
+        self.file.truncate(0)
+        self.append("".join(json.dumps(line) + "\n" for line in lines))
+
+    def close(self) -> None:
+        """Close it; an empty one leaves no file."""
+        if os.fstat(self.file.fileno()).st_size == 0:
+            self.path.unlink(missing_ok=True)
+        self.file.close()

@@ -1,0 +1,46 @@
+"""A file that grows line by line: what a kill leaves of it, and who may write it."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from heat_fast.errors import InputError, OutputError
+from heat_fast.journal import Journal
+
+
+def test_a_line_that_was_cut_off_is_taken_back(tmp_path: Path) -> None:
+    path = tmp_path / "lines.jsonl"
+    path.write_text('{"a": 1}\n{"a": 2}\n{"a"')
+    with closing(Journal(path)) as journal:
+        assert list(journal.read()) == [{"a": 1}, {"a": 2}]
+        journal.append('{"a": 3}\n')
+        assert [line["a"] for line in journal.read()] == [1, 2, 3]
+    assert path.read_text() == '{"a": 1}\n{"a": 2}\n{"a": 3}\n'
+
+
+def test_another_kind_of_file_stays_as_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "lines.jsonl"
+    path.write_text("words\nmore")
+    with (
+        closing(Journal(path)) as journal,
+        pytest.raises(InputError, match=r"lines\.jsonl' holds a line that is not JSON: expected"),
+    ):
+        list(journal.read())
+    assert path.read_text() == "words\nmore"
+
+
+def test_one_writer_at_a_time(tmp_path: Path) -> None:
+    path = tmp_path / "lines.jsonl"
+    with closing(Journal(path)) as journal:
+        with pytest.raises(OutputError, match=r"^'.*lines\.jsonl' is in use, .* Wait for it, or"):
+            Journal(path)
+        with pytest.raises(OutputError, match=r"^the folder is in use"):
+            Journal(path, "the folder")
+        journal.append("1\n")
+    with closing(Journal(path)) as journal:
+        assert list(journal.read()) == [1]
+        journal.rewrite([])
+    assert not path.exists()  # an empty one leaves no file
