@@ -15,7 +15,7 @@ import heat_fast
 from assertions import assert_close
 from heat_fast.cli import app
 from heat_fast.datasets import encode, synthetic
-from heat_fast.errors import InputError
+from heat_fast.errors import InputError, OutputError
 from heat_fast.evaluation import (
     evaluate,
     holm,
@@ -125,6 +125,26 @@ def test_a_folder_without_rows_is_free(plan: Any, tmp_path: Path) -> None:
     (tmp_path / "out" / "rows.jsonl").touch()
     assert len(evaluate(plan, tmp_path / "out")) == 6
     assert json.loads((tmp_path / "out" / "plan.json").read_text())["plan"]["models"]
+
+
+def test_one_run_into_a_folder_at_a_time(plan: Any, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    (tmp_path / "other.toml").write_text(PLAN.replace("limit = 3", "limit = 2"))
+    other = ["evaluate", str(tmp_path / "other.toml"), "--output", str(out), "--quiet"]
+    told = r"the folder '.*out' is in use, .* Wait for it, or choose another output\."
+
+    def second(done: int, total: int) -> None:
+        before = [each.read_bytes() for each in sorted(out.iterdir())]
+        with pytest.raises(OutputError, match=told):
+            evaluate(plan, out)
+        refused = CliRunner().invoke(app, other)
+        assert refused.exit_code == 1
+        assert "is in use" in refused.stderr
+        assert [each.read_bytes() for each in sorted(out.iterdir())] == before
+
+    rows = evaluate(plan, out, second)
+    assert [json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()] == rows
+    assert evaluate(plan, out) == rows  # the folder is free again
 
 
 def test_another_plan_needs_another_folder(plan: Any, tmp_path: Path) -> None:

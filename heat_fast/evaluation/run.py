@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from heat_fast.errors import HeatError, InputError
 from heat_fast.evaluation.measures import MEASURES, Asked, Attributed, Inapplicable, Method
 from heat_fast.evaluation.plan import Entry, Plan, make_method, model_name, read_data, read_model
 from heat_fast.forward import check_in_memory
+from heat_fast.journal import Journal
 from heat_fast.provenance import versions
 from heat_fast.rows import digest_of
 
@@ -50,10 +51,9 @@ def evaluate(
 
     Raises `InputError` where the folder holds the results of another plan, of examples that have
     changed since, or rows of a model on another device or in another dtype than it is now, and
-    where it cannot be written.
+    where it cannot be written; `OutputError` where another run is writing into the folder, or there
+    is no room left for a row.
     """
-    folder = Path(output)
-    _claim(folder, plan)
     references = {each.label: each.settings.get("reference", each.label) for each in plan.data}
 
     def explained(row: dict[str, Any]) -> tuple[Any, ...]:
@@ -61,20 +61,24 @@ def evaluate(
         of = row["model"], references[row["data"]], row["method"], row["example"]
         return *of, tuple(row["targets"])
 
-    known = {_key(row): row for row in _rows(folder / ROWS)}
-    # Failures are not shared: each has its own reason.
-    measured = {
-        explained(row): row for row in known.values() if row.get("targets") and row["error"] is None
-    }
-    methods = {each.label: make_method(each) for each in plan.methods}
-    data = {each.label: list(read_data(each, plan.folder)) for each in plan.data}
-    digests = {(d, each.id): _digest(each) for d, found in data.items() for each in found}
-    for kept in known.values():
-        _check_place(folder, kept, device, dtype)
-        _check_example(folder, kept, digests)
-    total = len(plan.models) * len(plan.methods) * sum(map(len, data.values()))
-    done, found = 0, []
-    with _appending(folder / ROWS) as append:
+    folder = Path(output)
+    with closing(_open(folder)) as journal:
+        _claim(folder, plan)
+        known = {_key(row): row for row in journal.read()}
+        # Failures are not shared: each has its own reason.
+        measured = {
+            explained(row): row
+            for row in known.values()
+            if row.get("targets") and row["error"] is None
+        }
+        methods = {each.label: make_method(each) for each in plan.methods}
+        data = {each.label: list(read_data(each, plan.folder)) for each in plan.data}
+        digests = {(d, each.id): _digest(each) for d, found in data.items() for each in found}
+        for kept in known.values():
+            _check_place(folder, kept, device, dtype)
+            _check_example(folder, kept, digests)
+        total = len(plan.models) * len(plan.methods) * sum(map(len, data.values()))
+        done, found = 0, []
         for model in plan.models:
             loaded: tuple[Any, Any] | None = None  # only where something is left to do
             for entry in plan.data:
@@ -99,7 +103,7 @@ def evaluate(
                             row |= _taken(same) if same else _measure(plan, asked, run)
                             row["digest"] = digests[entry.label, example.id]
                             if row != before:  # else it failed as before
-                                append(row)
+                                journal.append(json.dumps(row) + "\n")
                             known[key] = row
                             if row["targets"] and row["error"] is None:
                                 measured[explained(row)] = row
@@ -217,19 +221,23 @@ def _key(row: dict[str, Any]) -> tuple[str, ...]:
     return tuple(row[field] for field in _FIELDS)
 
 
-def _claim(folder: Path, plan: Plan) -> None:
-    """Keep the plan in the folder, or see that it is that of the rows that are there."""
+def _open(folder: Path) -> Journal:
+    """The rows of a folder, new or of an earlier run, which is this run's alone until closed."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / ROWS).touch()
+        (folder / ROWS).touch()  # tells of the folder, before the journal would of its file
     except OSError as error:
         raise InputError(
             f"cannot write into {str(folder)!r} ({error.strerror}): expected a folder, new or of "
             "an earlier run. Choose another."
         ) from error
+    return Journal(folder / ROWS, f"the folder {str(folder)!r}")
+
+
+def _claim(folder: Path, plan: Plan) -> None:
+    """Keep the plan in the folder, or see that it is that of the rows that are there."""
     kept, resolved = folder / PLAN, json.loads(json.dumps(plan.resolved()))
-    rows = folder / ROWS
-    if kept.exists() and rows.exists() and rows.stat().st_size:
+    if kept.exists() and (folder / ROWS).stat().st_size:
         if json.loads(kept.read_text())["plan"] != resolved:
             raise InputError(
                 f"{str(folder)!r} holds the results of another plan: expected the same, to go on "
@@ -239,26 +247,3 @@ def _claim(folder: Path, plan: Plan) -> None:
     fresh = kept.with_suffix(".new")
     fresh.write_text(json.dumps({"plan": resolved, "versions": versions()}, indent=1) + "\n")
     fresh.replace(kept)
-
-
-def _rows(path: Path) -> list[dict[str, Any]]:
-    """The whole rows of a file; a last line that was cut off is taken out."""
-    if not path.exists():
-        return []
-    whole, _, torn = path.read_bytes().rpartition(b"\n")
-    if torn:
-        with path.open("r+b") as file:
-            file.truncate(len(whole) + bool(whole))
-    return [json.loads(line) for line in whole.splitlines()]
-
-
-@contextmanager
-def _appending(path: Path) -> Iterator[Callable[[dict[str, Any]], None]]:
-    with path.open("a", encoding="utf-8") as file:
-
-        def append(row: dict[str, Any]) -> None:
-            file.write(json.dumps(row) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-
-        yield append
