@@ -69,6 +69,25 @@ def colour_step(value: float, highest: float, steps: int) -> int:
     return round(steps * math.sqrt(value / highest))
 
 
+def by_role(result: Attribution) -> str | None:
+    """Whose words the score is of in a chat, the largest share first; None for other prompts.
+
+    >>> import dataclasses, heat_fast
+    >>> demo = heat_fast.load_demo_model(1)
+    >>> result = heat_fast.attribute(demo.model, demo.tokenizer, "Who?", curvature="none")
+    >>> by_role(dataclasses.replace(result, roles=("user",) * len(result)))
+    'user 100%'
+    """
+    if result.roles is None:
+        return None
+    shares: dict[str, float] = {}
+    for role, share in zip(result.roles, result.shares().tolist(), strict=True):
+        name = "chat template" if role is None else escape(role)
+        shares[name] = shares.get(name, 0.0) + share
+    ordered = sorted(shares.items(), key=lambda each: -each[1])
+    return ", ".join(f"{name} {share:.0%}" for name, share in ordered)
+
+
 def number(value: float) -> str:
     """Three significant digits, in plain notation where that stays short.
 

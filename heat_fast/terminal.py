@@ -20,7 +20,15 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
-from heat_fast.reading import approximations, colour_step, escape, number, segments, visible
+from heat_fast.reading import (
+    approximations,
+    by_role,
+    colour_step,
+    escape,
+    number,
+    segments,
+    visible,
+)
 from heat_fast.result import Attribution
 
 __all__ = ["is_ascii", "number", "print_result", "prompt_text", "render", "top_table", "visible"]
@@ -99,6 +107,7 @@ def render(
         ),
         _targets(result, ascii_only),
         *_target_rows(result, ascii_only, console.width, special),
+        *_roles(result),
         *map(Text, approximations(result)),
         _facts(result),
     )
@@ -281,6 +290,11 @@ def _target_rows(
         table.add_row(Text(target, style="bold"), Text(", ".join(drivers)))
     more = len(result.target_ids) - _TARGETS_SHOWN
     return [Text(), table, *([Text(f"and {more} more")] if more > 0 else [])]
+
+
+def _roles(result: Attribution) -> list[Text]:
+    shares = by_role(result)
+    return [] if shares is None else [Text(f"Score by role: {shares}")]
 
 
 def _facts(result: Attribution) -> Text:

@@ -535,6 +535,19 @@ def test_scores_that_are_all_zero() -> None:
     assert page_data(render_page(result))["tokens"] == ["a", "b"]
 
 
+def test_shares_of_roles_are_told() -> None:
+    result = made_up(["<s>", "be", "<u>", "why"], metadata={"adapters": ["poet"]})
+    assert "Score by role" not in dict(notes.facts(result))
+    scores = torch.tensor([[1.0, 2.0, 1.0, 16.0]])
+    chat = dataclasses.replace(
+        result, roles=(None, "system", None, "user<script>"), target_scores=scores
+    )
+    told = dict(notes.facts(chat))
+    assert told["Score by role"] == "user<script> 80%, system 10%, chat template 10%"
+    assert told["Adapters"] == "poet"
+    assert "user<script>" not in render_page(chat)
+
+
 # --- figures --------------------------------------------------------------------------------------
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Final
 
-from heat_fast.reading import approximations
+from heat_fast.reading import approximations, by_role
 from heat_fast.result import Attribution
 
 __all__ = ["cautions", "facts", "formula", "meaning", "settings", "terms"]
@@ -126,12 +126,14 @@ def facts(result: Attribution) -> list[tuple[str, str]]:
     rows = [
         ("Model", metadata.get("model")),
         ("Weights", _name(metadata.get("name"))),
+        ("Adapters", ", ".join(metadata.get("adapters", ()))),
         ("Device", " ".join(str(metadata[key]) for key in ("device", "dtype") if key in metadata)),
         ("Method", result.method),
         ("Variant", None if result.method else _config(result).get("variant")),
         ("Seed", metadata.get("seed", _config(result).get("seed"))),
         ("Prompt tokens", f"{len(result):,}"),
         ("Target tokens", f"{len(result.target_ids):,}"),
+        ("Score by role", by_role(result)),
         ("Seconds", None if seconds is None else f"{seconds:.2f}"),
         ("Hessian-vector products", f"{counts['hvp']:,}" if "hvp" in counts else None),
         ("Branch tokens", f"{counts['branch_tokens']:,}" if "branch_tokens" in counts else None),
