@@ -37,15 +37,7 @@ def attribute(
         str | None,
         typer.Option("--prompt", metavar="TEXT", help="The prompt."),
     ] = None,
-    prompt_file: Annotated[
-        str | None,
-        typer.Option(
-            "--prompt-file",
-            metavar="F",
-            help="Read the prompt from a UTF-8 file, or from standard input (-). One newline at "
-            "its end is not part of the prompt.",
-        ),
-    ] = None,
+    prompt_file: options.PromptFile = None,
     messages: options.Messages = None,
     target: Annotated[
         str | None,
@@ -63,12 +55,7 @@ def attribute(
             help="Explain tokens A to B (exclusive) of the target only; the rest is context.",
         ),
     ] = None,
-    json_path: Annotated[
-        str | None,
-        typer.Option(
-            "--json", metavar="F", help="Write the result as JSON; - for standard output alone."
-        ),
-    ] = None,
+    json_path: options.Json = None,
     save_path: Annotated[
         str | None,
         typer.Option("--save", metavar="F", help="Save the result as one safetensors file."),
@@ -79,14 +66,8 @@ def attribute(
             "--html", metavar="F", help="Write the report as one HTML page, for a browser."
         ),
     ] = None,
-    top: Annotated[int, typer.Option(min=1, help="Tokens in the table.")] = 10,
-    special: Annotated[
-        bool,
-        typer.Option(
-            "--special/--no-special",
-            help="Rank special tokens and those of the chat template as well, or leave them out.",
-        ),
-    ] = True,
+    top: options.Top = 10,
+    special: options.Special = True,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     quiet: options.Quiet = False,

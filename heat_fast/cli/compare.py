@@ -38,19 +38,13 @@ def compare(
     prompt: Annotated[
         str | None, typer.Option("--prompt", metavar="TEXT", help="The prompt of --against.")
     ] = None,
-    prompt_file: Annotated[
-        str | None,
-        typer.Option("--prompt-file", metavar="F", help="Read it from a UTF-8 file (- for input)."),
-    ] = None,
+    prompt_file: options.PromptFile = None,
     messages: options.Messages = None,
     target: Annotated[
         str | None, typer.Option(metavar="TEXT", help="What to explain, of --against.")
     ] = None,
-    name: Annotated[
-        str | None,
-        typer.Option("--id", metavar="ID", help="Which result, where the files hold many."),
-    ] = None,
-    top: Annotated[int, typer.Option(min=1, help="Tokens in the table.")] = 10,
+    name: options.Id = None,
+    top: options.Top = 10,
     json_path: options.Json = None,
     model: options.Model = None,
     device: options.Device = "auto",

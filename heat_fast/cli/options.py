@@ -62,7 +62,7 @@ def _dtype(name: str) -> str:
     return name
 
 
-# --- what loads a model ---------------------------------------------------------------------------
+# --- the model and its prompt ---------------------------------------------------------------------
 
 Model = Annotated[
     str | None,
@@ -70,6 +70,15 @@ Model = Annotated[
         "--model",
         metavar="PATH_OR_ID",
         help="A model folder or hub id. Left out: the small embedded model.",
+    ),
+]
+PromptFile = Annotated[
+    str | None,
+    typer.Option(
+        "--prompt-file",
+        metavar="F",
+        help="Read the prompt from a UTF-8 file, or from standard input (-). One newline at its "
+        "end is not part of the prompt.",
     ),
 ]
 Messages = Annotated[
@@ -94,10 +103,29 @@ Dtype = Annotated[
         help="Number format of the model; auto: as it is stored.",
     ),
 ]
+
+# --- results and reports --------------------------------------------------------------------------
+
+Id = Annotated[
+    str | None,
+    typer.Option(
+        "--id", metavar="ID", help="Which result of a file of many: its id, or its row from 1."
+    ),
+]
+Top = Annotated[int, typer.Option(min=1, help="Tokens in the table.")]
+Special = Annotated[
+    bool,
+    typer.Option(
+        "--special/--no-special",
+        help="Rank special tokens and those of the chat template as well, or leave them out.",
+    ),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No report, no progress.")]
 Json = Annotated[
     str | None,
-    typer.Option("--json", metavar="F", help="Write it as JSON; - for standard output alone."),
+    typer.Option(
+        "--json", metavar="F", help="Write the result as JSON; - for standard output alone."
+    ),
 ]
 
 

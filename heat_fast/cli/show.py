@@ -18,20 +18,9 @@ def show(
             metavar="FILE", help="A saved result: safetensors, JSON, JSON Lines or Parquet."
         ),
     ],
-    name: Annotated[
-        str | None,
-        typer.Option(
-            "--id", metavar="ID", help="Which result of a file of many: its id, or its row from 1."
-        ),
-    ] = None,
-    top: Annotated[int, typer.Option(min=1, help="Tokens in the table.")] = 10,
-    special: Annotated[
-        bool,
-        typer.Option(
-            "--special/--no-special",
-            help="Rank special tokens and those of the chat template as well, or leave them out.",
-        ),
-    ] = True,
+    name: options.Id = None,
+    top: options.Top = 10,
+    special: options.Special = True,
     html_path: Annotated[
         str | None, typer.Option("--html", metavar="F", help="Write a page instead.")
     ] = None,
