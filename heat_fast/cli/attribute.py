@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 import stat
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from heat_fast.chat import Conversation
 from heat_fast.cli import options
 from heat_fast.cli.common import (
     STANDARD_STREAM,
@@ -22,8 +19,8 @@ from heat_fast.cli.common import (
     write_json,
 )
 from heat_fast.cli.models import load_model
+from heat_fast.cli.prompts import read_prompt
 from heat_fast.config import HeatConfig
-from heat_fast.errors import InputError
 
 if TYPE_CHECKING:
     from heat_fast.result import Attribution
@@ -78,12 +75,7 @@ def attribute(
 
     Example: heat-fast attribute --model ./my-model --prompt "The capital of France is" --top 5
     """
-    text = read_prompt(prompt, prompt_file, messages)
-    if text is None and model is not None:
-        raise UsageError(
-            "--model without a prompt: expected --prompt TEXT, --prompt-file F or --messages F (- "
-            "for standard input). Give one."
-        )
+    text = read_prompt(prompt, prompt_file, messages, model)
     if text is None and _is_piped(sys.stdin):
         note("note: standard input is ignored; --prompt-file - reads the prompt from it.", quiet)
     if target == "":
@@ -104,59 +96,6 @@ def attribute(
 
 
 # --- before the work ------------------------------------------------------------------------------
-
-
-def read_prompt(prompt: str | None, prompt_file: str | None, messages: str | None) -> Any:
-    """The prompt that was given as text, as a file or as a chat's file; None without any."""
-    if prompt is not None and prompt_file is not None:
-        raise UsageError("both --prompt and --prompt-file: expected one of them. Drop the other.")
-    if prompt_file is not None:
-        prompt = _read(prompt_file).removesuffix("\n").removesuffix("\r")
-    if prompt == "":
-        raise UsageError("the prompt is empty: expected at least one token. Give some text.")
-    if messages is None:
-        return prompt
-    if prompt is not None:
-        raise UsageError("both --messages and a prompt: expected one of them. Drop the other.")
-    return _messages(messages)
-
-
-def _messages(path: str) -> Any:
-    """The conversation of a JSON file: its messages, or an object that has them."""
-    try:
-        found = json.loads(_read(path))
-    except json.JSONDecodeError as error:
-        raise UsageError(
-            f"{_name(path)} is not JSON ({error}): expected a list of messages, "
-            '[{"role": "user", "content": "..."}]. Correct it.'
-        ) from error
-    try:
-        Conversation.of(found)
-    except InputError as error:
-        raise UsageError(f"{_name(path)} holds no conversation: {error}") from error
-    return found
-
-
-def _name(path: str) -> str:
-    return "standard input" if path == STANDARD_STREAM else repr(path)
-
-
-def _read(path: str) -> str:
-    """The text of a file, or of standard input."""
-    try:
-        data = sys.stdin.buffer.read() if path == STANDARD_STREAM else Path(path).read_bytes()
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UsageError(
-            f"{_name(path)} is not UTF-8 ({error.reason} at byte {error.start}): expected UTF-8 "
-            "text. Convert it first."
-        ) from error
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UsageError(
-            f"cannot read the prompt from {_name(path)}: {reason}. Expected a readable text file. "
-            "Check the path."
-        ) from error
 
 
 def _is_piped(stream: Any) -> bool:

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from heat_fast.cli import options
-from heat_fast.cli.common import check_places, standard_output, write_json
-from heat_fast.cli.estimate import Targets, Tokens, megabytes
+from heat_fast.cli.common import check_places, megabytes, standard_output, write_json
 from heat_fast.cli.models import load_model
 from heat_fast.config import HeatConfig
 
@@ -23,8 +22,8 @@ def bench(
     config: HeatConfig,
     debug: bool,
     model: options.Model = None,
-    tokens: Tokens = 128,
-    targets: Targets = 1,
+    tokens: options.Tokens = 128,
+    targets: options.Targets = 1,
     repeat: Annotated[
         int, typer.Option(metavar="N", min=1, help="Runs; the fastest is shown.")
     ] = 1,

@@ -1,4 +1,4 @@
-"""What the commands share: errors as one line and an exit code, notes, and standard output."""
+"""What the commands share: errors as one line and an exit code, what they write and how."""
 
 from __future__ import annotations
 
@@ -98,6 +98,11 @@ def standard_output() -> Iterator[Any]:
 def note(text: str, quiet: bool) -> None:
     if not quiet:
         typer.echo(text, err=True)
+
+
+def megabytes(count: int) -> str:
+    """Bytes as a person reads them."""
+    return f"{count / 1e6:,.1f} MB"
 
 
 def survive_narrow_encodings() -> None:

@@ -8,9 +8,9 @@ import typer
 
 from heat_fast.checks import suggest
 from heat_fast.cli import options
-from heat_fast.cli.attribute import read_prompt
 from heat_fast.cli.common import UsageError, check_places, standard_output, write_json
 from heat_fast.cli.models import load_model
+from heat_fast.cli.prompts import read_prompt
 from heat_fast.cli.results import holds_many, read_result
 from heat_fast.config import PRESETS, HeatConfig
 
@@ -89,12 +89,7 @@ def compare(
                 + suggest(against, PRESETS)
             )
         other = config.replace(variant=against)
-        text = read_prompt(prompt, prompt_file, messages)
-        if text is None and model is not None:
-            raise UsageError(
-                "--model without a prompt: expected --prompt TEXT, --prompt-file F or --messages F "
-                "(- for standard input). Give one."
-            )
+        text = read_prompt(prompt, prompt_file, messages, model)
         loaded = load_model(model, device, dtype, debug=debug)
         prompt_text = loaded.example if text is None else text
         pair = _two(loaded.model, loaded.tokenizer, prompt_text, target, (config, other), quiet)
@@ -136,7 +131,8 @@ def _table(comparison: Comparison, names: tuple[str, str], top: int, console: An
     from rich.table import Table
     from rich.text import Text
 
-    from heat_fast.terminal import is_ascii, number, visible
+    from heat_fast.reading import number, visible
+    from heat_fast.terminal import is_ascii
 
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
     for column in ("pos", "token", "#", names[0], "#", names[1]):

@@ -8,23 +8,20 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from heat_fast.cli import options
-from heat_fast.cli.common import check_places, standard_output, write_json
+from heat_fast.cli.common import check_places, megabytes, standard_output, write_json
 from heat_fast.cli.models import load_model
 from heat_fast.config import HeatConfig
 
 if TYPE_CHECKING:
     from heat_fast.cost import Estimate
 
-Tokens = Annotated[int, typer.Option(metavar="N", min=1, help="Prompt tokens.")]
-Targets = Annotated[int, typer.Option(metavar="N", min=1, help="Target tokens.")]
-
 
 def estimate(
     config: HeatConfig,
     debug: bool,
     model: options.Model = None,
-    tokens: Tokens = 512,
-    targets: Targets = 1,
+    tokens: options.Tokens = 512,
+    targets: options.Targets = 1,
     time: Annotated[
         bool, typer.Option("--time/--no-time", help="Time a short prompt to tell seconds too.")
     ] = True,
@@ -64,8 +61,3 @@ def _words(told: Estimate, config: HeatConfig) -> str:
     }
     width = max(map(len, lines))
     return "".join(f"{name:{width}}  {value}\n" for name, value in lines.items())
-
-
-def megabytes(count: int) -> str:
-    """Bytes as a person reads them."""
-    return f"{count / 1e6:,.1f} MB"

@@ -103,6 +103,8 @@ Dtype = Annotated[
         help="Number format of the model; auto: as it is stored.",
     ),
 ]
+Tokens = Annotated[int, typer.Option(metavar="N", min=1, help="Prompt tokens.")]
+Targets = Annotated[int, typer.Option(metavar="N", min=1, help="Target tokens.")]
 
 # --- results and reports --------------------------------------------------------------------------
 
