@@ -31,7 +31,7 @@ from heat_fast.reading import (
 )
 from heat_fast.result import Attribution
 
-__all__ = ["is_ascii", "number", "print_result", "prompt_text", "render", "top_table", "visible"]
+__all__ = ["is_ascii", "print_result", "prompt_text", "render", "top_table"]
 
 # Eight steps of OKLCH lightness from 0.96 to 0.40; the text colour is the one of higher contrast
 # (at least 4.6 : 1 throughout).

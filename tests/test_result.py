@@ -24,9 +24,10 @@ import heat_fast.files as files_module
 from heat_fast.config import HeatConfig
 from heat_fast.errors import HeatError, InputError, NumericalError, OutputError
 from heat_fast.files import check_writable, write_file
+from heat_fast.reading import visible
 from heat_fast.result import COMPONENTS, Attribution
 from heat_fast.storage import SCHEMA_VERSION, load
-from heat_fast.terminal import render, visible
+from heat_fast.terminal import render
 
 
 def make(
