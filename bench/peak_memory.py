@@ -13,30 +13,11 @@ from __future__ import annotations
 import json
 import resource
 import sys
-from pathlib import Path
-from typing import Any
-from unittest import mock
 
 from models import prompt_ids, random_llama
 
-from heat_fast import Attributor, HeatConfig, estimate, load_demo_model, pipeline
-
-
-def resident(field: str) -> int:
-    """`VmRSS` or `VmHWM` of this process, bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
-            return int(line.split()[1]) * 1024
-    raise OSError(f"/proc/self/status has no {field}")
-
-
-def forget_peak() -> bool:
-    """Let the peak begin anew, where the kernel allows it."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return False
-    return True
+from heat_fast import Attributor, HeatConfig, estimate, load_demo_model
+from heat_fast.memory import forget_peak, resident
 
 
 def main() -> None:
@@ -51,22 +32,13 @@ def main() -> None:
     baseline = resident("VmRSS")
     model = random_llama(shape)
     reset = forget_peak()
-    kept: list[int] = []
-    run = pipeline.run_trunk
-
-    def run_trunk(*arguments: Any, **named: Any) -> object:
-        trunk = run(*arguments, **named)
-        kept.append(trunk.bytes)
-        return trunk
-
-    with mock.patch.object(pipeline, "run_trunk", run_trunk):
-        result = Attributor(model, None, config).attribute(prompt_ids(tokens, shape), [7] * targets)
+    result = Attributor(model, None, config).attribute(prompt_ids(tokens, shape), [7] * targets)
     peak = resident("VmHWM") if reset else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     told = estimate(model, tokens, targets, config, calibrate=False)
     report = {
         "baseline": baseline,
         "model": sum(value.nbytes for value in model.parameters()),
-        "trunk": kept[0],
+        "trunk": result.metadata["trunk_bytes"],
         "peak": peak - baseline,
         "estimated": told.peak_bytes,
         "flops": dict(told.flops),

@@ -310,6 +310,7 @@ class Attributor:
             },
             "counts": ledger.counts,
             "layers": {"used": blocks - decoder.first_of(self.config.layers), "of": blocks},
+            "trunk_bytes": pipeline.trunk_bytes,
             "token_budget": budget.rows,
             "workers": ledger.workers,
             "out_of_memory_retries": budget.halvings,

@@ -46,6 +46,7 @@ class Pipeline:
 
     `vector` `[d]` stands in for a masked token's embedding. `budget` is None until the first
     trunk has told how large it is; one that a context had to halve is kept for the next.
+    `trunk_bytes`: the most that the trunk of a context kept.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class Pipeline:
         self.vector = vector
         self.ledger = ledger
         self.budget: Budget | None = None
+        self.trunk_bytes = 0
 
     def run(
         self, embeddings: Tensor, targets: tuple[int, ...] | None, lead: int, *, sweep: bool
@@ -85,6 +87,7 @@ class Pipeline:
                 check_hooks(self.model, trunk)
             check_faithful(self.model, trunk)
             step(work.trunk())
+        self.trunk_bytes = max(self.trunk_bytes, trunk.bytes)
         if targets is None:  # the trunk of a single target does not depend on it
             trunk = replace(trunk, targets=(int(trunk.log_probs[0].argmax()),))
         budget = self.budget = self.budget or token_budget(

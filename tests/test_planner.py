@@ -193,6 +193,17 @@ def test_sweeps_of_a_long_context_run_one_at_a_time(
     assert dict(result.metadata["workers"]) == {"information": 2, "curvature": 1}
 
 
+def test_a_result_tells_what_its_largest_trunk_kept() -> None:
+    model, ids = families.build("llama", torch.float32), list(range(1, 25))
+
+    def kept(ids: list[int], **settings: Any) -> int:
+        result = Attributor(model, None, HeatConfig(curvature="none", **settings)).attribute(ids, 4)
+        return int(result.metadata["trunk_bytes"])
+
+    assert 0 < kept(ids[:12]) < kept(ids)
+    assert kept(ids, window=12, tail=4) == kept(ids[:12])
+
+
 def test_rows_of_a_batch_keep_its_bytes() -> None:
     """A narrow model takes more rows; a wide one no fewer than what keeps matrices efficient."""
     assert [cpu_rows(width) for width in (32, 144, 288, 4096)] == [1024, 1024, 512, 512]

@@ -180,7 +180,7 @@ def text_of(model: Any, tokenizer: Any, tokens: int) -> tuple[str, str]:
 
 def main() -> None:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    from peak_memory import forget_peak, resident
+    from heat_fast.memory import forget_peak, resident
 
     name, where, tokens = sys.argv[1:]
     model, tokenizer = load(where)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -13,6 +11,7 @@ from heat_fast.cli import options
 from heat_fast.cli.common import check_places, megabytes, standard_output, write_json
 from heat_fast.cli.models import load_model
 from heat_fast.config import HeatConfig
+from heat_fast.memory import forget_peak, resident
 
 if TYPE_CHECKING:
     import torch
@@ -105,10 +104,7 @@ def _start_of_peak(device: torch.device) -> int | None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-        return _resident("VmRSS")
-    return None
+    return resident("VmRSS") if forget_peak() else None
 
 
 def _peak(device: torch.device, before: int | None) -> int | None:
@@ -119,13 +115,7 @@ def _peak(device: torch.device, before: int | None) -> int | None:
         return None
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) - before
-    return max(0, _resident("VmHWM") - before)
-
-
-def _resident(field: str) -> int:
-    """A field of this process's status, bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+    return max(0, resident("VmHWM") - before)
 
 
 # --- the table ------------------------------------------------------------------------------------
