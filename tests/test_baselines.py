@@ -407,6 +407,10 @@ def test_reagent_finds_the_token_that_matters(monkeypatch: pytest.MonkeyPatch) -
 def test_errors_say_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match=r"unknown baseline 'gradient'.*expected one of"):
         baselines.get("gradient")
+    with pytest.raises(ConfigError) as caught:
+        baselines.get("xyz")
+    assert str(caught.value).count("random") == 1
+    assert str(caught.value).endswith("Choose one of them.")
     with pytest.raises(ConfigError, match=r"unknown setting 'step'.*steps"):
         baselines.get("integrated_gradients", step=3)
     with pytest.raises(ConfigError, match=r"steps=0.*at least 1"):

@@ -210,6 +210,10 @@ def test_a_folder_that_cannot_be_written(plan: Any, tmp_path: Path) -> None:
         with pytest.raises(InputError, match=r"cannot write into .*file.*: expected a folder"):
             evaluate(plan, place)
     assert (tmp_path / "file").read_text() == ""
+    command = ["evaluate", "quick", "--output", str(tmp_path / "file")]
+    outcome = CliRunner().invoke(app, command)
+    assert outcome.exit_code == 2
+    assert outcome.stderr.startswith("heat-fast: error: cannot write into")
 
 
 @pytest.mark.parametrize(

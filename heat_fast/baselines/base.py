@@ -12,7 +12,7 @@ from torch import Tensor
 
 from heat_fast.attributor import Attributor
 from heat_fast.baselines.case import Case
-from heat_fast.checks import suggest
+from heat_fast.checks import nearest
 from heat_fast.errors import ConfigError
 from heat_fast.fields import check_settings, integer, setting
 from heat_fast.forward import check_in_memory, undisturbed
@@ -108,7 +108,7 @@ def get(name: str, **settings: Any) -> Baseline:
     if name not in _METHODS:
         raise ConfigError(
             f"unknown baseline {name!r}: expected one of {', '.join(names())}. "
-            + suggest(name, names())
+            + nearest(name, names())
         )
     method = _METHODS[name]
     known = [each.name for each in dataclasses.fields(method)]
@@ -116,7 +116,7 @@ def get(name: str, **settings: Any) -> Baseline:
         if given not in known:
             raise ConfigError(
                 f"unknown setting {given!r} of {name}: expected one of {', '.join(known)}. "
-                + suggest(given, known)
+                + nearest(given, known)
             )
     return method(**settings)
 

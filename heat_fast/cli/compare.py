@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from heat_fast.checks import suggest
+from heat_fast.checks import nearest
 from heat_fast.cli import options
 from heat_fast.cli.common import UsageError, check_places, standard_output, write_json
 from heat_fast.cli.models import load_model
@@ -86,7 +86,7 @@ def compare(
         if against not in PRESETS:
             raise UsageError(
                 f"--against: unknown variant {against!r}: expected one of {', '.join(PRESETS)}. "
-                + suggest(against, PRESETS)
+                + nearest(against, PRESETS)
             )
         other = config.replace(variant=against)
         text = read_prompt(prompt, prompt_file, messages, model)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 from heat_fast.datasets import Example, encode
@@ -63,7 +64,7 @@ def evaluate(
 
     folder = Path(output)
     with closing(_open(folder)) as journal:
-        _claim(folder, plan)
+        _keep(plan, folder)
         known = {_key(row): row for row in journal.read()}
         # Failures are not shared: each has its own reason.
         measured = {
@@ -226,6 +227,8 @@ def _open(folder: Path) -> Journal:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / ROWS).touch()  # tells of the folder, before the journal would of its file
+        # Rows may go into a file that is there; tables and figures will be new.
+        TemporaryFile(dir=folder).close()
     except OSError as error:
         raise InputError(
             f"cannot write into {str(folder)!r} ({error.strerror}): expected a folder, new or of "
@@ -234,7 +237,13 @@ def _open(folder: Path) -> Journal:
     return Journal(folder / ROWS, f"the folder {str(folder)!r}")
 
 
-def _claim(folder: Path, plan: Plan) -> None:
+def claim(folder: Path, plan: Plan) -> None:
+    """See that a run of the plan may write into the folder; raises as `evaluate` does."""
+    with closing(_open(folder)):
+        _keep(plan, folder)
+
+
+def _keep(plan: Plan, folder: Path) -> None:
     """Keep the plan in the folder, or see that it is that of the rows that are there."""
     kept, resolved = folder / PLAN, json.loads(json.dumps(plan.resolved()))
     if kept.exists() and (folder / ROWS).stat().st_size:
