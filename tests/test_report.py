@@ -543,7 +543,7 @@ def test_shares_of_roles_are_told() -> None:
         result, roles=(None, "system", None, "user<script>"), target_scores=scores
     )
     told = dict(notes.facts(chat))
-    assert told["Score by role"] == "user<script> 80%, system 10%, chat template 10%"
+    assert told["Score by role"] == "user<script> 80%, chat template 10%, system 10%"
     assert told["Adapters"] == "poet"
     assert "user<script>" not in render_page(chat)
 
