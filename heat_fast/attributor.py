@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from heat_fast import native
 from heat_fast.combine import combine
 from heat_fast.config import HeatConfig, check_config
 from heat_fast.decoder import check_supported, view
@@ -38,7 +36,7 @@ from heat_fast.planner import (
     keep_heap,
     slices,
 )
-from heat_fast.progress import Ledger, Progress, bars
+from heat_fast.progress import Ledger, Progress, reporting
 from heat_fast.prompt import (
     EncodedPrompt,
     check_length,
@@ -147,7 +145,7 @@ class Attributor:
             with (
                 undisturbed(self.model, device),
                 using(self.config.kernels, device) as ran,
-                _reporting(progress, self.config) as report,
+                reporting(progress, self.config) as report,
             ):
                 return self._run(encoded, response, span, embed, device, report, ran)
         except (RuntimeError, MemoryError) as error:
@@ -223,7 +221,12 @@ class Attributor:
         if whole is not None:
             likely = picked(whole, found.targets).to(likely)
         score, envelope = combine(parts, config)
-        metadata = self._metadata(pipeline, embeddings, ran)
+        metadata = {
+            "config": config.to_dict(),
+            "seed": config.seed,
+            **provenance(self.model, embeddings),
+            **pipeline.report(ran),
+        }
         if screening is not None:
             metadata["screening"] = screening.report(parts, score, config)
         if config.window is not None:
@@ -295,60 +298,3 @@ class Attributor:
             found.insert(0, picked(row, response[span.start : span.stop]).cpu())
         assert response is not None and self.config.window_tolerance is not None
         return response, worth_sweeping(torch.stack(found), self.config.window_tolerance)
-
-    def _metadata(self, pipeline: Pipeline, embeddings: Tensor, ran: Record) -> dict[str, Any]:
-        decoder, ledger, budget = pipeline.decoder, pipeline.ledger, pipeline.budget
-        assert budget is not None
-        blocks = len(decoder.blocks)
-        return {
-            "config": self.config.to_dict(),
-            "seed": self.config.seed,
-            **provenance(self.model, embeddings),
-            "seconds": {
-                name: round(ledger.seconds[name], 6)
-                for name in ("trunk", "gate", "information", "curvature", "total")
-            },
-            "counts": ledger.counts,
-            "layers": {"used": blocks - decoder.first_of(self.config.layers), "of": blocks},
-            "trunk_bytes": pipeline.trunk_bytes,
-            "token_budget": budget.rows,
-            "workers": ledger.workers,
-            "out_of_memory_retries": budget.halvings,
-            "implementation": {"curvature": _SWEEPS[self.config.curvature], **_kernels(ran)},
-        }
-
-
-#: How each curvature is computed.
-_SWEEPS = {
-    "hessian": "tangent sweeps",
-    "gauss_newton": "vector-Jacobian products",
-    "grad_squared": "one gradient",
-    "none": "none",
-}
-
-
-def _kernels(ran: Record) -> dict[str, Any]:
-    """What ran each operation, and with what."""
-    built = native.build_info() if any("native" in names for names in ran.values()) else {}
-    return {
-        "kernels": {name: sorted(names) for name, names in sorted(ran.items())},
-        **{key: built[key] for key in ("instruction_set", "threads") if key in built},
-    }
-
-
-def _reporting(
-    progress: Progress | bool | None, config: HeatConfig
-) -> AbstractContextManager[Progress | None]:
-    """The callback that was asked for: bars, the caller's own, or None."""
-    if progress is True:
-        sampled = "auto" in (config.probes, config.codes)
-        screened = config.coverage is not None
-        return bars(bounded=["curvature"] * sampled + ["information"] * screened)
-    if progress is None or progress is False:
-        return nullcontext()
-    if not callable(progress):
-        raise InputError(
-            f"progress is {type(progress).__name__}: expected True, or a callable that takes "
-            "(component, done, total). Pass one of them, or leave it out."
-        )
-    return nullcontext(progress)

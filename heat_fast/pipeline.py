@@ -24,6 +24,7 @@ from heat_fast.faithful import check_faithful, check_hooks
 from heat_fast.finding import Finding
 from heat_fast.gate import gate
 from heat_fast.information import ExactBranches, information
+from heat_fast.kernels.dispatch import Record, told
 from heat_fast.lowrank import Quality
 from heat_fast.planner import (
     Budget,
@@ -113,6 +114,22 @@ class Pipeline:
         budget.workers = together
         return Finding(parts, stderr, screening, trunk.targets, log_probs, quality)
 
+    def report(self, ran: Record) -> dict[str, Any]:
+        """How the contexts were run, as JSON values: time, counts, memory, implementations."""
+        ledger, budget, blocks = self.ledger, self.budget, len(self.decoder.blocks)
+        assert budget is not None
+        components = ("trunk", "gate", "information", "curvature", "total")
+        return {
+            "seconds": {name: round(ledger.seconds[name], 6) for name in components},
+            "counts": ledger.counts,
+            "layers": {"used": blocks - self.decoder.first_of(self.config.layers), "of": blocks},
+            "trunk_bytes": self.trunk_bytes,
+            "token_budget": budget.rows,
+            "workers": ledger.workers,
+            "out_of_memory_retries": budget.halvings,
+            "implementation": {"curvature": _SWEEPS[self.config.curvature], **told(ran)},
+        }
+
     def _information(
         self, trunk: Trunk, gates: Tensor, budget: Budget
     ) -> tuple[Components, Screening | None]:
@@ -183,3 +200,12 @@ class Pipeline:
         parts = replace(parts, curvature=values, gradient_norm=torch.cat(norms))
         stderr = torch.cat(errors) if len(errors) == len(found) else None
         return parts, stderr, Quality.joined([part.quality for part in found])
+
+
+#: How each curvature is computed.
+_SWEEPS = {
+    "hessian": "tangent sweeps",
+    "gauss_newton": "vector-Jacobian products",
+    "grad_squared": "one gradient",
+    "none": "none",
+}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -25,6 +25,9 @@ from rich.progress import (
 )
 from rich.progress import Progress as RichProgress
 from rich.text import Text
+
+from heat_fast.config import HeatConfig
+from heat_fast.errors import InputError
 
 #: `(component, done, total)`, called when a component begins (`done` is 0) and after every batch.
 #:
@@ -106,6 +109,27 @@ class Ledger:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin
+
+
+def reporting(
+    progress: Progress | bool | None, config: HeatConfig
+) -> AbstractContextManager[Progress | None]:
+    """The callback that was asked for: bars (True), the caller's own, or None.
+
+    Raises InputError for anything else.
+    """
+    if progress is True:
+        sampled = "auto" in (config.probes, config.codes)
+        screened = config.coverage is not None
+        return bars(bounded=["curvature"] * sampled + ["information"] * screened)
+    if progress is None or progress is False:
+        return nullcontext()
+    if not callable(progress):
+        raise InputError(
+            f"progress is {type(progress).__name__}: expected True, or a callable that takes "
+            "(component, done, total). Pass one of them, or leave it out."
+        )
+    return nullcontext(progress)
 
 
 @contextmanager

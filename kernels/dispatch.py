@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -98,6 +99,16 @@ def implementation(
     if record is not None:
         record.setdefault(operation, set()).add(chosen)
     return chosen
+
+
+def told(record: Record) -> dict[str, Any]:
+    """What ran each operation and with what, as JSON values."""
+    compiled = any("native" in names for names in record.values())
+    built = native.build_info() if compiled else {}
+    return {
+        "kernels": {name: sorted(names) for name, names in sorted(record.items())},
+        **{key: built[key] for key in ("instruction_set", "threads") if key in built},
+    }
 
 
 _EXPECTED = {
