@@ -19,6 +19,7 @@ import difflib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -102,39 +103,36 @@ def attribute_rows(
     parquet = is_parquet(output)
     journal = output.with_name(output.name + ".partial.jsonl") if parquet else output
     copied = parquet and output.exists() and not journal.exists()
+    reasons_path = Path(errors) if errors is not None else Path(f"{output}.errors.jsonl")
+    settings, summary = _settings(attributor), Summary()
     if copied:
         write_jsonl(read_parquet(output), journal)
-    lines = Journal(journal)
-    side = Journal(Path(errors) if errors is not None else Path(f"{output}.errors.jsonl"))
-    settings = _settings(attributor)
-    summary = Summary()
     try:
-        done = dict(_finished(lines, settings, output))
-        reasons = list(_reasons(side))
-        lasting = [] if retry_failed else [each for each in reasons if _lasts(each, settings)]
-        failed = {reason["row"]: reason["input"] for reason in lasting}
-        _check_input(source, failed | done, output)
-        if len(lasting) < len(reasons):
-            # A row without a line is one that is not done: whenever this is stopped, it is tried.
-            side.rewrite(lasting)
-        begin = perf_counter()
-        for row in read_rows(source):
-            if row.number in done:
-                summary.before += 1
-            elif row.number in failed:
-                summary.failed_before += 1
-            else:
-                _one(attributor, row, lines, side, settings, summary)
-            summary.seconds = perf_counter() - begin
-            if report is not None:
-                report(summary)
-        if parquet:
-            write_parquet(read_jsonl(journal), output)
+        with closing(Journal(journal)) as lines, closing(Journal(reasons_path)) as side:
+            done = dict(_finished(lines, settings, output))
+            reasons = list(_reasons(side))
+            lasting = [] if retry_failed else [each for each in reasons if _lasts(each, settings)]
+            failed = {reason["row"]: reason["input"] for reason in lasting}
+            _check_input(source, failed | done, output)
+            if len(lasting) < len(reasons):
+                # A row without a line is not done: whenever this is stopped, it is tried.
+                side.rewrite(lasting)
+            begin = perf_counter()
+            for row in read_rows(source):
+                if row.number in done:
+                    summary.before += 1
+                elif row.number in failed:
+                    summary.failed_before += 1
+                else:
+                    _one(attributor, row, lines, side, settings, summary)
+                summary.seconds = perf_counter() - begin
+                if report is not None:
+                    report(summary)
+            if parquet:
+                write_parquet(read_jsonl(journal), output)
     finally:
-        side.close()
-        lines.close()
         if copied and not summary.done:
-            journal.unlink()  # the output holds all of it
+            journal.unlink(missing_ok=True)  # the output holds all of it
     if parquet:
         journal.unlink(missing_ok=True)
     return summary
@@ -178,6 +176,11 @@ def _attribute(attributor: Attributor, row: Row) -> Attribution:
         raise InputError(
             f"the row has {'both' if 'prompt' in fields else 'neither'} of prompt and messages: "
             f"expected one of them beside target, target_span and id. It has {sorted(fields)}."
+        )
+    if "prompt" in fields and "chat_template_kwargs" in fields:
+        raise InputError(
+            "the row has chat_template_kwargs beside prompt: expected them beside messages, whose "
+            "template takes them. Give messages, or leave them out."
         )
     prompt = fields["prompt"] if "prompt" in fields else _conversation(fields)
     span = fields.get("target_span")

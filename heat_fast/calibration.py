@@ -19,12 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from heat_fast.checks import is_whole
+from heat_fast.checks import check_whole, is_whole
 from heat_fast.combine import Components, combine
 from heat_fast.config import HeatConfig
+from heat_fast.drops import check_drops, check_model
 from heat_fast.errors import InputError
 from heat_fast.forward import log_probs, picked, undisturbed
 from heat_fast.information import replacement
+from heat_fast.provenance import identity
 from heat_fast.result import Attribution
 
 #: Settings that may differ between attributions which are calibrated together: they change neither
@@ -62,8 +64,8 @@ def calibrate(
     `model` each.
 
     Raises InputError where there is nothing to calibrate by: no results, windows (whose parts are
-    means over contexts of their own), `coverage` (which leaves drops out), settings or models that
-    differ, or `spans` without the model.
+    means over contexts of their own), `coverage` and `branch_tolerance` (which leave drops out, or
+    approximate them), settings or models that differ, or `spans` without the model.
 
     Example:
         >>> import heat_fast
@@ -73,13 +75,21 @@ def calibrate(
         >>> found = calibrate([attributor.attribute(prompt) for prompt in prompts])
         >>> weighed = HeatConfig.preset("gs", beta=found.beta, gamma=found.gamma)
     """
+    if not isinstance(results, (Attribution, Iterable)):
+        raise InputError(
+            f"results is {type(results).__name__}: expected an Attribution or several. Pass what "
+            "heat_fast.attribute returns."
+        )
     results = [results] if isinstance(results, Attribution) else list(results)
     config = _config(results)
+    check_whole("seed", seed, least=0)
     if not is_whole(spans) or spans < 0 or (spans and model is None):
         raise InputError(
             f"spans={spans!r} with model={type(model).__name__}: expected a whole number of at "
             "least 0, and the model where stretches are to be masked. Pass both, or spans=0."
         )
+    if spans:
+        check_model(results[0].metadata, identity(model), "the attributions and the model")
     features, drops = [], []
     generator = torch.Generator().manual_seed(seed)
     for result in results:
@@ -97,29 +107,21 @@ def _config(results: list[Attribution]) -> HeatConfig:
     """The settings that all of them share."""
     if not results:
         raise InputError("no attributions: expected one at least. Attribute a prompt first.")
-    for result in results:
-        if not isinstance(result, Attribution):
+    check_drops(results)
+    for number, result in enumerate(results):
+        if result.method is not None:
             raise InputError(
-                f"a {type(result).__name__} among the attributions: expected what "
-                "heat_fast.attribute returns. Pass these."
+                f"attribution {number} is of the method {result.method!r}: expected those of "
+                "heat_fast.attribute, which measure curvature and information. Pass these."
             )
-    settings = [dict(result.metadata["config"]) for result in results]
-    for number, (result, own) in enumerate(zip(results, settings, strict=True)):
-        windows = result.metadata.get("windows", {"stretches": ()})["stretches"]
-        if own["coverage"] is not None or len(windows) > 1:
-            raise InputError(
-                f"attribution {number} is of several windows, or leaves information out: expected "
-                "one context and coverage=None. Calibrate on shorter prompts."
-            )
-        names = [name for name in own if name not in _FREE and own[name] != settings[0].get(name)]
-        if result.metadata.get("weights") != results[0].metadata.get("weights"):
-            names.append("weights")
+        first, own = (dict(each.metadata["config"]) for each in (results[0], result))
+        names = [name for name in own if name not in _FREE and own[name] != first.get(name)]
         if names:
             raise InputError(
-                f"attributions 0 and {number} differ in {', '.join(names)}: expected one model and "
-                "the same settings. Calibrate them apart."
+                f"attributions 0 and {number} differ in {', '.join(names)}: expected the same "
+                "settings. Calibrate them apart."
             )
-    return HeatConfig.from_dict(settings[0])
+    return HeatConfig.from_dict(results[0].metadata["config"])
 
 
 def _parts(result: Attribution, config: HeatConfig) -> Tensor:

@@ -76,7 +76,9 @@ class Conversation:
             )
         if not {"add_generation_prompt", "continue_final_message"} & set(arguments):
             last = messages[-1]
-            goes_on = last["role"] == "assistant" and bool(last.get("content"))
+            content = last.get("content")
+            says = bool(content.strip() if isinstance(content, str) else content)
+            goes_on = last["role"] == "assistant" and says and not last.get("tool_calls")
             how = "continue_final_message" if goes_on else "add_generation_prompt"
             arguments = {how: True, **arguments}
         return Conversation(messages, arguments)
@@ -88,7 +90,7 @@ class Conversation:
                 "the prompt is a list of chat messages but there is no tokenizer: expected one "
                 "whose chat template renders them. Pass the model's tokenizer, or token ids."
             )
-        if not getattr(tokenizer, "chat_template", None):
+        if not (self.arguments.get("chat_template") or getattr(tokenizer, "chat_template", None)):
             raise InputError(
                 "the prompt is a list of chat messages but the tokenizer has no chat template: "
                 "expected tokenizer.chat_template to be set. Set it, or pass the prompt as text."
@@ -97,9 +99,16 @@ class Conversation:
         try:
             rendered = tokenizer.apply_chat_template(messages, tokenize=False, **self.arguments)
         except Exception as error:  # a template may raise anything, on purpose or not
+            instead = (
+                ", or pass chat_template_kwargs={'add_generation_prompt': True} to begin another "
+                "message instead of continuing the last"
+                if self.arguments.get("continue_final_message")
+                else ""
+            )
             raise InputError(
                 f"the tokenizer's chat template rejected the messages: {error}. Expected roles and "
-                "contents in the order the template asks for; change the messages accordingly."
+                "contents in the order the template asks for; change the messages accordingly"
+                f"{instead}."
             ) from error
         if not isinstance(rendered, str):
             raise InputError(
@@ -113,8 +122,8 @@ class Conversation:
     ) -> tuple[str | None, ...] | None:
         """The role of the message that each token of the rendered text belongs to.
 
-        None for tokens of the template's own; None in all, with a warning, where the messages
-        cannot be told from it.
+        None for tokens of the template's own, and of what it makes of tool calls; None in all,
+        with a warning, where the messages cannot be told from it.
         """
         contents = None if offsets is None else self._contents(text, tokenizer)
         if offsets is None or contents is None:
@@ -214,6 +223,8 @@ def _with_texts(content: Any, change: Callable[[str], str]) -> Any:
         return [
             {**part, "text": _with_texts(part["text"], change)}
             if isinstance(part, Mapping) and isinstance(part.get("text"), str)
+            else _with_texts(part, change)
+            if isinstance(part, str)
             else part
             for part in content
         ]

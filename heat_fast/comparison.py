@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from heat_fast.drops import check_drops
 from heat_fast.errors import InputError
 from heat_fast.ranks import spearman
 from heat_fast.result import Attribution
@@ -52,7 +53,8 @@ class Comparison:
         right. Of a target of several tokens, P is that of all of them. Each part was measured in
         its own attribution, so that no approximation is in it.
 
-        Raises InputError where the two were masked differently, in windows, or with `coverage`.
+        Raises InputError where they are of different models or were masked differently, and where
+        drops were not measured, or not exactly: windows, `coverage`, `branch_tolerance`.
 
         Example:
             >>> import heat_fast
@@ -65,20 +67,7 @@ class Comparison:
             >>> one.tokens[int(odds.argmax())]  # the passage: "The mountain of Mirmora is Fenston."
             ' mountain'
         """
-        for name in ("masking", "sentinel_token"):
-            both = [each.metadata["config"][name] for each in (self.left, self.right)]
-            if both[0] != both[1]:
-                raise InputError(
-                    f"the two results have {name}={both[0]!r} and {both[1]!r}: expected the same, "
-                    "for their drops are compared. Attribute one of them again."
-                )
-        for each in (self.left, self.right):
-            windows = each.metadata.get("windows", {"stretches": ()})["stretches"]
-            if each.information_skipped is not None or len(windows) > 1:
-                raise InputError(
-                    "a result of several windows, or with tokens left out by coverage: expected "
-                    "every token's drop in the whole context. Attribute without these."
-                )
+        check_drops((self.left, self.right))
         return self.left.log_prob_drop.sum(0) - self.right.log_prob_drop.sum(0)
 
 

@@ -1,4 +1,4 @@
-"""The gate: attention-value flow that ends at the the target (the paper's semantic transition).
+"""The gate: attention-value flow that ends at the target (the paper's semantic transition).
 
     gate[i] = normalise( sum_{l,h} Phi[l,h,i] * | V[l,h,i] W_O[l,h] |_1 )
 

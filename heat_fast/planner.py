@@ -172,12 +172,13 @@ def targets_at_once(trunk_bytes: int) -> int:
 
 
 #: How allocators other than torch's own for GPUs say that they found no room: torch's for CPUs, the
-#: CUDA driver under Triton and under torch, and the libraries' workspaces.
+#: CUDA driver under Triton, torch and this package's kernels, and the libraries' workspaces.
 _EXHAUSTED = (
     "can't allocate memory",
     "not enough memory",
     "[CUDA]: out of memory",
     "CUDA error: out of memory",
+    "could not run: out of memory",
     "_STATUS_ALLOC_FAILED",
 )
 

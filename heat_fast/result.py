@@ -88,7 +88,7 @@ class Attribution:
         all were.
     roles: of a prompt of chat messages, for each token the role of the message whose content it
         belongs to, None for what the chat template wrote around it. None for other prompts, and
-        for templates that rewrite contents.
+        for templates that cannot be taken apart (`heat_fast.chat`).
     id: a name that the caller gave the result, in a file of many; None without one.
     metadata: configuration, seed, versions, device, dtype, model, seconds and counts; read-only
         and JSON-able.
@@ -343,11 +343,11 @@ class Attribution:
 
         return words(self)
 
-    def by_message(self) -> list[Span]:
-        """The messages of a chat in order, by role; see :func:`heat_fast.spans.messages`."""
-        from heat_fast.spans import messages
+    def by_role(self) -> list[Span]:
+        """The stretches of each role of a chat, in order; see :func:`heat_fast.spans.roles`."""
+        from heat_fast.spans import roles
 
-        return messages(self)
+        return roles(self)
 
     def by_segment(self, segments: Mapping[str, Segment]) -> dict[str, Span]:
         """Parts of the prompt by your own names; see :func:`heat_fast.spans.named_segments`."""

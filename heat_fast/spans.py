@@ -12,6 +12,7 @@ that stand for no characters belong to none.
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -29,9 +30,9 @@ __all__ = [
     "Span",
     "TargetSpan",
     "find_span",
-    "messages",
     "named_segments",
     "outstanding",
+    "roles",
     "sentences",
     "span_to_span",
     "target_range",
@@ -127,21 +128,32 @@ def find_span(
     return _span(result, _tokens_of(result, wanted), name)
 
 
-def _span(result: Attribution, tokens: Range, name: str | None = None) -> Span:
-    start, stop = tokens
-    values = {
-        key: math.fsum(result.aggregated(key)[start:stop].tolist())
-        for key in ("target_scores", "gate", "curvature", "information")
+def _columns(result: Attribution) -> dict[str, list[float]]:
+    """What is summed over the tokens of a span."""
+    arrays = {"score": "target_scores"} | {
+        name: name for name in ("gate", "curvature", "information")
     }
-    score = values.pop("target_scores")
-    share = math.fsum(result.shares()[start:stop].tolist())
+    sums = {name: result.aggregated(array).tolist() for name, array in arrays.items()}
+    return sums | {"share": result.shares().tolist()}
+
+
+def _span(
+    result: Attribution,
+    tokens: Range,
+    name: str | None = None,
+    columns: Mapping[str, Sequence[float]] | None = None,
+) -> Span:
+    """The span of these tokens; `columns` of the result, where many spans share them."""
+    start, stop = tokens
+    columns = _columns(result) if columns is None else columns
+    values = {key: math.fsum(column[start:stop]) for key, column in columns.items()}
     characters, text = None, "".join(result.tokens[start:stop])
     if result.offsets is not None and result.prompt_text is not None:
         pieces = [pair for pair in result.offsets[start:stop] if pair[0] < pair[1]]
         if pieces:
             characters = pieces[0][0], pieces[-1][1]
             text = result.prompt_text[slice(*characters)]
-    return Span(start, stop, text, characters, score, share, name=name, **values)
+    return Span(start, stop, text, characters, name=name, **values)
 
 
 def _known_positions(result: Attribution) -> None:
@@ -257,9 +269,9 @@ def sentences(result: Attribution, language: str = "en") -> list[Span]:
 def words(result: Attribution) -> list[Span]:
     """The prompt's words, in order, as Unicode's standard annex 29 separates them.
 
-    Punctuation marks are words of their own, and so is every character of scripts written without
-    spaces. A token is the smallest unit: one that stands for several words belongs to the first
-    that is visible in it, and the others, in which no token begins, are left out. White space
+    Punctuation marks are words of their own, and so are most single characters of scripts written
+    without spaces. A token is the smallest unit: one that stands for several words belongs to the
+    first that is visible in it, and the others, in which no token begins, are left out. White space
     belongs to the word before.
 
     Raises InputError where positions are not known.
@@ -280,36 +292,37 @@ def words(result: Attribution) -> list[Span]:
 
 def _from(result: Attribution, starts: Sequence[int]) -> list[Span]:
     """The spans that begin at these characters, each up to the next; empty ones are left out."""
-    assert result.prompt_text is not None
+    assert result.prompt_text is not None and result.offsets is not None
     # What comes before the first goes to it.
-    ranges = zip([0, *starts[1:]], [*starts[1:], len(result.prompt_text)], strict=True)
-    found = []
-    for characters in ranges:
-        try:
-            found.append(_span(result, _tokens_of(result, characters)))
-        except InputError:  # a token that began earlier covers all of it
-            continue
-    return found
+    starts = [0, *starts[1:]]
+    owned: list[list[int]] = [[] for _ in starts]
+    for index, pair in enumerate(result.offsets):
+        if pair[0] < pair[1]:
+            place = first_visible(result.prompt_text, pair)
+            owned[bisect_right(starts, place) - 1].append(index)
+    columns = _columns(result)
+    return [_span(result, (each[0], each[-1] + 1), columns=columns) for each in owned if each]
 
 
-def messages(result: Attribution) -> list[Span]:
-    """What the messages of a chat contributed, in order, each named by its role.
+def roles(result: Attribution) -> list[Span]:
+    """The stretches of a chat whose tokens are of one role, in order, each named by it.
 
-    A message in which no token begins is left out, and so is what the chat template wrote.
+    What the chat template wrote is left out, and separates them: a message is one stretch, unless
+    the template writes something between its parts.
 
     Raises InputError where it is not known which tokens are whose: the prompt is no chat, or its
     template cannot be taken apart.
     """
     if result.roles is None:
         raise InputError(
-            "it is not known which tokens are of which message: expected a prompt of chat messages "
-            "whose template keeps what they say. Name the parts with by_segment()."
+            "it is not known which tokens are whose: expected a prompt of chat messages whose "
+            "template keeps what they say. Name the parts with by_segment()."
         )
-    found, start = [], 0
+    found, start, columns = [], 0, _columns(result)
     for role, tokens in groupby(result.roles):
         stop = start + len(list(tokens))
         if role is not None:
-            found.append(_span(result, (start, stop), role))
+            found.append(_span(result, (start, stop), role, columns))
         start = stop
     return found
 

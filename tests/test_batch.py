@@ -68,6 +68,7 @@ BAD: Rows = [
     ({"prompt": "a", "targets": "b"}, "did you mean 'target'"),
     ({"prompt": "x" * 40}, "40 tokens"),
     ({"prompt": ""}, "the prompt is empty"),
+    ({"prompt": "a", "chat_template_kwargs": {"b": 1}}, "chat_template_kwargs beside prompt"),
     ({"prompt": "a", "target": "bc", "target_span": [0, 9]}, "no range of the 2 target tokens"),
     ({"messages": "hello"}, "messages is no list of objects"),
     ({"messages": [{"role": "user", "content": "a"}]}, "no chat template"),

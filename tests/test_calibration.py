@@ -10,7 +10,7 @@ import torch
 
 import families
 import heat_fast
-from heat_fast import InputError, calibrate
+from heat_fast import InputError, baselines, calibrate
 from results import made_up, story
 
 
@@ -80,15 +80,25 @@ def test_what_cannot_be_calibrated_is_refused() -> None:
     result = heat_fast.attribute(model, None, ids, 4, variant="gs")
     windowed = heat_fast.attribute(model, None, ids, 4, variant="win", probes=1, window=8, tail=2)
     screened = heat_fast.attribute(model, None, ids, 4, variant="gs", coverage=0.9)
+    one_out = baselines.get("leave_one_out")(model, None, ids, 4)
     other = heat_fast.attribute(model, None, ids, 4, variant="gs", rollout="input_path")
     for wrong, words in (
         ([], "no attributions"),
-        ([3], "a int among the attributions"),
-        (windowed, "several windows"),
-        (screened, "coverage=None"),
+        ([3], "result 0 is int"),
+        (5, "results is int"),
+        (windowed, "result 0 is of several windows"),
+        (screened, "leaves information out"),
+        (one_out, "is of the method 'leave_one_out'"),
+        ([dataclasses.replace(result, metadata={})], "has no measured drops"),
         ([result, other], "differ in rollout"),
     ):
         with pytest.raises(InputError, match=words):
             calibrate(wrong)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="spans=2 with model=NoneType"):
         calibrate(result, spans=2)
+    with pytest.raises(InputError, match="seed"):
+        calibrate(result, model, spans=2, seed=None)  # type: ignore[arg-type]
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(1.1)
+    with pytest.raises(InputError, match="attributions and the model are of models with different"):
+        calibrate(result, model, spans=2)

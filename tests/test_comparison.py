@@ -9,6 +9,7 @@ import torch
 
 import families
 import heat_fast
+from heat_fast import baselines
 from heat_fast.errors import InputError
 from results import made_up
 
@@ -38,11 +39,28 @@ def test_why_one_target_rather_than_another() -> None:
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     for settings, words in (
         ({"masking": "mean"}, "masking='zero' and 'mean'"),
-        ({"coverage": 0.9}, "left out by coverage"),
+        ({"coverage": 0.9}, "result 1 leaves information out"),
+        ({"branch_tolerance": 0.02}, "result 1 has branch_tolerance=0.02"),
     ):
         wrong = heat_fast.attribute(model, None, ids, other, variant="gs", **settings)
         with pytest.raises(InputError, match=words):
             heat_fast.compare_results(left, wrong).log_odds_drop()
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(1.1)
+    changed = heat_fast.attribute(model, None, ids, other, variant="gs")
+    with pytest.raises(InputError, match="results 0 and 1 are of models with different weights"):
+        heat_fast.compare_results(left, changed).log_odds_drop()
+    random = baselines.get("random")(model, None, ids, other)
+    with pytest.raises(InputError, match="result 1 has no measured drops"):
+        heat_fast.compare_results(left, random).log_odds_drop()
+    one_out = baselines.get("leave_one_out")(model, None, ids, other)
+    exact = heat_fast.attribute(model, None, ids, other, variant="gs")
+    torch.testing.assert_close(
+        heat_fast.compare_results(exact, one_out).log_odds_drop(),
+        torch.zeros(len(ids)),
+        rtol=0,
+        atol=1e-4,
+    )
 
 
 def test_the_first_difference_of_two_prompts_is_told() -> None:

@@ -234,6 +234,7 @@ FAILURES = {
     ),
     "windows": lambda: RuntimeError("DefaultCPUAllocator: not enough memory: you tried to ..."),
     "python": lambda: MemoryError(),
+    "extension": lambda: RuntimeError("gram could not run: out of memory (CUDA error 2)"),
     "triton": lambda: RuntimeError("Triton Error [CUDA]: out of memory"),
     "cublas": lambda: RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling ..."),
 }

@@ -115,6 +115,9 @@ def test_the_text_parts_of_a_content_are_its_message(chat: Any) -> None:
     parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
     encoded = encode_prompt([{"role": "user", "content": parts}], chat, len(chat))
     assert said(encoded)["user"] == "onetwo"
+    chat.chat_template = CHATML.replace("m['content']", "(m['content'] | join(' and '))")
+    encoded = encode_prompt([{"role": "user", "content": ["one", "two"]}], chat, len(chat))
+    assert said(encoded)["user"] == "onetwo"
 
 
 def test_the_template_is_told_what_it_takes(chat: Any) -> None:
@@ -141,6 +144,18 @@ def test_an_answer_that_has_begun_goes_on(chat: Any) -> None:
     encoded = encode_prompt(messages, chat, len(chat))
     assert encoded.text.endswith("assistant\nI say")
     assert said(encoded)["assistant"] == "I say"
+    begins = encode_prompt([*messages[:1], {**messages[1], "tool_calls": []}], chat, len(chat))
+    assert begins.text == encoded.text
+    calls = [*messages[:1], {**messages[1], "tool_calls": [{"function": {"name": "f"}}]}]
+    blank = [*messages[:1], {**messages[1], "content": " "}]
+    for each in (calls, blank):
+        assert encode_prompt(each, chat, len(chat)).text.endswith("<|im_start|>assistant\n")
+    chat.chat_template = CHATML.replace("| trim", "| upper")
+    with pytest.raises(InputError, match="'add_generation_prompt': True} to begin another"):
+        encode_prompt(messages, chat, len(chat))
+    chat.chat_template = None
+    own = {"messages": messages[:1], "chat_template_kwargs": {"chat_template": CHATML}}
+    assert encode_prompt(own, chat, len(chat)).text.startswith("<|im_start|>user\none")
 
 
 def test_special_and_template_tokens_can_be_left_out_of_the_ranking(chat: Any) -> None:

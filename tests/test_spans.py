@@ -175,17 +175,17 @@ def test_words_join_what_the_tokenizer_cut() -> None:
     ]
 
 
-def test_messages_are_named_by_their_roles() -> None:
+def test_stretches_of_one_role_are_named_by_it() -> None:
     result = made_up(["<s>", "be", " brief", "<u>", "Why", "<u>", "Now"])
     roles = (None, "system", "system", None, "user", None, "user")
-    found = dataclasses.replace(result, roles=roles).by_message()
+    found = dataclasses.replace(result, roles=roles).by_role()
     assert [(each.name, each.text) for each in found] == [
         ("system", "be brief"),
         ("user", "Why"),
         ("user", "Now"),
     ]
-    with pytest.raises(InputError, match="which tokens are of which message"):
-        result.by_message()
+    with pytest.raises(InputError, match="which tokens are whose"):
+        result.by_role()
 
 
 def test_sentences_take_the_prompt_apart() -> None:
