@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from heat_fast.combine import combine
-from heat_fast.config import HeatConfig, check_config
+from heat_fast.config import HeatConfig, Settings, check_config
 from heat_fast.decoder import check_supported, view
 from heat_fast.errors import HeatError, InputError
 from heat_fast.finding import Finding
@@ -49,6 +49,9 @@ from heat_fast.result import Attribution
 from heat_fast.spans import TargetSpan, target_range
 from heat_fast.windows import Plan, accumulate, plan_windows, report, worth_sweeping
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 
 def attribute(
     model: Any,
@@ -59,7 +62,7 @@ def attribute(
     *,
     target_span: TargetSpan = None,
     progress: Progress | bool | None = None,
-    **overrides: Any,
+    **overrides: Unpack[Settings],
 ) -> Attribution:
     """Score every prompt token by its contribution to the target tokens (paper Eq. 5).
 

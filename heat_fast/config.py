@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import field
 from types import MappingProxyType
-from typing import Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal, TypedDict
 
 from heat_fast.checks import nearest, suggest
 from heat_fast.errors import ConfigError
@@ -29,7 +29,10 @@ from heat_fast.fields import (
     positive,
 )
 
-__all__ = ["PRESETS", "HeatConfig"]
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+__all__ = ["PRESETS", "HeatConfig", "Settings"]
 
 Rollout = Literal["value_path", "input_path"]
 Curvature = Literal["hessian", "gauss_newton", "grad_squared", "none"]
@@ -78,6 +81,47 @@ def _variant(name: str, value: Any) -> str:
 def _spec(default: Any, check: Check) -> Mapping[str, Any]:
     """A field's own default and its check, as its metadata."""
     return {"default": default, "check": check}
+
+
+class Settings(TypedDict, total=False):
+    """The fields of `HeatConfig` but `variant` as keyword arguments, for editors and checkers."""
+
+    beta: float
+    gamma: float
+    alpha: float
+    rollout: Rollout
+    curvature: Curvature
+    estimator: Estimator
+    probes: int | Literal["auto"]
+    probes_max: int
+    top_k: int
+    confidence: float
+    codes: int | Literal["auto"]
+    layers: int | None
+    window: int | None
+    overlap: float
+    sink: int
+    tail: int
+    window_weights: WindowWeights
+    window_tolerance: float | None
+    rank: int
+    rank_scope: RankScope
+    passes: Literal[1, 2]
+    sketch: float
+    masking: Masking
+    sentinel_token: int | None
+    normalize: Normalize | None
+    aggregate: Aggregate
+    coverage: float | None
+    branch_tolerance: float | None
+    seed: int
+    token_budget: int | None
+    response_chunk: int | None
+    kernels: Kernels
+
+
+class _Replaced(Settings, total=False):
+    variant: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -318,21 +362,22 @@ class HeatConfig:
             )
 
     @classmethod
-    def preset(cls, name: str, **overrides: Any) -> HeatConfig:
+    def preset(cls, name: str, **overrides: Unpack[Settings]) -> HeatConfig:
         """The named preset, with any field overridden.
 
         >>> HeatConfig.preset("gs", seed=3).curvature
         'grad_squared'
         """
-        if "variant" in overrides and overrides["variant"] != name:
+        given: dict[str, Any] = {**overrides}
+        if given.get("variant", name) != name:
             raise ConfigError(
-                f"preset {name!r} was asked for with variant={overrides['variant']!r}: expected "
-                "one name. Pass the variant once."
+                f"preset {name!r} was asked for with variant={given['variant']!r}: expected one "
+                "name. Pass the variant once."
             )
-        _check_names(overrides)
-        return cls(**{**overrides, "variant": name})
+        _check_names(given)
+        return cls(**{**given, "variant": name})
 
-    def replace(self, **overrides: Any) -> HeatConfig:
+    def replace(self, **overrides: Unpack[_Replaced]) -> HeatConfig:
         """A copy with some fields changed.
 
         A new ``variant`` brings its preset's values along; fields that differ from the present
@@ -343,12 +388,12 @@ class HeatConfig:
         """
         _check_names(overrides)
         base = type(self)(variant=self.variant)
-        chosen = {
+        chosen: dict[str, Any] = {
             spec.name: getattr(self, spec.name)
             for spec in dataclasses.fields(self)
             if getattr(self, spec.name) != getattr(base, spec.name)
         }
-        return type(self)(**{"variant": self.variant, **chosen, **overrides})
+        return type(self)(**({"variant": self.variant} | chosen | {**overrides}))
 
     def to_dict(self) -> dict[str, Any]:
         """Every field by name, as values that JSON can hold."""

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from heat_fast import config as config_module
-from heat_fast.config import PRESETS, HeatConfig
+from heat_fast.config import PRESETS, HeatConfig, Settings
 from heat_fast.errors import ConfigError, HeatError
 
 
@@ -194,3 +194,10 @@ def test_every_field_has_a_check_and_every_preset_names_fields() -> None:
         assert name == "variant" or callable(field.metadata["check"])
     for preset in config_module.PRESETS.values():
         assert set(preset) <= set(fields)
+
+
+def test_editors_know_every_setting() -> None:
+    """`Settings` says of every field but the variant what `HeatConfig` does."""
+    fields = {spec.name: spec.type for spec in dataclasses.fields(HeatConfig)}
+    told = {name: hint.__forward_arg__ for name, hint in Settings.__annotations__.items()}
+    assert {"variant": "str", **told} == fields
