@@ -5,19 +5,22 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from numbers import Integral, Real
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
 from heat_fast.attributor import Attributor
 from heat_fast.checks import is_whole
-from heat_fast.config import HeatConfig
+from heat_fast.config import HeatConfig, Settings
 from heat_fast.errors import ConfigError, InputError
 from heat_fast.forward import check_in_memory, context_length, unchanged
 from heat_fast.progress import Progress
 from heat_fast.prompt import encode_prompt
 from heat_fast.result import Attribution
 from heat_fast.spans import TargetSpan
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["generate", "generate_and_attribute"]
 
@@ -50,19 +53,20 @@ def generate_and_attribute(
     tokenizer: Any,
     prompt: Any,
     *,
+    variant: str = "full",
     max_new_tokens: int = 64,
     generation: Mapping[str, Any] | None = None,
     target_span: TargetSpan = None,
     progress: Progress | bool | None = None,
-    **config: Any,
+    **overrides: Unpack[Settings],
 ) -> Attribution:
     """Generate a response to a prompt and attribute it, or a part of it, to the prompt's tokens.
 
     model, tokenizer, prompt, target_span, progress: as for :func:`heat_fast.attribute`.
     max_new_tokens, generation: for the model's `generate`; `generation` holds its other arguments
-    (``{"do_sample": True, "temperature": 0.7}``), which is greedy search without them. config: the
-    fields of `HeatConfig`; `seed` is that of sampling too. For a long response
-    ``response_chunk=32``, say, saves memory.
+    (``{"do_sample": True, "temperature": 0.7}``), which is greedy search without them. `variant`
+    names a preset of `HeatConfig`; `overrides` are its fields; `seed` is that of sampling too. For
+    a long response ``response_chunk=32``, say, saves memory.
 
     The special token that ends a response is not part of it, unless it is all there is. The
     response is in `target_tokens`, what it was generated with in ``metadata["generation"]``. The
@@ -84,7 +88,7 @@ def generate_and_attribute(
     (' Fenston',)
     """
     try:
-        settings = HeatConfig.preset(config.pop("variant", "full"), **config)
+        settings = HeatConfig.preset(variant, **overrides)
     except ConfigError as error:
         if str(error).startswith("unknown setting"):
             raise ConfigError(
