@@ -211,6 +211,26 @@ def test_compare_two_variants_on_one_prompt(model_folder: str) -> None:
     assert all(each["scores"][0] == each["scores"][1] for each in same["leading"])
 
 
+def test_compare_two_targets_on_one_prompt(model_folder: str) -> None:
+    options = ("--model", model_folder, "--prompt", "abcd", "--variant", "gs")
+    options += ("--target", "e", "--against-target", "fg")
+    data = json.loads(worked("compare", *options, "--json", "-"))
+    assert (data["left"], data["right"]) == ("gs 'e'", "gs 'fg'")
+    assert not data["same_targets"]
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tokenizer = (
+        loader.from_pretrained(model_folder) for loader in (AutoModelForCausalLM, AutoTokenizer)
+    )
+    pair = (heat_fast.attribute(model, tokenizer, "abcd", each, "gs") for each in ("e", "fg"))
+    odds = compare_results(*pair).log_odds_drop()
+    for each in data["leading"]:
+        assert each["log_odds_drop"] == pytest.approx(odds[each["index"]].item(), rel=1e-4)
+    text = worked("compare", *options)
+    assert "log odds" in text and "above 0 it speaks for the first" in text
+    assert f"{odds[0].item():+.2f}" in text
+
+
 def test_compare_two_variants_on_a_chat(
     folder: Path, model_folder: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,4 +1,4 @@
-"""``heat-fast compare``: two results, or two variants on one prompt, side by side."""
+"""``heat-fast compare``: two results, two variants or two targets on one prompt, side by side."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from heat_fast.cli.models import load_model
 from heat_fast.cli.prompts import read_prompt
 from heat_fast.cli.results import holds_many, read_result
 from heat_fast.config import PRESETS, HeatConfig
+from heat_fast.errors import InputError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -35,13 +36,21 @@ def compare(
             help="Instead of saved results: attribute the prompt with --variant and with this one.",
         ),
     ] = None,
+    against_target: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TEXT",
+            help="Instead of saved results: attribute --target and this one; the table then tells "
+            "what speaks for either.",
+        ),
+    ] = None,
     prompt: Annotated[
-        str | None, typer.Option("--prompt", metavar="TEXT", help="The prompt of --against.")
+        str | None, typer.Option("--prompt", metavar="TEXT", help="The prompt, without results.")
     ] = None,
     prompt_file: options.PromptFile = None,
     messages: options.Messages = None,
     target: Annotated[
-        str | None, typer.Option(metavar="TEXT", help="What to explain, of --against.")
+        str | None, typer.Option(metavar="TEXT", help="What to explain, without results.")
     ] = None,
     name: options.Id = None,
     top: options.Top = 10,
@@ -58,18 +67,20 @@ def compare(
     Example: heat-fast compare --variant full --against gs --prompt "The capital of France is"
 
     Example: heat-fast compare --against gs --model ./my-chat-model --messages chat.json
+
+    Example: heat-fast compare --prompt "2 + 2 =" --target " 4" --against-target " 5"
     """
     check_places({"--json": json_path}, streams=("--json",))
-    if against is None:
+    if against is None and against_target is None:
         if left is None or right is None:
             raise UsageError(
-                "compare needs two saved results, or --against VARIANT and a prompt: expected "
-                "heat-fast compare LEFT RIGHT. Give both."
+                "compare needs two saved results, or --against VARIANT or --against-target TEXT "
+                "and a prompt: expected heat-fast compare LEFT RIGHT. Give both."
             )
         if any(each is not None for each in (prompt, prompt_file, messages, target)):
             raise UsageError(
-                "a prompt or target without --against: expected it beside saved results only with "
-                "--against VARIANT. Leave it out, or give two variants instead of files."
+                "a prompt or target without --against or --against-target: expected it only with "
+                "one of them. Leave it out, or give two variants or targets instead of files."
             )
         names = left, right
         several = any(map(holds_many, names))
@@ -81,19 +92,28 @@ def compare(
     else:
         if left is not None:
             raise UsageError(
-                f"both {left!r} and --against: expected saved results, or two variants. Drop one."
+                f"both {left!r} and --against or --against-target: expected saved results, or two "
+                "variants or targets. Drop one."
             )
-        if against not in PRESETS:
+        if against is not None and against not in PRESETS:
             raise UsageError(
                 f"--against: unknown variant {against!r}: expected one of {', '.join(PRESETS)}. "
                 + nearest(against, PRESETS)
             )
-        other = config.replace(variant=against)
+        if against_target == "" or target == "":
+            raise UsageError(
+                "an empty target: expected some text. Leave --target out for the model's choice."
+            )
+        other = config if against is None else config.replace(variant=against)
         text = read_prompt(prompt, prompt_file, messages, model)
         loaded = load_model(model, device, dtype, debug=debug)
         prompt_text = loaded.example if text is None else text
-        pair = _two(loaded.model, loaded.tokenizer, prompt_text, target, (config, other), quiet)
-        names = config.variant, against
+        targets = target, against_target
+        pair = _two(loaded.model, loaded.tokenizer, prompt_text, targets, (config, other), quiet)
+        names = config.variant, other.variant
+        if against_target is not None:
+            texts = ["".join(each.target_tokens) for each in pair]
+            names = f"{names[0]} {texts[0]!r}", f"{names[1]} {texts[1]!r}"
     from heat_fast.comparison import compare_results
 
     comparison = compare_results(*pair)
@@ -112,16 +132,17 @@ def _two(
     model: Any,
     tokenizer: Any,
     prompt: Any,
-    target: str | None,
+    targets: tuple[str | None, str | None],
     configs: tuple[HeatConfig, HeatConfig],
     quiet: bool,
 ) -> tuple[Attribution, Attribution]:
-    """The prompt with two configurations; what the first explains, the second does too."""
+    """The prompt with two configurations; without a second target both explain the first's."""
     from heat_fast.attributor import Attributor
 
-    first, second = configs
+    (first, second), (target, other) = configs, targets
     left = Attributor(model, tokenizer, first).attribute(prompt, target, progress=not quiet)
-    chosen = left.target_ids if target is None else target
+    own = left.target_ids if target is None else target
+    chosen = own if other is None else other
     right = Attributor(model, tokenizer, second).attribute(prompt, chosen, progress=not quiet)
     return left, right
 
@@ -135,7 +156,9 @@ def _table(comparison: Comparison, names: tuple[str, str], top: int, console: An
     from heat_fast.terminal import is_ascii
 
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
-    for column in ("pos", "token", "#", names[0], "#", names[1]):
+    odds = _log_odds(comparison)
+    last = () if odds is None else ("log odds",)
+    for column in ("pos", "token", "#", names[0], "#", names[1], *last):
         table.add_column(
             Text(column), justify="left" if column == "token" else "right", no_wrap=True
         )
@@ -144,8 +167,20 @@ def _table(comparison: Comparison, names: tuple[str, str], top: int, console: An
         cells = [str(index), visible(comparison.left.tokens[index], ascii_only)]
         for rank, result in zip(ranks, (comparison.left, comparison.right), strict=True):
             cells += [str(rank), number(result.scores[index].item())]
+        if odds is not None:
+            cells.append(f"{odds[index]:+.2f}")
         table.add_row(*map(Text, cells))
     return table
+
+
+def _log_odds(comparison: Comparison) -> list[float] | None:
+    """`Comparison.log_odds_drop`; None of equal targets, and where drops cannot be compared."""
+    if comparison.same_targets():
+        return None
+    try:
+        return list(comparison.log_odds_drop().tolist())
+    except InputError:
+        return None
 
 
 def _leading(comparison: Comparison, top: int) -> list[tuple[int, tuple[int, int]]]:
@@ -171,10 +206,16 @@ def _words(comparison: Comparison, top: int) -> str:
         text += "\nthe targets differ: " + " and ".join(
             repr("".join(each.target_tokens)) for each in (comparison.left, comparison.right)
         )
+        if _log_odds(comparison) is not None:
+            text += (
+                "\nlog odds: what masking the token takes from log P(first) / P(second), in nats; "
+                "above 0 it speaks for the first"
+            )
     return text
 
 
 def _values(comparison: Comparison, names: tuple[str, str], top: int) -> dict[str, Any]:
+    odds = _log_odds(comparison)
     return {
         "left": names[0],
         "right": names[1],
@@ -189,6 +230,7 @@ def _values(comparison: Comparison, names: tuple[str, str], top: int) -> dict[st
                 "scores": [
                     each.scores[index].item() for each in (comparison.left, comparison.right)
                 ],
+                **({} if odds is None else {"log_odds_drop": odds[index]}),
             }
             for index, ranks in _leading(comparison, top)
         ],
