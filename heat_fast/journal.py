@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from heat_fast.errors import InputError, OutputError
 
@@ -33,8 +34,7 @@ class Journal:
     def __init__(self, path: Path, place: str | None = None) -> None:
         self.path = path
         try:
-            self.file = path.open("ab+")
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.file = _locked(path)
         except BlockingIOError as error:
             raise OutputError(
                 f"{place or repr(str(path))} is in use, being written by another process: expected "
@@ -91,3 +91,19 @@ class Journal:
         if os.fstat(self.file.fileno()).st_size == 0:
             self.path.unlink(missing_ok=True)
         self.file.close()
+
+
+def _locked(path: Path) -> BinaryIO:
+    """The file at a path, this process's alone. Raises BlockingIOError where it is another's."""
+    while True:
+        file = path.open("ab+")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Whoever had it may have removed it, empty, between opening and locking it.
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                    return file
+        except OSError:
+            file.close()
+            raise
+        file.close()

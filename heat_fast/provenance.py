@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import platform
 from typing import Any
@@ -55,23 +54,33 @@ def fingerprint(model: nn.Module) -> str:
         False
     """
     digest, steps = hashlib.sha256(), torch.arange(SAMPLED) * _STRIDE
-    read: dict[tuple[torch.device, torch.dtype], list[tuple[int, Tensor]]] = {}
+    read: dict[torch.device, list[tuple[int, Tensor]]] = {}
     for number, (name, parameter) in enumerate(model.named_parameters()):
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}\n".encode())
-        if parameter.device.type == "meta" or not parameter.numel():
+        values = parameter.data
+        if not _is_plain(values):
             continue
-        places = steps[: parameter.numel()] % parameter.numel()
-        with contextlib.suppress(NotImplementedError, RuntimeError, TypeError):
-            found = parameter.detach().reshape(-1)[places]
-            read.setdefault((found.device, found.dtype), []).append((number, found))
-    values: dict[int, bytes] = {}
+        # In the order of memory a transposed matrix is read without a copy; as bytes every dtype
+        # can be indexed, those narrower than a byte too.
+        order = sorted(range(values.dim()), key=values.stride, reverse=True)
+        flat = values.permute(order).reshape(-1).view(torch.uint8)
+        numbers = flat.view(-1, values.element_size())
+        places = steps[: len(numbers)] % len(numbers)
+        read.setdefault(values.device, []).append((number, numbers[places].flatten()))
+    found: dict[int, bytes] = {}
     for each in read.values():  # one copy from each device, not one of each parameter
         rows = torch.cat([row for _, row in each]).cpu().split([len(row) for _, row in each])
         for (number, _), row in zip(each, rows, strict=True):
-            values[number] = row.view(torch.uint8).numpy().tobytes()
-    for number in sorted(values):
-        digest.update(values[number])
+            found[number] = row.numpy().tobytes()
+    for number in sorted(found):
+        digest.update(found[number])
     return digest.hexdigest()[:16]
+
+
+def _is_plain(values: Tensor) -> bool:
+    """Whether these are numbers in memory: not elsewhere, packed by a library, sparse, or none."""
+    here = type(values) is Tensor and values.device.type != "meta" and values.numel() > 0
+    return here and values.layout == torch.strided and not values.is_quantized
 
 
 def versions() -> dict[str, str]:

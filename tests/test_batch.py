@@ -471,7 +471,7 @@ def test_a_log_gets_a_line_now_and_then(
 
 def test_rows_in_memory_are_no_source(tmp_path: Path, attributor: Attributor) -> None:
     with pytest.raises(InputError, match="source is list: expected the path"):
-        attribute_rows(attributor, GOOD, tmp_path / "out.jsonl")  # type: ignore[arg-type]
+        attribute_rows(attributor, GOOD, tmp_path / "out.jsonl")
 
 
 def test_where_every_row_fails_that_is_an_error(run: Callable[..., Any], tmp_path: Path) -> None:

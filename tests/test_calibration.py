@@ -93,11 +93,11 @@ def test_what_cannot_be_calibrated_is_refused() -> None:
         ([result, other], "differ in rollout"),
     ):
         with pytest.raises(InputError, match=words):
-            calibrate(wrong)  # type: ignore[arg-type]
+            calibrate(wrong)
     with pytest.raises(InputError, match="spans=2 with model=NoneType"):
         calibrate(result, spans=2)
     with pytest.raises(InputError, match="seed"):
-        calibrate(result, model, spans=2, seed=None)  # type: ignore[arg-type]
+        calibrate(result, model, spans=2, seed=None)
     with torch.no_grad():
         model.get_input_embeddings().weight.mul_(1.1)
     with pytest.raises(InputError, match="attributions and the model are of models with different"):

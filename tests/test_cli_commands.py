@@ -229,6 +229,9 @@ def test_compare_two_targets_on_one_prompt(model_folder: str) -> None:
     text = worked("compare", *options)
     assert "log odds" in text and "above 0 it speaks for the first" in text
     assert f"{odds[0].item():+.2f}" in text
+    told = worked("compare", *options, "--branch-tolerance", "0.02")
+    assert "no log odds of the targets: result 0 has branch_tolerance=0.02" in told
+    assert "above 0" not in told
 
 
 def test_compare_two_variants_on_a_chat(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -44,3 +46,22 @@ def test_one_writer_at_a_time(tmp_path: Path) -> None:
         assert list(journal.read()) == [1]
         journal.rewrite([])
     assert not path.exists()  # an empty one leaves no file
+
+
+def test_a_file_that_was_removed_while_it_was_opened_is_opened_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By another run, which closed its own while it was empty: lines must not go nowhere."""
+    path, flock, calls = tmp_path / "lines.jsonl", fcntl.flock, []
+
+    def late(file: Any, how: int) -> None:
+        calls.append(how)
+        if len(calls) == 1:
+            path.unlink()
+        flock(file, how)
+
+    monkeypatch.setattr("heat_fast.journal.fcntl.flock", late)
+    with closing(Journal(path)) as journal:
+        journal.append("1\n")
+    assert path.read_text() == "1\n"
+    assert len(calls) == 2

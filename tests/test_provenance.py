@@ -32,6 +32,36 @@ def test_values_that_cannot_be_read_are_left_out() -> None:
     assert fingerprint(model) != before
 
 
+@pytest.mark.parametrize(
+    "values",
+    [
+        torch.tensor(3.0),
+        torch.zeros(0, 4),
+        torch.ones(3, 2).t(),
+        torch.ones(5, dtype=torch.bool),
+        torch.ones(5, dtype=torch.complex64),
+        torch.ones(5, dtype=torch.uint8).view(torch.float4_e2m1fn_x2),
+        torch.ones(5).to(torch.float8_e4m3fn),
+        torch.eye(3).to_sparse(),
+        torch.quantize_per_tensor(torch.ones(5), 0.1, 0, torch.qint8),
+    ],
+    ids=lambda values: f"{values.dtype} {tuple(values.shape)}",
+)
+def test_parameters_of_every_kind_have_a_fingerprint(values: torch.Tensor) -> None:
+    model = nn.Module()
+    model.weight = nn.Parameter(values, requires_grad=False)
+    assert fingerprint(model) == fingerprint(model) != fingerprint(nn.Module())
+
+
+def test_transposed_weights_are_read() -> None:
+    model = nn.Module()
+    model.weight = nn.Parameter(torch.randn(30, 20).t())
+    before = fingerprint(model)
+    with torch.no_grad():
+        model.weight.mul_(1.01)
+    assert fingerprint(model) != before
+
+
 def test_active_adapters_are_named() -> None:
     peft = pytest.importorskip("peft", reason="PEFT is not installed")
     config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)

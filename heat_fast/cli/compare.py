@@ -117,15 +117,16 @@ def compare(
     from heat_fast.comparison import compare_results
 
     comparison = compare_results(*pair)
+    odds, why = _log_odds(comparison)
     if json_path is not None:
-        write_json(_values(comparison, names, top), json_path, quiet)
+        write_json(_values(comparison, names, top, odds), json_path, quiet)
     if not quiet and json_path != "-":
         from rich.console import Console
 
         with standard_output():
             console = Console()
-            console.print(_table(comparison, names, top, console))
-            console.print(_words(comparison, top), highlight=False)
+            console.print(_table(comparison, names, top, console, odds))
+            console.print(_words(comparison, top, odds, why), highlight=False)
 
 
 def _two(
@@ -147,7 +148,13 @@ def _two(
     return left, right
 
 
-def _table(comparison: Comparison, names: tuple[str, str], top: int, console: Any) -> Table:
+def _table(
+    comparison: Comparison,
+    names: tuple[str, str],
+    top: int,
+    console: Any,
+    odds: list[float] | None,
+) -> Table:
     """The leading tokens of both, each with its rank and score in the other."""
     from rich.table import Table
     from rich.text import Text
@@ -156,7 +163,6 @@ def _table(comparison: Comparison, names: tuple[str, str], top: int, console: An
     from heat_fast.terminal import is_ascii
 
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
-    odds = _log_odds(comparison)
     last = () if odds is None else ("log odds",)
     for column in ("pos", "token", "#", names[0], "#", names[1], *last):
         table.add_column(
@@ -173,14 +179,14 @@ def _table(comparison: Comparison, names: tuple[str, str], top: int, console: An
     return table
 
 
-def _log_odds(comparison: Comparison) -> list[float] | None:
-    """`Comparison.log_odds_drop`; None of equal targets, and where drops cannot be compared."""
+def _log_odds(comparison: Comparison) -> tuple[list[float] | None, str | None]:
+    """`Comparison.log_odds_drop` where the targets differ, and why it cannot be told."""
     if comparison.same_targets():
-        return None
+        return None, None
     try:
-        return list(comparison.log_odds_drop().tolist())
-    except InputError:
-        return None
+        return list(comparison.log_odds_drop().tolist()), None
+    except InputError as error:
+        return None, str(error)
 
 
 def _leading(comparison: Comparison, top: int) -> list[tuple[int, tuple[int, int]]]:
@@ -194,7 +200,7 @@ def _leading(comparison: Comparison, top: int) -> list[tuple[int, tuple[int, int
     return sorted(leading, key=lambda each: (min(each[1]), max(each[1]), each[0]))
 
 
-def _words(comparison: Comparison, top: int) -> str:
+def _words(comparison: Comparison, top: int, odds: list[float] | None, why: str | None) -> str:
     told = ", ".join(
         f"{name} {'-' if value is None else f'{value:.3f}'}"
         for name, value in comparison.correlations.items()
@@ -206,7 +212,9 @@ def _words(comparison: Comparison, top: int) -> str:
         text += "\nthe targets differ: " + " and ".join(
             repr("".join(each.target_tokens)) for each in (comparison.left, comparison.right)
         )
-        if _log_odds(comparison) is not None:
+        if odds is None:
+            text += f"\nno log odds of the targets: {why}"
+        else:
             text += (
                 "\nlog odds: what masking the token takes from log P(first) / P(second), in nats; "
                 "above 0 it speaks for the first"
@@ -214,8 +222,9 @@ def _words(comparison: Comparison, top: int) -> str:
     return text
 
 
-def _values(comparison: Comparison, names: tuple[str, str], top: int) -> dict[str, Any]:
-    odds = _log_odds(comparison)
+def _values(
+    comparison: Comparison, names: tuple[str, str], top: int, odds: list[float] | None
+) -> dict[str, Any]:
     return {
         "left": names[0],
         "right": names[1],
