@@ -8,7 +8,7 @@ A prompt that is cut into windows goes to the middle of it once per window (`hea
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,6 +30,7 @@ from heat_fast.forward import (
 )
 from heat_fast.information import replacement
 from heat_fast.kernels.dispatch import Record, using
+from heat_fast.locate import Range, TargetSpan, target_range
 from heat_fast.pipeline import Pipeline
 from heat_fast.planner import (
     is_out_of_memory,
@@ -46,7 +47,6 @@ from heat_fast.prompt import (
 from heat_fast.provenance import provenance
 from heat_fast.readable import readable_tokens
 from heat_fast.result import Attribution
-from heat_fast.spans import TargetSpan, target_range
 from heat_fast.windows import Plan, accumulate, plan_windows, report, worth_sweeping
 
 if TYPE_CHECKING:
@@ -61,6 +61,7 @@ def attribute(
     variant: str = "full",
     *,
     target_span: TargetSpan = None,
+    segments: Mapping[str, str | Range] | None = None,
     progress: Progress | bool | None = None,
     **overrides: Unpack[Settings],
 ) -> Attribution:
@@ -73,10 +74,12 @@ def attribute(
     messages. `target`: None (the model's own greedy next token), text (its tokens, appended
     without special tokens), a token id, or a list of ids. `target_span`: which part of the
     target to explain, a half-open range of its tokens or a part of its text that occurs once; the
-    tokens before it are context like the prompt, and are not scored. `variant` names a preset of
-    `HeatConfig`;
-    `overrides` are its fields. `progress=True` draws a bar per component with the time that
-    remains, on standard error if that is a terminal; a callable is called as
+    tokens before it are context like the prompt, and are not scored. `segments`: names for parts of
+    the prompt, ``{"manual": "...", "question": (120, 160)}``: the text of each, where that occurs
+    once, or a half-open range of characters (of tokens, where the prompt is ids); `by_segment` and
+    the reports then tell the score of each. `variant` names a preset of `HeatConfig`; `overrides`
+    are its fields. `progress=True` draws a bar per component with the time that remains, on
+    standard error if that is a terminal; a callable is called as
     `progress(component, done, total)` after every batch, in FLOPs (`heat_fast.progress.Progress`).
 
     The result holds `[n_targets, N]` float32 arrays on the CPU. The same seed gives the same scores
@@ -94,7 +97,9 @@ def attribute(
     """
     config = HeatConfig.preset(variant, **overrides)
     attributor = Attributor(model, tokenizer, config)
-    return attributor.attribute(prompt, target, target_span=target_span, progress=progress)
+    return attributor.attribute(
+        prompt, target, target_span=target_span, segments=segments, progress=progress
+    )
 
 
 class Attributor:
@@ -130,6 +135,7 @@ class Attributor:
         target: Any = None,
         *,
         target_span: TargetSpan = None,
+        segments: Mapping[str, str | Range] | None = None,
         progress: Progress | bool | None = None,
     ) -> Attribution:
         """Attribute one prompt; see `heat_fast.attribute` for the arguments and the result."""
@@ -139,6 +145,7 @@ class Attributor:
         longest, window = context_length(self.model), self.config.window
         # With windows it is a window that has to fit.
         encoded = encode_prompt(prompt, self.tokenizer, vocabulary, None if window else longest)
+        named = {} if segments is None else encoded.named(segments)
         response = encode_target(target, self.tokenizer, min(vocabulary, predicted))
         span = self._span(response, target_span)
         # What comes after the span cannot matter to it.
@@ -150,7 +157,7 @@ class Attributor:
                 using(self.config.kernels, device) as ran,
                 reporting(progress, self.config) as report,
             ):
-                return self._run(encoded, response, span, embed, device, report, ran)
+                return self._run(encoded, named, response, span, embed, device, report, ran)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -174,6 +181,7 @@ class Attributor:
     def _run(
         self,
         encoded: EncodedPrompt,
+        named: Mapping[str, Range],
         response: tuple[int, ...] | None,
         span: range,
         embed: nn.Module,
@@ -230,6 +238,8 @@ class Attributor:
             **provenance(self.model, embeddings),
             **pipeline.report(ran),
         }
+        if named:
+            metadata["segments"] = {name: list(where) for name, where in named.items()}
         if screening is not None:
             metadata["screening"] = screening.report(parts, score, config)
         if config.window is not None:

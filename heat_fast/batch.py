@@ -8,8 +8,8 @@ row's own fault, or that was found under other settings. Parquet cannot be appen
 lines go to a journal beside the output, which becomes the output at the end.
 
 A row is a mapping with `prompt` (text or ids) or `messages` (a chat, and `chat_template_kwargs`
-with it where its template takes any), and optionally `target`,
-`target_span` and `id`; empty fields count as left out, other fields are passed over.
+with it where its template takes any), and optionally `target`, `target_span`, `segments` and `id`;
+empty fields count as left out, other fields are passed over.
 """
 
 from __future__ import annotations
@@ -46,7 +46,10 @@ if TYPE_CHECKING:
 __all__ = ["Summary", "attribute_rows"]
 
 #: Fields that hold what a row asks for; a misspelt one must not pass for somebody else's column.
-_FIELDS: Final = ("prompt", "messages", "chat_template_kwargs", "target", "target_span")
+_FIELDS: Final = (
+    *("prompt", "messages", "chat_template_kwargs"),
+    *("target", "target_span", "segments"),
+)
 #: What tells one model from another in a result's metadata.
 _MODEL_SETTINGS: Final = {
     "model": "model",
@@ -175,7 +178,8 @@ def _attribute(attributor: Attributor, row: Row) -> Attribution:
     if ("prompt" in fields) == ("messages" in fields):
         raise InputError(
             f"the row has {'both' if 'prompt' in fields else 'neither'} of prompt and messages: "
-            f"expected one of them beside target, target_span and id. It has {sorted(fields)}."
+            "expected one of them beside target, target_span, segments and id. It has "
+            f"{sorted(fields)}."
         )
     if "prompt" in fields and "chat_template_kwargs" in fields:
         raise InputError(
@@ -188,21 +192,26 @@ def _attribute(attributor: Attributor, row: Row) -> Attribution:
         prompt,
         fields.get("target"),
         target_span=tuple(span) if isinstance(span, list) else span,
+        segments=_filled(fields["segments"]) if "segments" in fields else None,
     )
 
 
 def _conversation(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """A chat and its template's arguments, without what Parquet fills up with nothing."""
+    """A chat and its template's arguments."""
     messages, arguments = fields["messages"], fields.get("chat_template_kwargs") or {}
     if not isinstance(arguments, dict):
         raise InputError("chat_template_kwargs is no object: expected names with their values.")
     if not isinstance(messages, list) or not all(isinstance(each, dict) for each in messages):
         raise InputError("messages is no list of objects: expected role and content in each.")
-    *messages, arguments = [
-        {key: value for key, value in each.items() if value is not None}
-        for each in (*messages, arguments)
-    ]
+    *messages, arguments = [_filled(each) for each in (*messages, arguments)]
     return {"messages": messages, "chat_template_kwargs": arguments}
+
+
+def _filled(value: Any) -> Any:
+    """An object without the keys that other rows of a Parquet file have and it has not."""
+    if not isinstance(value, dict):
+        return value
+    return {key: each for key, each in value.items() if each is not None}
 
 
 # --- what was done before -------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from typing import Any
 
 from heat_fast.checks import suggest
 from heat_fast.errors import InputError
-from heat_fast.spans import first_visible
+from heat_fast.locate import first_visible
 
 _KEYS = ("messages", "chat_template_kwargs")
 #: Arguments of `apply_chat_template` that say how its result is to be returned, not what it says.

@@ -14,10 +14,10 @@ from heat_fast.checks import is_whole
 from heat_fast.config import HeatConfig, Settings
 from heat_fast.errors import ConfigError, InputError
 from heat_fast.forward import check_in_memory, context_length, unchanged
+from heat_fast.locate import Range, TargetSpan
 from heat_fast.progress import Progress
 from heat_fast.prompt import encode_prompt
 from heat_fast.result import Attribution
-from heat_fast.spans import TargetSpan
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -57,12 +57,13 @@ def generate_and_attribute(
     max_new_tokens: int = 64,
     generation: Mapping[str, Any] | None = None,
     target_span: TargetSpan = None,
+    segments: Mapping[str, str | Range] | None = None,
     progress: Progress | bool | None = None,
     **overrides: Unpack[Settings],
 ) -> Attribution:
     """Generate a response to a prompt and attribute it, or a part of it, to the prompt's tokens.
 
-    model, tokenizer, prompt, target_span, progress: as for :func:`heat_fast.attribute`.
+    model, tokenizer, prompt, target_span, segments, progress: as for :func:`heat_fast.attribute`.
     max_new_tokens, generation: for the model's `generate`; `generation` holds its other arguments
     (``{"do_sample": True, "temperature": 0.7}``), which is greedy search without them. `variant`
     names a preset of `HeatConfig`; `overrides` are its fields; `seed` is that of sampling too. For
@@ -105,7 +106,9 @@ def generate_and_attribute(
     response = generate(
         attributor, prompt, max_new_tokens=max_new_tokens, arguments=arguments, seed=settings.seed
     )
-    result = attributor.attribute(prompt, response, target_span=target_span, progress=progress)
+    result = attributor.attribute(
+        prompt, response, target_span=target_span, segments=segments, progress=progress
+    )
     told = {"max_new_tokens": int(max_new_tokens), "seed": settings.seed}
     told |= {name: _plain(value) for name, value in arguments.items()}
     return dataclasses.replace(result, metadata={**result.metadata, "generation": told})

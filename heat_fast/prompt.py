@@ -14,6 +14,7 @@ from typing import Any
 from heat_fast.chat import Conversation, is_chat
 from heat_fast.checks import is_whole
 from heat_fast.errors import InputError
+from heat_fast.locate import Range, locate, named_ranges
 from heat_fast.readable import readable_tokens, special_flags
 
 __all__ = [
@@ -61,6 +62,12 @@ class EncodedPrompt:
 
     def __len__(self) -> int:
         return len(self.token_ids)
+
+    def named(self, parts: Mapping[str, str | Range]) -> dict[str, Range]:
+        """Tokens of named parts of the prompt, half-open; see `heat_fast.locate.locate`."""
+        return named_ranges(
+            parts, lambda where: locate(where, self.text, self.offsets, len(self.token_ids))
+        )
 
 
 def encode_prompt(

@@ -8,18 +8,19 @@ from __future__ import annotations
 import dataclasses
 import math
 import unicodedata
+from collections.abc import Mapping
 from typing import Any, Final
 
 from heat_fast.result import Attribution
 
-__all__ = ["Segment", "approximations", "colour_step", "escape", "number", "segments", "visible"]
+__all__ = ["Piece", "approximations", "colour_step", "escape", "number", "pieces", "visible"]
 
 # Characters that reorder the text around them, and so mislead whoever reads it.
 _BIDIRECTIONAL_CONTROLS: Final = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
 
 @dataclasses.dataclass(frozen=True)
-class Segment:
+class Piece:
     """A stretch of the prompt that is shown as one: usually a token, at least a character.
 
     text: what stands there; tokens: the positions of the tokens it is made of. There are several
@@ -30,31 +31,31 @@ class Segment:
     tokens: tuple[int, ...] = ()
 
 
-def segments(result: Attribution) -> list[Segment]:
-    """The prompt from beginning to end, every token in exactly one segment.
+def pieces(result: Attribution) -> list[Piece]:
+    """The prompt from beginning to end, every token in exactly one piece.
 
     Tokens that are not in the text (added by the tokenizer, or ids without a text) stand for
     themselves.
     """
     if result.offsets is None or result.prompt_text is None:
-        return [Segment(token, (index,)) for index, token in enumerate(result.tokens)]
-    found: list[Segment] = []
+        return [Piece(token, (index,)) for index, token in enumerate(result.tokens)]
+    found: list[Piece] = []
     done = 0
-    last: int | None = None  # the segment that the next piece of a character belongs to
+    last: int | None = None  # the piece that the next piece of a character belongs to
     for index, (start, end) in enumerate(result.offsets):
         if start == end:  # added by the tokenizer, not in the text
-            found.append(Segment(result.tokens[index], (index,)))
+            found.append(Piece(result.tokens[index], (index,)))
             continue
         if end <= done and last is not None:  # another piece of a character already shown
-            found[last] = Segment(found[last].text, (*found[last].tokens, index))
+            found[last] = Piece(found[last].text, (*found[last].tokens, index))
             continue
         if start > done:
-            found.append(Segment(result.prompt_text[done:start]))
+            found.append(Piece(result.prompt_text[done:start]))
         last = len(found)
-        found.append(Segment(result.prompt_text[max(start, done) : end], (index,)))
+        found.append(Piece(result.prompt_text[max(start, done) : end], (index,)))
         done = end
     if done < len(result.prompt_text):
-        found.append(Segment(result.prompt_text[done:]))
+        found.append(Piece(result.prompt_text[done:]))
     return found
 
 
@@ -82,10 +83,39 @@ def by_role(result: Attribution) -> str | None:
         return None
     shares: dict[str, float] = {}
     for role, share in zip(result.roles, result.shares().tolist(), strict=True):
-        name = "chat template" if role is None else escape(role)
+        name = "chat template" if role is None else role
         shares[name] = shares.get(name, 0.0) + share
+    return _ranked(shares)
+
+
+def by_segment(result: Attribution) -> str | None:
+    """Which of the parts that were named with the prompt the score is of, the largest share first.
+
+    What lies in none of them is "elsewhere". None where no parts were named.
+
+    >>> import heat_fast
+    >>> demo = heat_fast.load_demo_model(1)
+    >>> result = heat_fast.attribute(
+    ...     demo.model, demo.tokenizer, "Who?", curvature="none", segments={"question": "Who?"}
+    ... )
+    >>> by_segment(result)
+    'question 100%, elsewhere 0%'
+    """
+    found, inside = result.segments, set[int]()
+    if not found:
+        return None
+    shares = {name: found.share for name, found in result.by_segment().items()}
+    for start, stop in found.values():
+        inside.update(range(start, stop))
+    if len(inside) < len(result):
+        left = result.shares().tolist()
+        shares["elsewhere"] = sum(left[index] for index in set(range(len(result))) - inside)
+    return _ranked(shares)
+
+
+def _ranked(shares: Mapping[str, float]) -> str:
     ordered = sorted(shares.items(), key=lambda each: -each[1])
-    return ", ".join(f"{name} {share:.0%}" for name, share in ordered)
+    return ", ".join(f"{escape(name)} {share:.0%}" for name, share in ordered)
 
 
 def number(value: float) -> str:

@@ -14,13 +14,15 @@ from heat_fast.checks import is_whole, suggest
 from heat_fast.combine import AGGREGATES, aggregate
 from heat_fast.errors import InputError, NumericalError
 from heat_fast.files import write_file
+from heat_fast.locate import check_range
 from heat_fast.metadata import frozen, plain
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from pandas import DataFrame
 
-    from heat_fast.spans import InputSpan, Segment, Span, TargetSpan
+    from heat_fast.locate import TargetSpan
+    from heat_fast.spans import InputSpan, Segment, Span
 
 __all__ = ["Attribution", "TopToken"]
 
@@ -185,6 +187,8 @@ class Attribution:
                         f"offset ({start}, {end}) lies outside a text of {len(self.prompt_text)} "
                         "characters: expected half-open ranges inside it."
                     )
+        for where in self.segments.values():
+            check_range(where, n_tokens, "prompt tokens")
         for name in self.array_names():
             array: Tensor = getattr(self, name)
             shape = (n_targets,) if name == "target_log_probs" else (n_targets, n_tokens)
@@ -349,7 +353,12 @@ class Attribution:
 
         return roles(self)
 
-    def by_segment(self, segments: Mapping[str, Segment]) -> dict[str, Span]:
+    @property
+    def segments(self) -> dict[str, tuple[int, int]]:
+        """Tokens of the parts that were named with the prompt, half-open; empty where none were."""
+        return dict(self.metadata.get("segments", {}))
+
+    def by_segment(self, segments: Mapping[str, Segment] | None = None) -> dict[str, Span]:
         """Parts of the prompt by your own names; see :func:`heat_fast.spans.named_segments`."""
         from heat_fast.spans import named_segments
 

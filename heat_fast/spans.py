@@ -3,10 +3,7 @@
     score(span) = sum_{i in span} score[i]
 
 A span is a half-open range of tokens. Where it is given by characters, a sentence or a substring,
-a token belongs to the span that holds its first character that is not white space (its first
-character, where all of them are). So `" Paris"` belongs to `"Paris"`, a line break to what it ends
-up in, and neighbouring spans share no token and lose none. Tokens that the tokenizer added and
-that stand for no characters belong to none.
+`heat_fast.locate` says which tokens belong to it.
 """
 
 from __future__ import annotations
@@ -16,10 +13,22 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from heat_fast.checks import is_whole
 from heat_fast.errors import InputError, MissingPackageError
+from heat_fast.locate import (
+    Range,
+    TargetSpan,
+    check_range,
+    first_visible,
+    known_positions,
+    locate,
+    named_ranges,
+    occurrence_of,
+    target_range,
+    tokens_of,
+)
 
 if TYPE_CHECKING:
     from heat_fast.result import Attribution
@@ -28,25 +37,14 @@ __all__ = [
     "InputSpan",
     "Segment",
     "Span",
-    "TargetSpan",
     "find_span",
     "named_segments",
     "outstanding",
     "roles",
     "sentences",
     "span_to_span",
-    "target_range",
     "words",
 ]
-
-Range = tuple[int, int]
-
-
-def first_visible(text: str, pair: Range) -> int:
-    """The first character of a range that is not white space, else its first: where it belongs."""
-    piece = text[slice(*pair)]
-    body = piece.lstrip()
-    return pair[0] + (len(piece) - len(body) if body else 0)
 
 
 @dataclass(frozen=True)
@@ -76,9 +74,6 @@ class Span:
 #: span of :func:`find_span`.
 Segment = str | Range | Span
 InputSpan = Segment
-#: A part of the target: its own text where that occurs once, a half-open range of target tokens, or
-#: None for all of it.
-TargetSpan = str | Range | None
 
 
 # --- one span -------------------------------------------------------------------------------------
@@ -118,14 +113,12 @@ def find_span(
     if occurrence is not None and text is None:
         raise InputError("occurrence without text: expected the text that occurs. Pass it too.")
     if tokens is not None:
-        return _span(result, _check_range(tokens, len(result), "prompt tokens"), name)
-    _known_positions(result)
-    assert result.prompt_text is not None
+        return _span(result, check_range(tokens, len(result), "prompt tokens"), name)
+    whole, offsets = known_positions(result.prompt_text, result.offsets)
     if text is not None:
-        characters = _occurrence(result.prompt_text, text, occurrence, "the prompt")
-    assert characters is not None
-    wanted = _check_range(characters, len(result.prompt_text), "characters")
-    return _span(result, _tokens_of(result, wanted), name)
+        characters = occurrence_of(whole, text, occurrence, "the prompt")
+    wanted = check_range(characters, len(whole), "characters")
+    return _span(result, tokens_of(wanted, whole, offsets), name)
 
 
 def _columns(result: Attribution) -> dict[str, list[float]]:
@@ -156,76 +149,6 @@ def _span(
     return Span(start, stop, text, characters, name=name, **values)
 
 
-def _known_positions(result: Attribution) -> None:
-    if result.offsets is None or result.prompt_text is None:
-        raise InputError(
-            "the positions of the tokens in the text are not known: expected a prompt given as "
-            "text or messages, and a tokenizer that reports positions. Pass tokens=(start, stop)."
-        )
-
-
-def _tokens_of(result: Attribution, characters: Range) -> Range:
-    """The tokens that belong to a range of characters."""
-    assert result.prompt_text is not None and result.offsets is not None
-    owned = [
-        index
-        for index, pair in enumerate(result.offsets)
-        if pair[0] < pair[1]
-        and characters[0] <= first_visible(result.prompt_text, pair) < characters[1]
-    ]
-    if owned:
-        return owned[0], owned[-1] + 1
-    shown = result.prompt_text[slice(*characters)]
-    raise InputError(
-        f"no token begins in characters {characters[0]} to {characters[1]} ({shown!r}): expected "
-        "the beginning of at least one, for a token belongs to where its first character lies. "
-        "Widen the range."
-    )
-
-
-def _occurrence(text: str, part: str, occurrence: int | None, where: str) -> Range:
-    """The range of one occurrence of a part of a text; occurrences do not overlap."""
-    if not isinstance(part, str) or not part:
-        raise InputError(f"the text of a span is {part!r}: expected some text of {where}.")
-    starts = []
-    start = text.find(part)
-    while start >= 0:
-        starts.append(start)
-        start = text.find(part, start + len(part))
-    if not starts:
-        raise InputError(
-            f"{part!r} does not occur in {where}: expected a part of its text, letter by letter. "
-            "Copy it from there, or give a range."
-        )
-    if occurrence is None and len(starts) > 1:
-        raise InputError(
-            f"{part!r} occurs {len(starts)} times in {where}: expected to know which. Pass a "
-            "range, or occurrence=0 for the first; as a segment, the span that span() gives for it."
-        )
-    try:
-        start = starts[occurrence or 0]
-    except (IndexError, TypeError) as error:
-        raise InputError(
-            f"occurrence={occurrence!r}, but {part!r} occurs {len(starts)} times in {where}: "
-            f"expected {-len(starts)} to {len(starts) - 1}."
-        ) from error
-    return start, start + len(part)
-
-
-def _check_range(value: Any, size: int, what: str) -> Range:
-    try:
-        start, stop = value
-        whole = all(is_whole(each) for each in value)
-    except (TypeError, ValueError):
-        whole = False
-    if not whole or not 0 <= start < stop <= size:
-        raise InputError(
-            f"{value!r} is no range of the {size} {what}: expected (start, stop) with 0 <= start < "
-            f"stop <= {size}; stop itself is not part of it."
-        )
-    return int(start), int(stop)
-
-
 # --- several spans --------------------------------------------------------------------------------
 
 
@@ -245,8 +168,7 @@ def sentences(result: Attribution, language: str = "en") -> list[Span]:
     >>> [sentence.text for sentence in sentences(result)]
     ['Maria slept.', ' Henry ate.']
     """
-    _known_positions(result)
-    assert result.prompt_text is not None
+    text, _ = known_positions(result.prompt_text, result.offsets)
     try:
         from sentencex import get_sentence_boundaries
     except ImportError as error:
@@ -257,7 +179,6 @@ def sentences(result: Attribution, language: str = "en") -> list[Span]:
             "Install it with pip install 'heat-fast[sentences]', or name the parts with "
             "by_segment().",
         ) from error
-    text = result.prompt_text
     starts = [
         each["start_index"]
         for each in get_sentence_boundaries(language, text)
@@ -284,21 +205,20 @@ def words(result: Attribution) -> list[Span]:
     """
     import regex
 
-    _known_positions(result)
-    assert result.prompt_text is not None
-    boundaries = regex.finditer(r"(?w)\b(?=\S)", result.prompt_text)
+    text, _ = known_positions(result.prompt_text, result.offsets)
+    boundaries = regex.finditer(r"(?w)\b(?=\S)", text)
     return _from(result, [each.start() for each in boundaries])
 
 
 def _from(result: Attribution, starts: Sequence[int]) -> list[Span]:
     """The spans that begin at these characters, each up to the next; empty ones are left out."""
-    assert result.prompt_text is not None and result.offsets is not None
+    text, offsets = known_positions(result.prompt_text, result.offsets)
     # What comes before the first goes to it.
     starts = [0, *starts[1:]]
     owned: list[list[int]] = [[] for _ in starts]
-    for index, pair in enumerate(result.offsets):
+    for index, pair in enumerate(offsets):
         if pair[0] < pair[1]:
-            place = first_visible(result.prompt_text, pair)
+            place = first_visible(text, pair)
             owned[bisect_right(starts, place) - 1].append(index)
     columns = _columns(result)
     return [_span(result, (each[0], each[-1] + 1), columns=columns) for each in owned if each]
@@ -327,35 +247,36 @@ def roles(result: Attribution) -> list[Span]:
     return found
 
 
-def named_segments(result: Attribution, segments: Mapping[str, Segment]) -> dict[str, Span]:
+def named_segments(
+    result: Attribution, segments: Mapping[str, Segment] | None = None
+) -> dict[str, Span]:
     """The named parts of a prompt: ``{"context": "...", "question": (120, 160)}``.
 
-    A part is its text, where that occurs once; a half-open range of characters; or a span that
-    :func:`find_span` gave. Parts may overlap; their shares then add up to more than they cover.
+    A part is its text, where that occurs once; a half-open range of characters (of tokens, where
+    the prompt was given as ids); or a span that :func:`find_span` gave. Parts may overlap; their
+    shares then add up to more than they cover. None: the parts that :func:`heat_fast.attribute` was
+    given with the prompt.
 
-    Raises InputError as :func:`find_span` does, naming the segment.
+    Raises InputError as :func:`find_span` does, naming the segment; without segments where the
+    prompt came with none.
     """
-    if not isinstance(segments, Mapping) or not segments:
+    if segments is not None:
+        ranges = named_ranges(segments, lambda where: _locate(result, where))
+    elif result.segments:
+        ranges = result.segments
+    else:
         raise InputError(
-            f"segments is {segments!r}: expected a mapping of at least one name to a text or range."
+            "the prompt came without segments: expected some to name its parts. Pass them here, "
+            "or as segments= to attribute()."
         )
-    found = {}
-    for name, where in segments.items():
-        try:
-            span = _locate(result, where)
-        except InputError as error:
-            raise InputError(f"segment {name!r}: {error}") from error
-        found[name] = _span(result, (span.start, span.stop), name)
-    return found
+    columns = _columns(result)
+    return {name: _span(result, where, name, columns) for name, where in ranges.items()}
 
 
-def _locate(result: Attribution, where: Segment) -> Span:
+def _locate(result: Attribution, where: Segment) -> Range:
     if isinstance(where, Span):
-        _check_range((where.start, where.stop), len(result), "prompt tokens")
-        return where
-    if isinstance(where, str):
-        return find_span(result, where)
-    return find_span(result, characters=where)
+        return check_range((where.start, where.stop), len(result), "prompt tokens")
+    return locate(where, result.prompt_text, result.offsets, len(result))
 
 
 def outstanding(result: Attribution, k: int = 5) -> list[Span]:
@@ -417,32 +338,6 @@ def span_to_span(
     """
     from heat_fast.combine import aggregate
 
-    span = _locate(result, input_span)
-    start, stop = target_range(result.target_tokens, target_span)
-    rows = aggregate(result.target_scores[start:stop], result.aggregate)
-    return math.fsum(rows[span.start : span.stop].tolist())
-
-
-def target_range(tokens: Sequence[str], where: TargetSpan) -> Range:
-    """The half-open range of target tokens that a part of the target stands for."""
-    if where is None:
-        return 0, len(tokens)
-    if not isinstance(where, str):
-        return _check_range(where, len(tokens), "target tokens")
-    text = "".join(tokens)
-    characters = _occurrence(text, where, None, "the target")
-    ends: list[int] = []
-    for token in tokens:
-        ends.append((ends[-1] if ends else 0) + len(token))
-    pairs = zip([0, *ends[:-1]], ends, strict=True)
-    owned = [
-        index
-        for index, pair in enumerate(pairs)
-        if characters[0] <= first_visible(text, pair) < characters[1]
-    ]
-    if not owned:
-        raise InputError(
-            f"no token of the target begins in {where!r}: expected the beginning of at least one. "
-            f"Take a longer part; the tokens are {list(tokens)}."
-        )
-    return owned[0], owned[-1] + 1
+    tokens = slice(*_locate(result, input_span))
+    targets = slice(*target_range(result.target_tokens, target_span))
+    return math.fsum(aggregate(result.target_scores[targets], result.aggregate)[tokens].tolist())

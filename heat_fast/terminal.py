@@ -23,10 +23,11 @@ from rich.text import Text
 from heat_fast.reading import (
     approximations,
     by_role,
+    by_segment,
     colour_step,
     escape,
     number,
-    segments,
+    pieces,
     visible,
 )
 from heat_fast.result import Attribution
@@ -107,7 +108,7 @@ def render(
         ),
         _targets(result, ascii_only),
         *_target_rows(result, ascii_only, console.width, special),
-        *_roles(result),
+        *_parts(result),
         *map(Text, approximations(result)),
         _facts(result),
     )
@@ -126,12 +127,12 @@ def prompt_text(
     scores = result.scores.tolist()
     highest = max(map(abs, scores))
     ranks = {row.index: rank for rank, row in enumerate(result.top(top, special=special), start=1)}
-    for segment in segments(result):
-        score = max((scores[index] for index in segment.tokens), key=abs, default=0.0)
-        rank = min((ranks[index] for index in segment.tokens if index in ranks), default=None)
+    for piece in pieces(result):
+        score = max((scores[index] for index in piece.tokens), key=abs, default=0.0)
+        rank = min((ranks[index] for index in piece.tokens if index in ranks), default=None)
         ranked = rank is not None and not colour
         style = _style(score, highest) if colour else None
-        shown = _flowing(segment.text, ascii_only, mark_spaces=ranked or style is not None)
+        shown = _flowing(piece.text, ascii_only, mark_spaces=ranked or style is not None)
         if ranked:
             body = shown.lstrip(" ")
             text.append(shown[: len(shown) - len(body)])
@@ -292,9 +293,10 @@ def _target_rows(
     return [Text(), table, *([Text(f"and {more} more")] if more > 0 else [])]
 
 
-def _roles(result: Attribution) -> list[Text]:
-    shares = by_role(result)
-    return [] if shares is None else [Text(f"Score by role: {shares}")]
+def _parts(result: Attribution) -> list[Text]:
+    """The score by role and by segment, where the prompt has any."""
+    known = {"role": by_role(result), "segment": by_segment(result)}
+    return [Text(f"Score by {name}: {shares}") for name, shares in known.items() if shares]
 
 
 def _facts(result: Attribution) -> Text:

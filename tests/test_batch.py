@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +162,39 @@ def test_parquet_in_and_out_says_the_same_as_json_lines(
     with pytest.raises(InputError):
         attribute_rows(attributor, write(tmp_path / "in.jsonl", rows[1:]), output)
     assert sorted(os.listdir(tmp_path)) == before
+
+
+def test_rows_in_memory_are_no_source(tmp_path: Path, attributor: Attributor) -> None:
+    with pytest.raises(InputError, match="source is list: expected the path"):
+        attribute_rows(attributor, GOOD, tmp_path / "out.jsonl")
+
+
+def test_rows_name_parts_of_their_prompt(tmp_path: Path, attributor: Attributor) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    rows: Rows = [
+        {"prompt": "the red ball", "target": "b", "segments": {"colour": "red", "what": "ball"}},
+        {"prompt": "the red ball", "target": "b", "segments": {"colour": "red", "what": None}},
+        {"prompt": "the red ball", "target": "b", "segments": {"colour": "blue"}},
+    ]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "in.parquet")
+    for source in (write(tmp_path / "in.jsonl", rows), tmp_path / "in.parquet"):
+        output = tmp_path / f"{source.name}.out.jsonl"
+        assert attribute_rows(attributor, source, output).failed == 1
+        assert (
+            "segment 'colour': 'blue' does not occur" in Path(f"{output}.errors.jsonl").read_text()
+        )
+        first, second = heat_fast.read_jsonl(output)
+        assert (first.segments, second.segments) == (
+            {"colour": (4, 7), "what": (8, 12)},
+            {"colour": (4, 7)},
+        )
+        assert list(first.by_segment()) == ["colour", "what"]
+    ranges = write(tmp_path / "ranges.jsonl", [{"prompt": "abc", "segments": {"b": [1, 2]}}])
+    attribute_rows(attributor, ranges, tmp_path / "ranges.out.jsonl")
+    (found,) = heat_fast.read_jsonl(tmp_path / "ranges.out.jsonl")
+    assert found.by_segment()["b"].text == "b"
 
 
 # --- stopped and begun again ----------------------------------------------------------------------
@@ -430,90 +462,3 @@ def test_killed_three_times_it_ends_as_if_it_had_not_been(
     ], goals
     assert results == without_times(whole), goals
     assert lines(Path(f"{output}.errors.jsonl")) == lines(Path(f"{whole}.errors.jsonl"))
-
-
-# --- on the command line --------------------------------------------------------------------------
-
-
-@pytest.fixture
-def run(model_folder: str) -> Callable[..., Any]:
-    def call(*arguments: object) -> Any:
-        options = ["--model", model_folder, "--variant", "gs"]
-        return CliRunner().invoke(app, ["batch", *map(str, arguments), *options])
-
-    return call
-
-
-def test_it_tells_what_was_done(run: Callable[..., Any], tmp_path: Path) -> None:
-    source = write(tmp_path / "in.jsonl", [*GOOD, BAD[0][0]])
-    side = tmp_path / "reasons"
-    outcome = run(source, tmp_path / "out.jsonl", "--errors", side)
-    assert outcome.exit_code == 0, outcome.output
-    assert outcome.stdout == ""
-    assert "4 rows attributed" in outcome.stderr and "1 failed" in outcome.stderr
-    assert "rows/s" in outcome.stderr and "tokens/s" in outcome.stderr
-    assert len(lines(side)) == 1
-    assert run(source, tmp_path / "out.jsonl", "--errors", side, "--quiet").output == ""
-
-
-def test_a_log_gets_a_line_now_and_then(
-    run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    source = write(tmp_path / "in.jsonl", GOOD)
-    assert " of 4 rows, " not in run(source, tmp_path / "one.jsonl").stderr
-    # Its package shows the command under the module's name.
-    monkeypatch.setattr(sys.modules["heat_fast.cli.batch"], "SECONDS_BETWEEN_LINES", 0.0)
-    told = run(source, tmp_path / "two.jsonl").stderr
-    assert [f"{number} of 4 rows, " in told for number in range(6)] == [
-        number in (1, 2, 3, 4) for number in range(6)
-    ]
-
-
-def test_rows_in_memory_are_no_source(tmp_path: Path, attributor: Attributor) -> None:
-    with pytest.raises(InputError, match="source is list: expected the path"):
-        attribute_rows(attributor, GOOD, tmp_path / "out.jsonl")
-
-
-def test_where_every_row_fails_that_is_an_error(run: Callable[..., Any], tmp_path: Path) -> None:
-    source = write(tmp_path / "in.jsonl", [BAD[0][0], BAD[2][0]])
-    outcome = run(source, tmp_path / "out.jsonl")
-    assert outcome.exit_code == 1
-    assert "all 2 rows failed" in outcome.stderr
-    side = tmp_path / "out.jsonl.errors.jsonl"
-    assert len(lines(side)) == 2
-    # Nothing is left to do, which is no success.
-    outcome = run(source, tmp_path / "out.jsonl")
-    assert outcome.exit_code == 1
-    assert "0 failed; 2 failed before; reasons in" in outcome.stderr
-    assert "all 2 rows failed" in outcome.stderr and "--retry-failed" in outcome.stderr
-    outcome = run(source, tmp_path / "out.jsonl", "--retry-failed")
-    assert outcome.exit_code == 1
-    assert "2 failed; reasons in" in outcome.stderr
-    assert len(lines(side)) == 2
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["none.jsonl", "out.jsonl"], "cannot read 'none.jsonl': No such file"),
-        (["in.jsonl", "in.jsonl"], "is both input and output"),
-        (["in.jsonl", "out.jsonl", "--errors", "out.jsonl"], "expected different files"),
-        (["in.jsonl", "-"], "reads and writes files"),
-        (["in.jsonl", "no-folder/out.jsonl"], "does not exist"),
-        (["in.jsonl", "out.jsonl", "--probes", "few"], "--probes few"),
-    ],
-)
-def test_wrong_requests(
-    run: Callable[..., Any],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    arguments: list[str],
-    words: str,
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    write(tmp_path / "in.jsonl", GOOD)
-    outcome = run(*arguments)
-    assert outcome.exit_code == 2, outcome.output
-    assert words in outcome.stderr
-    assert outcome.stderr.count("\n") == 1
-    assert os.listdir(tmp_path) == ["in.jsonl"]

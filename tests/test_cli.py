@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -54,12 +55,11 @@ class Recorder:
         self.calls.append({"model": model, "tokenizer": tokenizer, "config": config})
         return self
 
-    def attribute(self, prompt: Any, target: Any, *, target_span: Any, progress: Any) -> Any:
+    def attribute(self, prompt: Any, target: Any, **told: Any) -> Any:
         self.calls[-1] |= {
             "prompt": prompt,
             "target": target,
-            "target_span": target_span,
-            "progress": progress,
+            **told,
         }
         if isinstance(self.outcome, BaseException):
             raise self.outcome
@@ -246,6 +246,21 @@ def test_messages_of_a_chat(run: Run, engine: Callable[[Any], Recorder], tmp_pat
     for wrong in (b"{}", b"[]", b'["a"]', b'[{"role": "user"}]', b'[{"role": 1, "content": "a"}]'):
         failed(run("--messages", "-", input=wrong), 2, "standard input holds no conversation")
     failed(run("--messages", "-", input=b"Hello"), 2, "standard input is not JSON", "line 1")
+
+
+def test_parts_of_the_prompt_get_names(run: Run) -> None:
+    told = run("--prompt", "the red ball", "--segment", "colour=red", "--segment", "rest=7:12")
+    assert told.exit_code == 0, told.output
+    assert re.search(r"Score by segment: (colour|rest|elsewhere) \d+%, ", told.stdout)
+    for wrong, words in (
+        ("colour", "--segment colour: expected NAME=TEXT"),
+        ("=red", "--segment =red: expected NAME=TEXT"),
+        ("colour=blue", "segment 'colour': 'blue' does not occur in the prompt"),
+        ("colour=7:99", "segment 'colour': (7, 99) is no range of the 12 characters"),
+    ):
+        failed(run("--prompt", "the red ball", "--segment", wrong), 2, words)
+    twice = ["--segment", "a=the", "--segment", "a=red"]
+    failed(run("--prompt", "the red ball", *twice), 2, "--segment a=... is given twice")
 
 
 def test_without_a_model_the_embedded_one_explains_its_example(demo: Any, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ import torch
 import heat_fast
 from heat_fast import reading
 from heat_fast.errors import HeatError, InputError, MissingPackageError, OutputError
-from heat_fast.reading import colour_step, number, segments
+from heat_fast.reading import colour_step, number, pieces
 from heat_fast.report import notes, page, palette
 from heat_fast.report.page import COMPONENTS, render_page, render_view
 from heat_fast.result import COMPONENTS as COMPONENT_ARRAYS
@@ -113,7 +113,7 @@ def test_the_page_holds_every_number_exactly() -> None:
     assert data["targets"] == [" a", " b"]
     assert data["special"] == [0]
     assert data["aggregate"] == "mean"
-    assert data["segments"] == [0, 1, 2, 3]
+    assert data["pieces"] == [0, 1, 2, 3]
     unknown = made_up(("a",), curvature_stderr=None, information_skipped=(True,))
     data = page_data(render_page(unknown))
     assert "stderr" not in data["rows"]
@@ -235,7 +235,7 @@ def test_a_page_without_metadata(metadata: dict[str, Any]) -> None:
 def test_the_text_comes_through_intact(pieces: tuple[str, ...]) -> None:
     result = made_up(pieces)
     data = page_data(render_page(result))
-    shown = [data["tokens"][s] if isinstance(s, int) else s[0] for s in data["segments"]]
+    shown = [data["tokens"][s] if isinstance(s, int) else s[0] for s in data["pieces"]]
     assert "".join(shown) == result.prompt_text
 
 
@@ -243,12 +243,12 @@ def test_pieces_of_one_character_are_one_stretch() -> None:
     result = made_up(
         ("<0xE4>", "<0xBD>", "<0xA0>", "a"), text="你 a", offsets=[(0, 1), (0, 1), (0, 1), (2, 3)]
     )
-    assert [(s.text, s.tokens) for s in segments(result)] == [
+    assert [(s.text, s.tokens) for s in pieces(result)] == [
         ("你", (0, 1, 2)),
         (" ", ()),
         ("a", (3,)),
     ]
-    assert page_data(render_page(result))["segments"] == [["你", 0, 1, 2], [" "], 3]
+    assert page_data(render_page(result))["pieces"] == [["你", 0, 1, 2], [" "], 3]
 
 
 def test_every_token_is_in_one_stretch() -> None:
@@ -258,11 +258,11 @@ def test_every_token_is_in_one_stretch() -> None:
         offsets=[(0, 2), (1, 3), (3, 3), (4, 5), (5, 6)],
     )
     for result in (overlapping, made_up(("a", "b"), offsets=None, text=None)):
-        found = [index for segment in segments(result) for index in segment.tokens]
+        found = [index for piece in pieces(result) for index in piece.tokens]
         assert found == list(range(len(result)))
-    assert "".join(s.text for s in segments(overlapping) if 2 not in s.tokens) == "abc de "
+    assert "".join(s.text for s in pieces(overlapping) if 2 not in s.tokens) == "abc de "
     ids = made_up(("#4", "#7"), offsets=None, prompt_text=None, text="")
-    assert [segment.text for segment in segments(ids)] == ["#4", "#7"]
+    assert [piece.text for piece in pieces(ids)] == ["#4", "#7"]
 
 
 # --- colours --------------------------------------------------------------------------------------

@@ -13,8 +13,9 @@ import torch
 
 import heat_fast
 from heat_fast.errors import HeatError, InputError
+from heat_fast.locate import target_range
 from heat_fast.result import Attribution
-from heat_fast.spans import _maximal, target_range
+from heat_fast.spans import _maximal
 from results import made_up
 from test_result import make
 
@@ -227,6 +228,43 @@ def test_segments_by_your_own_names() -> None:
     for wrong in ({}, ["It"]):
         with pytest.raises(InputError, match="expected a mapping"):
             result.by_segment(wrong)  # type: ignore[arg-type]
+
+
+def test_segments_that_came_with_the_prompt() -> None:
+    demo = heat_fast.load_demo_model(1)
+    prompt = demo.examples[0].prompt
+    fact, end = "The mountain of Mirmora is Fenston.", len(prompt)
+    segments = {"fact": fact, "question": (prompt.index("Question"), end)}
+
+    def run(prompt: object, segments: object) -> Attribution:
+        return heat_fast.attribute(
+            demo.model, demo.tokenizer, prompt, curvature="none", segments=segments
+        )
+
+    result = run(prompt, segments)
+    assert result.by_segment() == result.by_segment(segments)
+    assert result.by_segment()["fact"].text.strip() == fact
+    assert heat_fast.from_dict(result.to_dict()).by_segment() == result.by_segment()
+    # Of ids they are ranges of tokens.
+    ids = run(list(result.token_ids), result.segments)
+    assert ids.segments == result.segments
+    assert [each.share for each in ids.by_segment().values()] == [
+        each.share for each in result.by_segment().values()
+    ]
+    with pytest.raises(InputError, match="came without segments: expected some"):
+        run(prompt, None).by_segment()
+    with pytest.raises(InputError, match=r"segment 'a': 'Mirmora' occurs \d+ times"):
+        run(prompt, {"a": "Mirmora"})
+    with pytest.raises(
+        InputError, match=r"segment 'a': 'xxxx+\.\.\.x+' does not occur in the prompt"
+    ):
+        run(prompt, {"a": "x" * 500})
+    for wrong in ({}, [fact], {1: fact}, {"a": None}, {"a": (3, 3)}, {"a": (0, end + 1)}, "fact"):
+        with pytest.raises(InputError, match="expected"):
+            run(prompt, wrong)
+    damaged = {**result.metadata, "segments": {"fact": [0, 500]}}
+    with pytest.raises(InputError, match="is no range of the"):
+        dataclasses.replace(result, metadata=damaged)
 
 
 def test_stretches_that_stand_out() -> None:

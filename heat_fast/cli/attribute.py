@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 import sys
 from typing import TYPE_CHECKING, Annotated, Any
@@ -52,6 +53,15 @@ def attribute(
             help="Explain tokens A to B (exclusive) of the target only; the rest is context.",
         ),
     ] = None,
+    segment: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--segment",
+            metavar="NAME=TEXT",
+            help="Name a part of the prompt, by its text or, as NAME=A:B, by its characters A to B "
+            "(exclusive): the report then tells its share of the score. May be repeated.",
+        ),
+    ] = None,
     json_path: options.Json = None,
     save_path: Annotated[
         str | None,
@@ -83,6 +93,7 @@ def attribute(
             "--target is empty: expected some text. Leave it out for the model's own choice."
         )
     span = _target_span(target, target_span)
+    segments = _segments(segment)
     places = {"--json": json_path, "--save": save_path, "--html": html_path}
     check_places(places, streams=("--json",))
     loaded = load_model(model, device, dtype, debug=debug)
@@ -90,7 +101,11 @@ def attribute(
 
     attributor = Attributor(loaded.model, loaded.tokenizer, config)
     result = attributor.attribute(
-        loaded.example if text is None else text, target, target_span=span, progress=not quiet
+        loaded.example if text is None else text,
+        target,
+        target_span=span,
+        segments=segments,
+        progress=not quiet,
     )
     _write(result, json_path, save_path, html_path, top=top, special=special, quiet=quiet)
 
@@ -115,14 +130,37 @@ def _target_span(target: str | None, text: str | None) -> tuple[int, int] | None
         raise UsageError(
             "--target-span without --target: expected the text that it is a part of. Give both."
         )
-    try:
-        start, stop = (int(part) for part in text.split(":"))
-    except ValueError as error:
+    found = _range(text)
+    if found is None:
         raise UsageError(
             f"--target-span {text}: expected two whole numbers A:B, the first token and the one "
             "after the last. Write 0:3, say."
-        ) from error
-    return start, stop
+        )
+    return found
+
+
+def _segments(given: list[str] | None) -> dict[str, str | tuple[int, int]] | None:
+    """The named parts of the prompt, each by its text or by a half-open range of characters."""
+    found: dict[str, str | tuple[int, int]] = {}
+    for each in given or ():
+        name, sign, where = each.partition("=")
+        if not (name and sign and where):
+            raise UsageError(
+                f"--segment {each}: expected NAME=TEXT, a part of the prompt's text, or NAME=A:B, "
+                "its characters. Write --segment question='Where is it?', say."
+            )
+        if name in found:
+            raise UsageError(
+                f"--segment {name}=... is given twice: expected a name for each. Choose another."
+            )
+        found[name] = _range(where) or where
+    return found or None
+
+
+def _range(text: str) -> tuple[int, int] | None:
+    """A and B of A:B; None for any other text."""
+    match = re.fullmatch(r"(\d+):(\d+)", text)
+    return None if match is None else (int(match[1]), int(match[2]))
 
 
 # --- after the work ------------------------------------------------------------------------------

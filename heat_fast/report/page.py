@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from heat_fast.files import write_file
-from heat_fast.reading import Segment, colour_step, escape, number, segments, visible
+from heat_fast.reading import Piece, colour_step, escape, number, pieces, visible
 from heat_fast.report import notes, palette
 from heat_fast.result import Attribution
 
@@ -87,7 +87,7 @@ def render_page(result: Attribution) -> str:
 def page_data(result: Attribution) -> dict[str, Any]:
     """What the page's script works on: the prompt, the targets, and every number of the result.
 
-    tokens, targets: texts, control characters as escapes. segments: a token's position where it
+    tokens, targets: texts, control characters as escapes. pieces: a token's position where it
     stands for itself, else ``[text, position, ...]``. special, skipped: positions. rows: arrays
     `[T, N]` of what was measured, and log_probs `[T]`, as base64 of little-endian float32: exact,
     and shorter than decimals.
@@ -97,7 +97,7 @@ def page_data(result: Attribution) -> dict[str, Any]:
         rows["stderr"] = result.curvature_stderr
     return {
         "tokens": [escape(token) for token in result.tokens],
-        "segments": [_packed(segment, result) for segment in segments(result)],
+        "pieces": [_packed(piece, result) for piece in pieces(result)],
         "special": _positions(result.special),
         "skipped": _positions(result.information_skipped or ()),
         "targets": [escape(token) for token in result.target_tokens],
@@ -144,7 +144,7 @@ def render_view(result: Attribution) -> str:
             signed=signed,
             highest=number(highest),
             components=components,
-            pieces=_pieces(result, highest),
+            pieces=_stretches(result, highest),
             rows=rows,
             target=_title(result),
             log_prob=number(math.fsum(result.target_log_probs.tolist())),
@@ -181,30 +181,30 @@ def _title(result: Attribution) -> str:
     return shorten(visible(text.strip(" ") or text), _TITLE_LENGTH)
 
 
-def _pieces(result: Attribution, highest: float) -> list[dict[str, Any]]:
+def _stretches(result: Attribution, highest: float) -> list[dict[str, Any]]:
     """The prompt for the notebook: stretches of one colour each, those without colour joined."""
     scores = result.scores.tolist()
-    pieces: list[dict[str, Any]] = []
+    found: list[dict[str, Any]] = []
 
     def plain(text: str) -> None:
-        if pieces and not pieces[-1]["step"]:
-            pieces[-1]["text"] += text
+        if found and not found[-1]["step"]:
+            found[-1]["text"] += text
         else:
-            pieces.append({"text": text, "step": "", "title": ""})
+            found.append({"text": text, "step": "", "title": ""})
 
-    for segment in segments(result):
-        score = max((scores[index] for index in segment.tokens), key=abs, default=0.0)
+    for piece in pieces(result):
+        score = max((scores[index] for index in piece.tokens), key=abs, default=0.0)
         step = _step(score, highest)
-        text = escape(segment.text).replace("\t", "⇥").replace("\n", "↵\n")
+        text = escape(piece.text).replace("\t", "⇥").replace("\n", "↵\n")
         if step and text[0] == " " and text.strip(" "):  # a space before a word is not coloured
             plain(" ")
             text = text[1:]
         if step:
-            title = f"position {segment.tokens[0]}, score {number(score)}"
-            pieces.append({"text": text, "step": step, "title": title})
+            title = f"position {piece.tokens[0]}, score {number(score)}"
+            found.append({"text": text, "step": step, "title": title})
         else:
             plain(text)
-    return pieces
+    return found
 
 
 def _measured(result: Attribution) -> dict[str, str]:
@@ -224,10 +224,10 @@ def _scale(*, signed: bool) -> list[str]:
     return [*(f"c{step}" for step in reversed(steps) if signed), *(f"h{step}" for step in steps)]
 
 
-def _packed(segment: Segment, result: Attribution) -> int | list[Any]:
-    if len(segment.tokens) == 1 and segment.text == result.tokens[segment.tokens[0]]:
-        return segment.tokens[0]
-    return [escape(segment.text), *segment.tokens]
+def _packed(piece: Piece, result: Attribution) -> int | list[Any]:
+    if len(piece.tokens) == 1 and piece.text == result.tokens[piece.tokens[0]]:
+        return piece.tokens[0]
+    return [escape(piece.text), *piece.tokens]
 
 
 def _positions(flags: tuple[bool, ...]) -> list[int]:

@@ -133,8 +133,8 @@
 
   const buildPrompt = () => {
     const fragment = document.createDocumentFragment();
-    for (const segment of data.segments) {
-      const [text, ...tokens] = Array.isArray(segment) ? segment : [data.tokens[segment], segment];
+    for (const piece of data.pieces) {
+      const [text, ...tokens] = Array.isArray(piece) ? piece : [data.tokens[piece], piece];
       const before = cells[cells.length - 1]?.element;
       if (tokens.length === 0) {
         if (/^\s/.test(text)) before?.classList.add("end");
