@@ -121,6 +121,7 @@ class Pipeline:
         components = ("trunk", "gate", "information", "curvature", "total")
         return {
             "seconds": {name: round(ledger.seconds[name], 6) for name in components},
+            "flops": ledger.flops,
             "counts": ledger.counts,
             "layers": {"used": blocks - self.decoder.first_of(self.config.layers), "of": blocks},
             "trunk_bytes": self.trunk_bytes,

@@ -94,6 +94,11 @@ class Ledger:
         self._meters: dict[str, Meter] = {}
         self._entered: dict[str, int] = {}
 
+    @property
+    def flops(self) -> dict[str, int]:
+        """What was done of every component, in the unit of :data:`Progress`."""
+        return {name: meter.done for name, meter in self._meters.items() if name != "total"}
+
     @contextmanager
     def component(self, name: str, total: int) -> Iterator[Meter]:
         """Time a component that expects `total` work; the value is called with what is done."""

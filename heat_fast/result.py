@@ -92,8 +92,8 @@ class Attribution:
         belongs to, None for what the chat template wrote around it. None for other prompts, and
         for templates that cannot be taken apart (`heat_fast.chat`).
     id: a name that the caller gave the result, in a file of many; None without one.
-    metadata: configuration, seed, versions, device, dtype, model, seconds and counts; read-only
-        and JSON-able.
+    metadata: configuration, seed, versions, device, dtype, model, seconds, FLOPs and counts;
+        read-only and JSON-able.
 
     Arrays and metadata are copied when the result is made. Fields and metadata cannot be changed
     afterwards; the arrays are ordinary tensors, which torch cannot lock: do not write to them,

@@ -297,6 +297,14 @@ def test_bench_measures_what_it_says(model_folder: str) -> None:
     assert 0 < sum(data["seconds"][part] for part in parts) <= data["seconds"]["total"] * 1.01
     assert data["counts"]["branches"] == 9
     assert data["estimated_peak_bytes"] > 0 and data["estimated_seconds"] > 0
+    longer = ("--model", model_folder, "--tokens", "28", "--variant", "gs", "--json", "-")
+    whole, some = (
+        json.loads(worked("bench", *longer, *more)) for more in ((), ("--coverage", "0.05"))
+    )
+    assert some["counts"]["branches"] < whole["counts"]["branches"] == 28
+    for name in ("flops", "bytes_moved"):
+        less = {part for part in parts if some[name][part] < whole[name][part]}
+        assert less == {"information"}, name
     text = worked("bench", *options, "--repeat", "2")
     for words in (*parts, "total", "GFLOP/s", "9 prompt and 2 target tokens", "beyond the model"):
         assert words in text

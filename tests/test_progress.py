@@ -173,6 +173,7 @@ def test_progress_goes_from_nothing_to_all(
     )
     for component in ("gate", "information", "curvature"):
         assert cost[component] == single[component][-1][1], component
+        assert cost[component] == result.metadata["flops"][component], component
 
 
 def test_heads_taken_one_by_one_count_as_all_together(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -73,14 +73,20 @@ def _measure(
         runs.append((metadata["seconds"], _peak(embed.device, before)))
     seconds = min((each for each, _ in runs), key=lambda each: float(each["total"]))
     ceilings = measure(embed.device, embed.dtype)
-    floor = ceilings.floor(told.flops, told.bytes_moved)
+    # What coverage, say, left out was not done, nor were its bytes moved: the same share of them.
+    flops = {name: min(most, metadata["flops"].get(name, 0)) for name, most in told.flops.items()}
+    moved = {
+        name: round(count * flops[name] / told.flops[name]) if told.flops[name] else count
+        for name, count in told.bytes_moved.items()
+    }
+    floor = ceilings.floor(flops, moved)
     peaks = [peak for _, peak in runs if peak is not None]
     return {
         "tokens": tokens,
         "targets": targets,
         "seconds": dict(seconds),
-        "flops": dict(told.flops),
-        "bytes_moved": dict(told.bytes_moved),
+        "flops": flops,
+        "bytes_moved": moved,
         "ceilings": asdict(ceilings),
         "floor_seconds": {**floor, "total": sum(floor.values())},
         "estimated_seconds": told.seconds,
