@@ -145,7 +145,7 @@ class Attributor:
         longest, window = context_length(self.model), self.config.window
         # With windows it is a window that has to fit.
         encoded = encode_prompt(prompt, self.tokenizer, vocabulary, None if window else longest)
-        named = {} if segments is None else encoded.named(segments)
+        named = encoded.named(segments) if segments else {}
         response = encode_target(target, self.tokenizer, min(vocabulary, predicted))
         span = self._span(response, target_span)
         # What comes after the span cannot matter to it.

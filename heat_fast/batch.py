@@ -208,7 +208,12 @@ def _conversation(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _filled(value: Any) -> Any:
-    """An object without the keys that other rows of a Parquet file have and it has not."""
+    """An object without the keys that other rows of a Parquet file have and it has not.
+
+    A map of Parquet's is a list of keys and values.
+    """
+    if isinstance(value, list) and all(isinstance(each, tuple) for each in value):
+        value = dict(value)
     if not isinstance(value, dict):
         return value
     return {key: each for key, each in value.items() if each is not None}

@@ -13,7 +13,7 @@ from heat_fast.attributor import Attributor
 from heat_fast.checks import is_whole
 from heat_fast.config import HeatConfig, Settings
 from heat_fast.errors import ConfigError, InputError
-from heat_fast.forward import check_in_memory, context_length, unchanged
+from heat_fast.forward import check_in_memory, context_length, unchanged, vocabularies
 from heat_fast.locate import Range, TargetSpan
 from heat_fast.progress import Progress
 from heat_fast.prompt import encode_prompt
@@ -103,6 +103,8 @@ def generate_and_attribute(
             "model's generate(). Write generation={'temperature': 0.7}, say."
         )
     arguments = dict(generation or {})
+    if segments:  # a wrong one is not to cost a response
+        encode_prompt(prompt, tokenizer, vocabularies(model)[0]).named(segments)
     response = generate(
         attributor, prompt, max_new_tokens=max_new_tokens, arguments=arguments, seed=settings.seed
     )
@@ -135,8 +137,7 @@ def generate(
             "response (do_sample, temperature, num_beams, ...). Leave it out."
         )
     device = check_in_memory(model)
-    vocabulary = int(model.get_input_embeddings().weight.shape[0])
-    encoded = encode_prompt(prompt, attributor.tokenizer, vocabulary)
+    encoded = encode_prompt(prompt, attributor.tokenizer, vocabularies(model)[0])
     _check_room(len(encoded), max_new_tokens, context_length(model))
     ids = torch.tensor([encoded.token_ids], device=device)
     given = {"do_sample": False, **arguments}

@@ -51,44 +51,55 @@ def locate(
 ) -> Range:
     """The tokens of a part of a prompt, half-open.
 
-    where: its text, where that occurs once, or a range of characters; of a prompt that was given as
-    ids (`text` is None), a range of its `count` tokens. offsets: the characters of each token, None
-    where they are not known.
+    where: its text, where that occurs once, with or without white space around it; or a range of
+    characters; of a prompt that was given as ids (`text` is None), a range of its `count` tokens.
+    offsets: the characters of each token, None where they are not known.
 
     Raises InputError for a text that does not occur, or occurs more than once; for ranges that are
     empty or lie outside; where no token begins in the characters; where positions are needed and
-    not known.
+    not known; for anything else.
 
     >>> locate("red ball", "The red ball.", [(0, 3), (3, 7), (7, 12), (12, 13)], 4)
     (1, 3)
     """
+    if not isinstance(where, str) and not (isinstance(where, Sequence) and len(where) == 2):
+        raise InputError(
+            f"{_SHORT.repr(where)} is no part of a prompt: expected some text of it, or its range "
+            "(start, stop). Give one of them."
+        )
     if text is None and not isinstance(where, str):
         return check_range(where, count, "prompt tokens")
     text, offsets = known_positions(text, offsets)
-    characters = occurrence_of(text, where, None, "the prompt") if isinstance(where, str) else where
-    return tokens_of(check_range(characters, len(text), "characters"), text, offsets)
+    if isinstance(where, str):
+        # Chat templates trim what they are given, and white space belongs to what follows it.
+        found = where if where in text else where.strip()
+        where = occurrence_of(text, found, None, "the prompt")
+    return tokens_of(check_range(where, len(text), "characters"), text, offsets)
 
 
 def named_ranges(parts: Mapping[str, Any], find: Callable[[Any], Range]) -> dict[str, Range]:
     """What `find` says of each of some named parts.
 
-    Raises InputError as `find` does, naming the part, and for anything but a mapping of names.
+    Raises InputError as `find` does, naming the part, and for anything but a mapping of some names.
 
     >>> named_ranges({"first": (0, 2)}, lambda where: locate(where, None, None, 5))
     {'first': (0, 2)}
     """
     if not isinstance(parts, Mapping) or not parts:
         raise InputError(
-            f"segments is {parts!r}: expected a mapping of at least one name to a text or range."
+            f"segments is {_SHORT.repr(parts)}: expected a mapping of at least one name to a text "
+            "or range. Name each part: {'first': ..., 'second': ...}."
         )
     found = {}
     for name, where in parts.items():
-        if not isinstance(name, str):
-            raise InputError(f"segment {name!r} has no name: expected text. Name it.")
+        if not isinstance(name, str) or not name:
+            raise InputError(
+                f"a segment's name is {_SHORT.repr(name)}: expected some text. Name it."
+            )
         try:
             found[name] = find(where)
         except InputError as error:
-            raise InputError(f"segment {name!r}: {error}") from error
+            raise InputError(f"segment {_SHORT.repr(name)}: {error}") from error
     return found
 
 
@@ -116,8 +127,8 @@ def known_positions(
     if text is None or offsets is None:
         raise InputError(
             "the positions of the tokens in the text are not known: expected a prompt given as "
-            "text or messages, and a tokenizer that reports positions. Name the tokens instead, by "
-            "tokens=(start, stop)."
+            "text or messages, and a tokenizer that reports positions (a fast one). Name tokens "
+            "instead, by span(tokens=(start, stop)) of a result, or by ranges of a prompt of ids."
         )
     return text, offsets
 
@@ -125,7 +136,10 @@ def known_positions(
 def occurrence_of(text: str, part: str, occurrence: int | None, where: str) -> Range:
     """The range of one occurrence of a part of a text; occurrences do not overlap."""
     if not isinstance(part, str) or not part:
-        raise InputError(f"the text of a span is {part!r}: expected some text of {where}.")
+        raise InputError(
+            f"the text looked for is {_SHORT.repr(part)}: expected some text of {where}. Leave it "
+            "out, or give a range."
+        )
     shown, starts = _SHORT.repr(part), []
     start = text.find(part)
     while start >= 0:
@@ -133,13 +147,13 @@ def occurrence_of(text: str, part: str, occurrence: int | None, where: str) -> R
         start = text.find(part, start + len(part))
     if not starts:
         raise InputError(
-            f"{shown} does not occur in {where}: expected a part of its text, letter by letter. "
-            "Copy it from there, or give a range."
+            f"{shown} does not occur in {where}: expected a part of its text, letter by letter (of "
+            "a chat, as its template renders it). Copy it from there, or give a range."
         )
     if occurrence is None and len(starts) > 1:
         raise InputError(
-            f"{shown} occurs {len(starts)} times in {where}: expected to know which. Pass a "
-            "range, or occurrence=0 for the first; as a segment, the span that span() gives for it."
+            f"{shown} occurs {len(starts)} times in {where}: expected to know which. Give its "
+            "range, (start, stop); span() takes occurrence=0 for the first as well."
         )
     try:
         start = starts[occurrence or 0]

@@ -235,7 +235,36 @@ def _tokenize(
         token_ids = token_ids if len(bare) else ()
     if not with_offsets:
         return token_ids, None
-    return token_ids, tuple((int(start), int(end)) for start, end in encoding["offset_mapping"])
+    offsets = [(int(start), int(end)) for start, end in encoding["offset_mapping"]]
+    return token_ids, _untrimmed(token_ids, offsets, text, tokenizer)
+
+
+def _untrimmed(
+    token_ids: tuple[int, ...], offsets: list[Range], text: str, tokenizer: Any
+) -> tuple[Range, ...]:
+    """The characters of each token, where a tokenizer trims white space off them.
+
+    A token of nothing else is left with an empty range then, as one that was added. It gets back
+    what lies between its neighbours, as much as it has characters; others stay trimmed.
+    """
+    empty = [start == end for start, end in offsets]
+    if not any(empty):
+        return tuple(offsets)
+    added = special_flags(token_ids, tokenizer)
+    tokens = readable_tokens(token_ids, tokenizer)
+    following, low = len(text), 0
+    limits = []  # where the next token with characters begins
+    for start, end in reversed(offsets):
+        limits.append(following)
+        following = start if start < end else following
+    limits.reverse()
+    found = []
+    for index, (start, end) in enumerate(offsets):
+        if empty[index] and not added[index] and tokens[index].isspace():
+            start, end = low, min(low + len(tokens[index]), max(low, limits[index]))
+        found.append((start, end))
+        low = max(low, end)
+    return tuple(found)
 
 
 def _tokenize_target(text: str, tokenizer: Any) -> tuple[int, ...]:

@@ -8,15 +8,29 @@ from __future__ import annotations
 import dataclasses
 import math
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Iterable
 from typing import Any, Final
 
 from heat_fast.result import Attribution
 
-__all__ = ["Piece", "approximations", "colour_step", "escape", "number", "pieces", "visible"]
+__all__ = [
+    "Piece",
+    "approximations",
+    "by_role",
+    "by_segment",
+    "colour_step",
+    "escape",
+    "number",
+    "pieces",
+    "shorten",
+    "visible",
+]
 
 # Characters that reorder the text around them, and so mislead whoever reads it.
 _BIDIRECTIONAL_CONTROLS: Final = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+# Of the shares in a line: how many, and how much of a name.
+_NAMED: Final = 10
+_NAME_LENGTH: Final = 40
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +99,7 @@ def by_role(result: Attribution) -> str | None:
     for role, share in zip(result.roles, result.shares().tolist(), strict=True):
         name = "chat template" if role is None else role
         shares[name] = shares.get(name, 0.0) + share
-    return _ranked(shares)
+    return _ranked(shares.items())
 
 
 def by_segment(result: Attribution) -> str | None:
@@ -104,18 +118,32 @@ def by_segment(result: Attribution) -> str | None:
     found, inside = result.segments, set[int]()
     if not found:
         return None
-    shares = {name: found.share for name, found in result.by_segment().items()}
+    shares = [(name, span.share) for name, span in result.by_segment().items()]
     for start, stop in found.values():
         inside.update(range(start, stop))
     if len(inside) < len(result):
         left = result.shares().tolist()
-        shares["elsewhere"] = sum(left[index] for index in set(range(len(result))) - inside)
+        shares.append(("elsewhere", sum(left[i] for i in range(len(result)) if i not in inside)))
     return _ranked(shares)
 
 
-def _ranked(shares: Mapping[str, float]) -> str:
-    ordered = sorted(shares.items(), key=lambda each: -each[1])
-    return ", ".join(f"{escape(name)} {share:.0%}" for name, share in ordered)
+def _ranked(shares: Iterable[tuple[str, float]]) -> str:
+    """The largest shares, by name."""
+    ordered = sorted(shares, key=lambda each: -each[1])
+    shown = [
+        f"{shorten(visible(name), _NAME_LENGTH)} {share:.0%}" for name, share in ordered[:_NAMED]
+    ]
+    more = len(ordered) - _NAMED
+    return ", ".join(shown + [f"and {more} more"] * (more > 0))
+
+
+def shorten(text: str, length: int) -> str:
+    """At most `length` characters of a text.
+
+    >>> shorten("incomprehensible", 8)
+    'incompr…'
+    """
+    return text if len(text) <= length else f"{text[: length - 1]}…"
 
 
 def number(value: float) -> str:

@@ -187,7 +187,10 @@ class Attribution:
                         f"offset ({start}, {end}) lies outside a text of {len(self.prompt_text)} "
                         "characters: expected half-open ranges inside it."
                     )
-        for where in self.segments.values():
+        named = self.metadata.get("segments", {})
+        if not isinstance(named, Mapping):
+            raise InputError("metadata['segments'] is no mapping: expected names and ranges")
+        for where in named.values():
             check_range(where, n_tokens, "prompt tokens")
         for name in self.array_names():
             array: Tensor = getattr(self, name)
@@ -363,6 +366,16 @@ class Attribution:
         from heat_fast.spans import named_segments
 
         return named_segments(self, segments)
+
+    def with_segments(self, segments: Mapping[str, Segment]) -> Attribution:
+        """The same result with names for parts of its prompt, which reports then tell the share of.
+
+        Raises InputError as :func:`heat_fast.spans.named_segments` does.
+
+        Example: ``result.with_segments({"manual": page}).to_html("why.html")``
+        """
+        named = {name: [part.start, part.stop] for name, part in self.by_segment(segments).items()}
+        return dataclasses.replace(self, metadata={**self.metadata, "segments": named})
 
     def top_spans(self, k: int = 5) -> list[Span]:
         """The k stretches that stand out most; see :func:`heat_fast.spans.outstanding`."""

@@ -52,7 +52,9 @@ class Span:
     """Tokens `start` to `stop` (exclusive) of a prompt, with their sums over all targets.
 
     text: what they read; characters: the half-open range of it in the prompt's text, None where
-    positions are not known. share: the span's part of the score of the whole prompt, 0 to 1.
+    positions are not known. score: the sum of its tokens' scores; share: that of their shares
+    (`Attribution.shares`), 0 to 1: of scores that have signs, which may cancel in the sum, the
+    magnitudes count.
     """
 
     start: int
@@ -275,7 +277,13 @@ def named_segments(
 
 def _locate(result: Attribution, where: Segment) -> Range:
     if isinstance(where, Span):
-        return check_range((where.start, where.stop), len(result), "prompt tokens")
+        tokens = check_range((where.start, where.stop), len(result), "prompt tokens")
+        if _span(result, tokens).text != where.text:
+            raise InputError(
+                "the span reads otherwise in this prompt: expected a span of the same prompt. Take "
+                "it from this result, by span()."
+            )
+        return tokens
     return locate(where, result.prompt_text, result.offsets, len(result))
 
 

@@ -191,10 +191,17 @@ def test_rows_name_parts_of_their_prompt(tmp_path: Path, attributor: Attributor)
             {"colour": (4, 7)},
         )
         assert list(first.by_segment()) == ["colour", "what"]
+    kind = pyarrow.map_(pyarrow.string(), pyarrow.string())
+    named = pyarrow.array([[("colour", "red")], [], None], kind)
+    table = pyarrow.table({"prompt": ["the red ball"] * 3, "segments": named})
+    parquet.write_table(table, tmp_path / "maps.parquet")
+    attribute_rows(attributor, tmp_path / "maps.parquet", tmp_path / "maps.jsonl")
+    found = [each.segments for each in heat_fast.read_jsonl(tmp_path / "maps.jsonl")]
+    assert found == [{"colour": (4, 7)}, {}, {}]
     ranges = write(tmp_path / "ranges.jsonl", [{"prompt": "abc", "segments": {"b": [1, 2]}}])
     attribute_rows(attributor, ranges, tmp_path / "ranges.out.jsonl")
-    (found,) = heat_fast.read_jsonl(tmp_path / "ranges.out.jsonl")
-    assert found.by_segment()["b"].text == "b"
+    (result,) = heat_fast.read_jsonl(tmp_path / "ranges.out.jsonl")
+    assert result.by_segment()["b"].text == "b"
 
 
 # --- stopped and begun again ----------------------------------------------------------------------

@@ -248,11 +248,15 @@ def test_messages_of_a_chat(run: Run, engine: Callable[[Any], Recorder], tmp_pat
     failed(run("--messages", "-", input=b"Hello"), 2, "standard input is not JSON", "line 1")
 
 
-def test_parts_of_the_prompt_get_names(run: Run) -> None:
+def test_parts_of_the_prompt_get_names(run: Run, tmp_path: Path) -> None:
     told = run("--prompt", "the red ball", "--segment", "colour=red", "--segment", "rest=7:12")
     assert told.exit_code == 0, told.output
     assert re.search(r"Score by segment: (colour|rest|elsewhere) \d+%, ", told.stdout)
+    (tmp_path / "part.txt").write_text("red ball\n")
+    told = run("--prompt", "the red ball", "--segment", f"part=@{tmp_path}/part.txt", "--json", "-")
+    assert json.loads(told.stdout)["metadata"]["segments"] == {"part": [4, 12]}
     for wrong, words in (
+        ("colour=@none.txt", "cannot read 'none.txt'"),
         ("colour", "--segment colour: expected NAME=TEXT"),
         ("=red", "--segment =red: expected NAME=TEXT"),
         ("colour=blue", "segment 'colour': 'blue' does not occur in the prompt"),
@@ -330,7 +334,7 @@ def test_a_real_story_model(run: Run, local_model: Callable[[str], Path]) -> Non
         (["--prompt", "a", "--json", "no-such-folder/r"], ["does not exist"]),
         (["--prompt", "a", "--json", "r", "--save", "./r"], ["different files"]),
         (["--prompt-file", "no-such-file"], ["no-such-file", "No such file"]),
-        (["--prompt-file", "/"], ["cannot read the prompt"]),
+        (["--prompt-file", "/"], ["cannot read '/'"]),
     ],
 )
 def test_usage_errors(

@@ -265,6 +265,21 @@ def test_what_the_model_generates_is_explained(demo: Any) -> None:
     assert result.metadata["generation"] == {"max_new_tokens": 3, "seed": 0}
 
 
+def test_parts_of_the_prompt_are_found_before_a_response_is_made(
+    demo: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt = demo.examples[0].prompt
+    result = heat_fast.generate_and_attribute(
+        demo.model, demo.tokenizer, prompt, max_new_tokens=1, variant="gs", segments={"a": "Answer"}
+    )
+    assert result.by_segment()["a"].text.strip() == "Answer"
+    monkeypatch.setattr(demo.model, "generate", lambda *_, **__: pytest.fail("it was generated"))
+    with pytest.raises(InputError, match="segment 'a': 'nowhere' does not occur"):
+        heat_fast.generate_and_attribute(
+            demo.model, demo.tokenizer, prompt, segments={"a": "nowhere"}
+        )
+
+
 def test_model_and_random_state_are_left_as_found() -> None:
     model = build("llama").train()
     model.model.layers[0].eval()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,22 @@ def test_offsets_are_half_open_and_cover_the_text(byte_level: Any, text: str) ->
     assert covered == set(range(len(text)))
     for token, (start, end) in zip(encoded.tokens[1:], encoded.offsets[1:], strict=True):
         assert token == text[start:end] or token.startswith("<0x")
+
+
+def test_trimmed_white_space_gets_its_characters_back(byte_level: Any) -> None:
+    trimming = copy.deepcopy(byte_level)
+    trimming.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    text = "the\n   \n\ncat \t sat  "
+    encoded = encode_prompt(text, trimming, len(trimming))
+    whole = encode_prompt(text, byte_level, len(byte_level))
+    assert encoded.offsets is not None and whole.offsets is not None
+    assert encoded.token_ids == whole.token_ids[1:]
+    for token, trimmed, pair in zip(
+        encoded.tokens, encoded.offsets, whole.offsets[1:], strict=True
+    ):
+        body = token.strip() or token
+        start = pair[0] + token.index(body)
+        assert trimmed == (start, start + len(body)), token
 
 
 def test_pieces_of_a_character_are_shown_as_bytes(byte_level: Any) -> None:

@@ -548,6 +548,24 @@ def test_shares_of_roles_are_told() -> None:
     assert "user<script>" not in render_page(chat)
 
 
+def test_shares_of_segments_are_told() -> None:
+    result = dataclasses.replace(
+        made_up(["a", "b", "c", "d"]), target_scores=torch.tensor([[1.0, 2.0, 1.0, 16.0]])
+    )
+    # One may have the name of the rest.
+    named = result.with_segments(
+        {"elsewhere": result.span(tokens=(1, 2)), "a\n<b>\x1b": result.span(tokens=(3, 4))}
+    )
+    assert "Score by segment" not in dict(notes.facts(result))
+    told = dict(notes.facts(named))["Score by segment"]
+    assert told == "a↵<b>\\x1b 80%, elsewhere 10%, elsewhere 10%"
+    page = render_page(named)
+    assert told.replace("<", "&lt;").replace(">", "&gt;") in page and "\x1b" not in page
+    many = {f"{number} {'x' * 99}": result.span(tokens=(3, 4)) for number in range(30)}
+    told = dict(notes.facts(result.with_segments(many)))["Score by segment"]
+    assert told.endswith("… 80%, and 21 more") and len(told) < 500
+
+
 # --- figures --------------------------------------------------------------------------------------
 
 

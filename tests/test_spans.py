@@ -259,12 +259,37 @@ def test_segments_that_came_with_the_prompt() -> None:
         InputError, match=r"segment 'a': 'xxxx+\.\.\.x+' does not occur in the prompt"
     ):
         run(prompt, {"a": "x" * 500})
-    for wrong in ({}, [fact], {1: fact}, {"a": None}, {"a": (3, 3)}, {"a": (0, end + 1)}, "fact"):
-        with pytest.raises(InputError, match="expected"):
+    for wrong, words in (
+        ([fact] * 200, "expected a mapping of at least one name"),
+        ("fact", "expected a mapping of at least one name"),
+        ({1: fact}, "name is 1: expected some text"),
+        ({"": fact}, "name is '': expected some text"),
+        ({"a": None}, "None is no part of a prompt: expected some text of it, or its range"),
+        ({"a": [fact] * 200}, "is no part of a prompt"),
+        ({"a": ""}, "looked for is '': expected some text"),
+        ({"a": (3, 3)}, "is no range of the"),
+        ({"a": (0, end + 1)}, "is no range of the"),
+    ):
+        with pytest.raises(InputError, match=words) as caught:
             run(prompt, wrong)
-    damaged = {**result.metadata, "segments": {"fact": [0, 500]}}
-    with pytest.raises(InputError, match="is no range of the"):
-        dataclasses.replace(result, metadata=damaged)
+        assert len(str(caught.value)) < 500
+    # A retrieval that found nothing names nothing.
+    assert run(prompt, {}).segments == {}
+    for segments in ({"fact": [0, 500]}, {"fact": 3}, [1, 2], None):
+        with pytest.raises(InputError, match=r"expected|is no range of the"):
+            dataclasses.replace(result, metadata={**result.metadata, "segments": segments})
+
+
+def test_segments_of_a_result_that_is_there() -> None:
+    result = pieces()
+    named = result.with_segments({"first": "The cat.", "start": result.span(tokens=(0, 1))})
+    assert named.segments == {"first": (1, 4), "start": (0, 1)}
+    assert (result.segments, named.scores.tolist()) == ({}, result.scores.tolist())
+    # What a chat template trimmed is found, and so is the white space that is there.
+    assert result.with_segments({"a": "\n The cat.\t"}).segments == {"a": (1, 4)}
+    other = make(tokens=("a", "b", "c"), text="abc", offsets=((0, 1), (1, 2), (2, 3)))
+    with pytest.raises(InputError, match="reads otherwise in this prompt"):
+        result.by_segment({"a": other.span(tokens=(1, 2))})
 
 
 def test_stretches_that_stand_out() -> None:

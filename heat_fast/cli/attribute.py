@@ -20,7 +20,7 @@ from heat_fast.cli.common import (
     write_json,
 )
 from heat_fast.cli.models import load_model
-from heat_fast.cli.prompts import read_prompt
+from heat_fast.cli.prompts import read_prompt, read_text
 from heat_fast.config import HeatConfig
 
 if TYPE_CHECKING:
@@ -58,8 +58,9 @@ def attribute(
         typer.Option(
             "--segment",
             metavar="NAME=TEXT",
-            help="Name a part of the prompt, by its text or, as NAME=A:B, by its characters A to B "
-            "(exclusive): the report then tells its share of the score. May be repeated.",
+            help="Name a part of the prompt: the report then tells its share of the score. Its "
+            "text, or the file that holds it (NAME=@F), or its characters A to B, exclusive "
+            "(NAME=A:B). May be repeated.",
         ),
     ] = None,
     json_path: options.Json = None,
@@ -153,7 +154,7 @@ def _segments(given: list[str] | None) -> dict[str, str | tuple[int, int]] | Non
             raise UsageError(
                 f"--segment {name}=... is given twice: expected a name for each. Choose another."
             )
-        found[name] = _range(where) or where
+        found[name] = read_text(where[1:]) if where[0] == "@" else _range(where) or where
     return found or None
 
 

@@ -32,7 +32,7 @@ def _given(prompt: str | None, prompt_file: str | None, messages: str | None) ->
     if prompt is not None and prompt_file is not None:
         raise UsageError("both --prompt and --prompt-file: expected one of them. Drop the other.")
     if prompt_file is not None:
-        prompt = _read(prompt_file).removesuffix("\n").removesuffix("\r")
+        prompt = read_text(prompt_file).removesuffix("\n").removesuffix("\r")
     if prompt == "":
         raise UsageError("the prompt is empty: expected at least one token. Give some text.")
     if messages is None:
@@ -45,7 +45,7 @@ def _given(prompt: str | None, prompt_file: str | None, messages: str | None) ->
 def _messages(path: str) -> Any:
     """The conversation of a JSON file: its messages, or an object that has them."""
     try:
-        found = json.loads(_read(path))
+        found = json.loads(read_text(path))
     except json.JSONDecodeError as error:
         raise UsageError(
             f"{_name(path)} is not JSON ({error}): expected a list of messages, "
@@ -62,7 +62,7 @@ def _name(path: str) -> str:
     return "standard input" if path == STANDARD_STREAM else repr(path)
 
 
-def _read(path: str) -> str:
+def read_text(path: str) -> str:
     """The text of a file, or of standard input."""
     try:
         data = sys.stdin.buffer.read() if path == STANDARD_STREAM else Path(path).read_bytes()
@@ -75,6 +75,5 @@ def _read(path: str) -> str:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UsageError(
-            f"cannot read the prompt from {_name(path)}: {reason}. Expected a readable text file. "
-            "Check the path."
+            f"cannot read {_name(path)}: {reason}. Expected a readable text file. Check the path."
         ) from error

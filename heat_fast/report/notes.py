@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Final
 
-from heat_fast.reading import approximations, by_role, by_segment
+from heat_fast.reading import approximations, by_role, by_segment, escape, shorten
 from heat_fast.result import Attribution
 
 __all__ = ["cautions", "facts", "formula", "meaning", "settings", "terms"]
@@ -158,7 +158,7 @@ def _flat(prefix: str, value: Any) -> list[tuple[str, str]]:
     if prefix == "":
         return []
     text = _name(value) if prefix == "name" else _plain(value)
-    return [(prefix, text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…")]
+    return [(escape(prefix), shorten(escape(text), _LONGEST + 1))]
 
 
 def _plain(value: Any) -> str:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from heat_fast.files import write_file
-from heat_fast.reading import Piece, colour_step, escape, number, pieces, visible
+from heat_fast.reading import Piece, colour_step, escape, number, pieces, shorten, visible
 from heat_fast.report import notes, palette
 from heat_fast.result import Attribution
 
@@ -164,15 +164,6 @@ def script_safe_json(value: Any) -> str:
     """
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return _UNSAFE_IN_SCRIPT.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
-
-
-def shorten(text: str, length: int) -> str:
-    """At most `length` characters of a text.
-
-    >>> shorten("incomprehensible", 8)
-    'incompr…'
-    """
-    return text if len(text) <= length else f"{text[: length - 1]}…"
 
 
 def _title(result: Attribution) -> str:

@@ -14,9 +14,8 @@ import numpy as np
 import torch
 
 from heat_fast.errors import InputError, MissingPackageError
-from heat_fast.reading import visible
+from heat_fast.reading import shorten, visible
 from heat_fast.report import palette
-from heat_fast.report.page import shorten
 from heat_fast.result import Attribution, TopToken
 
 if TYPE_CHECKING:
