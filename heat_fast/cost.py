@@ -16,14 +16,14 @@ import torch
 from heat_fast import gpu
 from heat_fast.checks import is_whole
 from heat_fast.config import HeatConfig, check_config
-from heat_fast.curvature import FIRST_CODES, FIRST_PROBES, product_count
+from heat_fast.curvature import FIRST_CODES, FIRST_PROBES, product_count, target_group
 from heat_fast.decoder import Decoder, view
 from heat_fast.decoder.head import shares_curvature
 from heat_fast.errors import InputError
 from heat_fast.forward import check_model, context_length
 from heat_fast.information import GPU_LOGIT_ELEMENTS, LOGIT_ELEMENTS
-from heat_fast.lowrank import HELD_OUT, factor_sizes
-from heat_fast.planner import Budget, runs_alone, slices, targets_at_once, token_budget
+from heat_fast.lowrank import HELD_OUT, factor_sizes, matrix_bytes
+from heat_fast.planner import Budget, runs_alone, slices, token_budget
 from heat_fast.prompt import check_length
 from heat_fast.traffic import Traffic
 from heat_fast.windows import plan_windows
@@ -79,8 +79,9 @@ def _components(
     item = decoder.embeddings_weight.element_size()
     for work in _chunks(decoder, plan.length, targets, config):
         cost = count(work)
-        at_once = slices(work.targets, targets_at_once(_trunk_bytes(work, work.swept, item)))
-        groups = [len(range(work.targets)[part]) for part in at_once]
+        tall = matrix_bytes(config, work.tokens, work.width, item)
+        together = target_group(config, _trunk_bytes(work, work.swept, item), tall)
+        groups = [len(range(work.targets)[part]) for part in slices(work.targets, together)]
         branches = sum(cost.branch(start) for start in range(work.tokens))
         total["trunk"] += cost.trunk()
         total["gate"] += sum(cost.gate(config.rollout))
@@ -183,10 +184,6 @@ def estimate(
     work = max(chunks, key=lambda each: (each.targets, each.length))
     item = decoder.embeddings_weight.element_size()
     hessian = config.curvature == "hessian"
-    factors = 0
-    if hessian and config.estimator == "low_rank":  # test vectors, products and a basis of them
-        columns = factor_sizes(config, tokens, work.width)[1]
-        factors = 3 * max(4, item) * tokens * work.width * columns
     kept = _trunk_bytes(work, work.shapes, item) + _stream_bytes(work, item, config)
     device = decoder.embeddings_weight.device
     budget = token_budget(kept, length, work.width, device, config.token_budget, decoder.concurrent)
@@ -202,7 +199,7 @@ def estimate(
         flops=costs,
         bytes_moved=bytes_moved(decoder, n_tokens, n_targets, config, budget.rows),
         trunk_bytes=kept,
-        peak_bytes=_peak_bytes(work, item, config, budget, device) + factors,
+        peak_bytes=_peak_bytes(work, item, config, budget, device),
         seconds=seconds,
     )
 
@@ -260,11 +257,13 @@ def _peak_bytes(
     elif products:
         sweeps = 1 if runs_alone(work.length, work.width) else workers
         rows = min(sweeps * each, products * work.length)
-        few = min(targets, targets_at_once(swept))
+        tall = matrix_bytes(config, tokens, work.width, item)
+        few = min(targets, target_group(config, swept, tall))
         head = min(64, work.width) if shares_curvature(products, work.width) else 1
         held = adjoint * few * work.length + sweep * rows
         held += derivatives * work.length if config.estimator == "block" else 0
         held += wide * (4 * rows * work.width + 3 * head * work.vocabulary)
+        held += (1 + 3 * few) * tall if config.estimator == "low_rank" else 0
         curvature = max(curvature, held + temporary * rows)
     return kept + 4 * wide * targets * work.vocabulary + max(information, curvature)
 

@@ -40,7 +40,7 @@ from heat_fast.kernels.rademacher import (
     row_norms,
 )
 from heat_fast.lowrank import LowRank, Quality, products_each
-from heat_fast.planner import Budget, run_batches
+from heat_fast.planner import Budget, run_batches, targets_at_once
 from heat_fast.products import Products
 from heat_fast.progress import Ledger, Meter, Step
 from heat_fast.trunk import TargetAdjoint, Trunk, pull_logits
@@ -107,6 +107,17 @@ def product_count(config: HeatConfig, tokens: int, width: int) -> int:
         blocks = tokens if config.rank_scope == "token" else 1
         return blocks * products_each(config, tokens, width)
     return probes * tokens
+
+
+def target_group(config: HeatConfig, swept_bytes: int, tall_bytes: int) -> int:
+    """How many targets are taken together: those that share tangent sweeps, else one at a time.
+
+    `swept_bytes`: of the trunk, as large as an adjoint; `tall_bytes`: of a matrix of a low-rank
+    approximation, of which a target has its products, a basis of them and the factors.
+    """
+    if config.curvature != "hessian":
+        return 1
+    return targets_at_once(swept_bytes + 3 * tall_bytes * (config.estimator == "low_rank"))
 
 
 def curvature(

@@ -52,6 +52,11 @@ def products_each(config: HeatConfig, tokens: int, width: int) -> int:
     return config.passes * factor_sizes(config, tokens, width)[1] + HELD_OUT
 
 
+def matrix_bytes(config: HeatConfig, tokens: int, width: int, item: int) -> int:
+    """One tall matrix of an approximation: its test vectors, say, in numbers of `item` bytes."""
+    return max(4, item) * tokens * width * factor_sizes(config, tokens, width)[1]
+
+
 @dataclass(frozen=True)
 class Quality:
     """What the approximation holds of each target's H (or of its blocks together), `[T]`.

@@ -17,7 +17,7 @@ from torch import Tensor
 from heat_fast.combine import Components
 from heat_fast.config import HeatConfig
 from heat_fast.cost import curvature_work
-from heat_fast.curvature import Curvature, curvature, product_count
+from heat_fast.curvature import Curvature, curvature, product_count, target_group
 from heat_fast.decoder import Decoder
 from heat_fast.decoder.norm import wide
 from heat_fast.faithful import check_faithful, check_hooks
@@ -25,13 +25,12 @@ from heat_fast.finding import Finding
 from heat_fast.gate import gate
 from heat_fast.information import ExactBranches, information
 from heat_fast.kernels.dispatch import Record, told
-from heat_fast.lowrank import Quality
+from heat_fast.lowrank import Quality, matrix_bytes
 from heat_fast.planner import (
     Budget,
     run_batches,
     runs_alone,
     slices,
-    targets_at_once,
     token_budget,
     trim_heap,
 )
@@ -163,12 +162,14 @@ class Pipeline:
         config, ledger, count = self.config, self.ledger, trunk.prompt_length
         hessian = config.curvature == "hessian"
         products = product_count(config, count, trunk.work.width) if hessian else 0
+        tall = matrix_bytes(config, count, trunk.work.width, trunk.embeddings.element_size())
+        together = target_group(config, trunk.swept_bytes, tall)
         # One long sequence at a time has no other in its batch to share them with.
         if products and (config.estimator == "block" or 2 * trunk.length <= budget.rows):
             trunk = trunk.with_derivatives()
         found: list[Curvature] = []
         norms: list[Tensor] = []
-        groups = Budget(min(len(trunk.targets), targets_at_once(trunk.swept_bytes)))
+        groups = Budget(min(len(trunk.targets), together))
         sizes = [part.stop - part.start for part in slices(len(trunk.targets), groups.rows)]
         done, counted, rows = 0, ledger.counts["hvp"], budget.rows
 

@@ -9,7 +9,7 @@ float32. What was a product's work and count is told to the ledger.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -64,10 +64,11 @@ class Products:
 
     def __call__(
         self, directions: Tensor, start: int, adjoints: Sequence[TargetAdjoint] | None = None
-    ) -> list[Tensor]:
+    ) -> Iterator[Tensor]:
         """`H r` at positions `start..p` of each target, `[B, p + 1 - start, d]`, summing dtype.
 
-        `adjoints`: some of the targets, where they do not share their directions.
+        One target after the other, as they are asked for: of many, all would be as large as the
+        sweep. `adjoints`: some of the targets, where they do not share their directions.
         """
         adjoints = self.adjoints if adjoints is None else adjoints
         directions = directions * self._scale
@@ -75,18 +76,13 @@ class Products:
         if alone:  # what the last one left lies between its results
             trim_heap()
         sweep = tangent_sweep(self.trunk, directions, start)
-        results = [
-            hessian_rows(self.trunk, sweep, adjoint, last=adjoint is adjoints[-1])
-            for adjoint in adjoints
-        ]
-        for result in results:
+        for adjoint in adjoints:
+            result = hessian_rows(self.trunk, sweep, adjoint, last=adjoint is adjoints[-1])
             if not bool(torch.isfinite(result).all()):
                 self._locate(directions, start)
                 require_finite(result, "a Hessian-vector product")
-        scales = [self._scale * adjoint.head.scale for adjoint in adjoints]
-        pairs = zip(results, scales, strict=True)
-        # Below the first of the last blocks there may be another device (a device map).
-        return [result.to(self.device, self.dtype) / scale for result, scale in pairs]
+            # Below the first of the last blocks there may be another device (a device map).
+            yield result.to(self.device, self.dtype) / (self._scale * adjoint.head.scale)
 
     def _locate(self, directions: Tensor, start: int) -> None:
         """Repeat a product that went wrong, checking block by block."""
