@@ -254,7 +254,7 @@ def test_half_precision(
     median_run(benchmark, lambda: run(model, ids, **settings), 5)
     mine = benchmark.stats.stats.median
     wide = statistics.median(timed(lambda: run(random_llama, ids, **settings))[0] for _ in range(5))
-    monkeypatch.setattr("heat_fast.decoder.product._has_instructions", lambda _: True)
+    monkeypatch.setattr("heat_fast.decoder.product.has_instructions", lambda _: True)
     plain, _ = timed(lambda: run(model, ids, **settings))
     benchmark.extra_info.update(ratio_to_float32=mine / wide, ratio_to_torch=plain / mine)
     name = str(dtype).removeprefix("torch.")

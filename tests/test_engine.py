@@ -532,7 +532,7 @@ def test_half_precision(
     Eight times that covers what was not counted: 0.17 of the largest entry for bfloat16 (8 bits),
     0.02 for float16 (11 bits).
     """
-    monkeypatch.setattr("heat_fast.decoder.product._has_instructions", lambda _: instructions)
+    monkeypatch.setattr("heat_fast.decoder.product.has_instructions", lambda _: instructions)
     ids = ids_of(name)
     short = families.build(name, dtype=dtype)
     exact = families.build(name, dtype=dtype).float()

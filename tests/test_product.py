@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -16,7 +18,7 @@ half = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str
 @pytest.fixture
 def no_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
     """A CPU without half-precision arithmetic, and pieces that small matrices have several of."""
-    monkeypatch.setattr(module, "_has_instructions", lambda _: False)
+    monkeypatch.setattr(module, "has_instructions", lambda _: False)
     monkeypatch.setattr(module, "_PIECE", 64)
     monkeypatch.setattr(module, "_LOT", 0)
     monkeypatch.setattr(module, "_LEAST_ROWS", 12)
@@ -52,7 +54,7 @@ def test_widened_products_are_rounded_once(
 @half
 def test_where_torch_is_kept(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     weight, rows = torch.randn(5, 7).to(dtype), torch.randn(8, 7).to(dtype)
-    monkeypatch.setattr(module, "_has_instructions", lambda _: False)
+    monkeypatch.setattr(module, "has_instructions", lambda _: False)
     assert is_widened(rows, weight.t())
     assert is_widened(rows[:1, :5], weight)
     assert not is_widened(rows[:7], weight.t())  # dot products of few rows
@@ -60,12 +62,39 @@ def test_where_torch_is_kept(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
     assert not is_widened(rows.to("meta"), weight.t().to("meta"))
     with pytest.raises(RuntimeError, match="dtype"):
         product(rows.float(), weight.t())
-    monkeypatch.setattr(module, "_has_instructions", lambda _: True)
+    monkeypatch.setattr(module, "has_instructions", lambda _: True)
     assert not is_widened(rows, weight.t())
     torch.testing.assert_close(product(rows, weight.t()), rows @ weight.t(), rtol=0, atol=0)
     torch.testing.assert_close(
         affine(rows, weight, None), nn.functional.linear(rows, weight), rtol=0, atol=0
     )
+
+
+@half
+@pytest.mark.parametrize("shape", [(1,), (31,), (32,), (45,), (3, 64), (3, 7, 5), (0,)], ids=str)
+def test_torch_meets_few_numbers_of_rows(
+    dtype: torch.dtype, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is added is taken away again, and nothing else changes."""
+    met: list[int] = []
+
+    def linear(rows: Tensor, *others: Any) -> Tensor:
+        met.append(rows[..., 0].numel())
+        return plain(rows, *others)
+
+    plain = nn.functional.linear
+    monkeypatch.setattr(module, "has_instructions", lambda _: True)
+    monkeypatch.setattr(module.functional, "linear", linear)
+    x, weight = torch.randn(*shape, 37).to(dtype), torch.randn(23, 37).to(dtype)
+    offset = torch.randn(23).to(dtype)
+    layer = nn.Linear(37, 23, dtype=dtype)
+    layer.load_state_dict({"weight": weight, "bias": offset})
+    for y in (affine(x, weight, offset), Linear(layer).forward(x)):
+        torch.testing.assert_close(y, plain(x, weight, offset))
+    assert all(rows < module.ROWS or rows % module.ROWS == 0 for rows in met) and len(met) == 2
+    torch.testing.assert_close(product(x, weight.t()), x @ weight.t())
+    affine(x.float(), weight.float(), None)
+    assert met[2] == x[..., 0].numel()
 
 
 @half
@@ -75,9 +104,9 @@ def test_instructions_are_those_that_torch_uses(
     """Switched off by the user, torch's library of products has none."""
     name = "bf16" if dtype == torch.bfloat16 else "fp16"
     monkeypatch.setattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported", lambda: True)
-    assert module._has_instructions(dtype)
+    assert module.has_instructions(dtype)
     with torch.backends.mkldnn.flags(enabled=False):
-        assert not module._has_instructions(dtype)
+        assert not module.has_instructions(dtype)
 
 
 @half
