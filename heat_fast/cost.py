@@ -19,6 +19,7 @@ from heat_fast.config import HeatConfig, check_config
 from heat_fast.curvature import FIRST_CODES, FIRST_PROBES, product_count, target_group
 from heat_fast.decoder import Decoder, view
 from heat_fast.decoder.head import shares_curvature
+from heat_fast.decoder.product import compiled_bytes
 from heat_fast.errors import InputError
 from heat_fast.forward import check_model, context_length
 from heat_fast.information import GPU_LOGIT_ELEMENTS, LOGIT_ELEMENTS
@@ -187,6 +188,7 @@ def estimate(
     kept = _trunk_bytes(work, work.shapes, item) + _stream_bytes(work, item, config)
     device = decoder.embeddings_weight.device
     budget = token_budget(kept, length, work.width, device, config.token_budget, decoder.concurrent)
+    compiled = compiled_bytes(max(length, budget.rows), decoder.embeddings_weight)
     seconds = None
     if calibrate:
         # A window is what surely fits into the model's context.
@@ -199,7 +201,7 @@ def estimate(
         flops=costs,
         bytes_moved=bytes_moved(decoder, n_tokens, n_targets, config, budget.rows),
         trunk_bytes=kept,
-        peak_bytes=_peak_bytes(work, item, config, budget, device),
+        peak_bytes=_peak_bytes(work, item, config, budget, device) + compiled,
         seconds=seconds,
     )
 

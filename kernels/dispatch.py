@@ -95,10 +95,20 @@ def implementation(
             f"{operation} with impl={impl!r} cannot take {found}: expected {_EXPECTED[impl]}"
             f"{layout}. Use impl='reference'" + _why(impl)
         )
+    note(operation, chosen)
+    return chosen
+
+
+def choice() -> str:
+    """The choice in force."""
+    return _CHOICE.get()
+
+
+def note(operation: str, chosen: str) -> None:
+    """Put on record what runs an operation."""
     record = _RECORD.get()
     if record is not None:
         record.setdefault(operation, set()).add(chosen)
-    return chosen
 
 
 def told(record: Record) -> dict[str, Any]:

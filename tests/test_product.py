@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +11,8 @@ from torch import Tensor, nn
 
 from heat_fast.decoder import product as module
 from heat_fast.decoder.linear import Linear
-from heat_fast.decoder.product import affine, is_widened, product, widened
+from heat_fast.decoder.product import affine, multiplier, product, widened
+from heat_fast.kernels import dispatch
 
 half = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 
@@ -55,15 +57,15 @@ def test_widened_products_are_rounded_once(
 def test_where_torch_is_kept(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     weight, rows = torch.randn(5, 7).to(dtype), torch.randn(8, 7).to(dtype)
     monkeypatch.setattr(module, "has_instructions", lambda _: False)
-    assert is_widened(rows, weight.t())
-    assert is_widened(rows[:1, :5], weight)
-    assert not is_widened(rows[:7], weight.t())  # dot products of few rows
-    assert not is_widened(rows.float(), weight.float().t())
-    assert not is_widened(rows.to("meta"), weight.t().to("meta"))
+    assert multiplier(rows, weight) == "widened"
+    assert multiplier(rows[:1, :5], weight.t()) == "widened"
+    assert multiplier(rows[:7], weight) == "reference"  # dot products of few rows
+    assert multiplier(rows.double(), weight.double()) == "reference"
+    assert multiplier(rows.to("meta"), weight.to("meta")) == "reference"
     with pytest.raises(RuntimeError, match="dtype"):
         product(rows.float(), weight.t())
     monkeypatch.setattr(module, "has_instructions", lambda _: True)
-    assert not is_widened(rows, weight.t())
+    assert multiplier(rows, weight) == "onednn"
     torch.testing.assert_close(product(rows, weight.t()), rows @ weight.t(), rtol=0, atol=0)
     torch.testing.assert_close(
         affine(rows, weight, None), nn.functional.linear(rows, weight), rtol=0, atol=0
@@ -93,8 +95,53 @@ def test_torch_meets_few_numbers_of_rows(
         torch.testing.assert_close(y, plain(x, weight, offset))
     assert all(rows < module.ROWS or rows % module.ROWS == 0 for rows in met) and len(met) == 2
     torch.testing.assert_close(product(x, weight.t()), x @ weight.t())
-    affine(x.float(), weight.float(), None)
-    assert met[2] == x[..., 0].numel()
+    affine(x.double(), weight.double(), None)
+    assert met[-1] == x[..., 0].numel()
+
+
+needs_onednn = pytest.mark.skipif(
+    not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="torch is built without oneDNN"
+)
+
+
+@needs_onednn
+@pytest.mark.parametrize("shape", [(1,), (31,), (32,), (45,), (3, 7, 5), (0,)], ids=str)
+def test_onednn_where_mkl_passes_over_the_cpu(
+    shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "passed_over_by_mkl", lambda: True)
+    x, weight, offset = torch.randn(*shape, 37), torch.randn(23, 37), torch.randn(23)
+    y = torch.randn(*shape, 23)
+    with dispatch.using("auto", torch.device("cpu")) as ran:
+        check(affine(x, weight, offset), x, weight.t(), offset)
+        check(product(x, weight.t()), x, weight.t(), 0.0)
+        check(product(y, weight), y, weight, 0.0)  # the adjoint reads the weight along its rows
+        check(product(y, weight[:, 3:20]), y, weight[:, 3:20], 0.0)
+    assert ran == {"product": {"onednn"}}
+    with dispatch.using("reference", torch.device("cpu")) as ran:
+        product(x, weight.t())
+    assert ran == {"product": {"reference"}}
+    assert multiplier(x.requires_grad_(), weight) == "reference"
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
+    assert multiplier(x.detach(), weight) == "reference"
+
+
+def test_mkl_passes_over_others_processors(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def told(capability: str, maker: str, *, mkl: bool = True) -> bool:
+        (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nvendor_id\t: {maker}\n")
+        monkeypatch.setattr(module, "_CPUINFO", str(tmp_path / "cpuinfo"))
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+        monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: mkl)
+        return module.passed_over_by_mkl.__wrapped__()
+
+    assert not told("AVX512", "AuthenticAMD", mkl=False)
+    assert not told("AVX2", "AuthenticAMD")
+    assert not told("AVX512", "GenuineIntel")
+    assert told("AVX512", "AuthenticAMD")
+    monkeypatch.setattr(module, "_CPUINFO", str(tmp_path / "none"))
+    for name in ("AMD64 Family 25 Model 97 Stepping 2, AuthenticAMD", "Intel64 Family 6"):
+        monkeypatch.setattr(module.platform, "processor", lambda name=name: name)
+        assert module.passed_over_by_mkl.__wrapped__() == ("AMD" in name)
 
 
 @half

@@ -40,6 +40,7 @@ def _gather() -> dict[str, Any]:
     import torch
 
     from heat_fast import gpu, native
+    from heat_fast.decoder.product import passed_over_by_mkl
     from heat_fast.decoder.view import supported_classes
 
     return {
@@ -61,6 +62,7 @@ def _gather() -> dict[str, Any]:
         ],
         "threads": torch.get_num_threads(),
         "build": native.build_info(),
+        "float32_products": "onednn" if passed_over_by_mkl() else "reference",
         "triton": gpu.missing() or "kernels can run",
         "models": list(supported_classes()),
     }
@@ -90,6 +92,11 @@ def _words(values: dict[str, Any]) -> str:
             f"{build['instruction_set']}, {build['compiler']}"
             if build["native"]
             else f"none, torch alone ({build['reason']})"
+        ),
+        "float32": (
+            "products by oneDNN, as MKL's keep to AVX2 on this CPU"
+            if values["float32_products"] == "onednn"
+            else "products by torch"
         ),
         "CUDA kernels": (
             f"{' '.join(cuda['architectures'])}, {cuda['compiler']}"

@@ -1,11 +1,11 @@
 """Affine maps: the model's own linear submodules, read forwards and backwards.
 
 `y = x W' + b`. The module is *called* for the forward reading, so quantised weights, low-rank
-adapters and offloading hooks keep working; only in half precision on a CPU, where torch is slow or
-takes much memory, is a plain matrix multiplied here (`product.py`). Because the map is affine it
-has no second derivative: `tangent` and `adjoint` are all that the second-order sweeps need of it.
-Of a layer that has hooks, or modules within it, affinity is tested on the first activations that it
-sees.
+adapters and offloading hooks keep working; only on a CPU, where torch does not always take the
+fastest product there is, is a plain matrix multiplied here (`product.py`). Because the map is
+affine it has no second derivative: `tangent` and `adjoint` are all that the second-order sweeps
+need of it. Of a layer that has hooks, or modules within it, affinity is tested on the first
+activations that it sees.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from heat_fast.decoder.norm import wide
-from heat_fast.decoder.product import affine, in_half_on_cpu, product
+from heat_fast.decoder.product import affine, multiplier, product
 from heat_fast.errors import UnsupportedModelError
 
 # How far a layer may be from affine, of the norm of its output: activations may be quantised.
@@ -83,8 +83,8 @@ class Linear:
             return int(self.module(row).shape[-1])
 
     def forward(self, x: Tensor) -> Tensor:
-        """`y = x W' + b`, by the module itself but for plain layers in half precision on a CPU."""
-        if self.weight is not None and in_half_on_cpu(x):
+        """`y = x W' + b`, by the module itself but for plain layers on some CPUs."""
+        if self.weight is not None and multiplier(x, self.weight) != "reference":
             return affine(x, self.weight, self.bias)
         output: Tensor = self.module(x)
         if not self._tested:

@@ -1,19 +1,27 @@
-"""Products with the model's weights in half precision, on CPUs.
+"""Products with the model's weights on CPUs, each taken where it is fastest there.
 
-Where there are no instructions for the dtype torch multiplies bfloat16 and float16 matrices number
-by number, slowest where a weight is read along its rows, as the adjoint of a layer does. Here the
-weight is widened to float32 piece by piece instead, each small enough to stay in the cache, and the
-sums are rounded once, at the end (`bench/test_bench_engine.py` measures a run with and without).
+- **Half precision without instructions for it**: torch multiplies bfloat16 and float16 matrices
+  number by number, slowest where a weight is read along its rows, as the adjoint of a layer does.
+  Here the weight is widened to float32 piece by piece instead, each small enough to stay in the
+  cache, and the sums are rounded once, at the end (`bench/test_bench_engine.py` measures a run with
+  and without).
+- **Half precision with instructions** (AVX-512 and what came after, each its own): torch's own
+  products, which are oneDNN's.
+- **float32 on processors with AVX-512 that are not Intel's**: torch takes MKL's products, which
+  keep to AVX2 there. oneDNN's, which are in torch as well, are 2.0 to 2.4 times as fast (an AMD
+  EPYC, 32 to 2,048 rows, both readings of a weight).
+- Anything else: torch's own.
 
-Where torch has instructions for that dtype (AVX-512 and what came after, each its own), its
-products are taken. Its library compiles one for every number of rows that it meets, 0.6 MB of code
-each, and keeps up to 1,024 of them; batches of branches and sweeps have any number. So rows are
-filled up to a multiple of `ROWS`: 154 MB instead of 747 for the branches of 512 prompt tokens in a
-small model, in the same time.
+oneDNN compiles a product for every number of rows that it meets, 0.6 MB of code each, and keeps
+1,024 of them; batches of branches and sweeps have any number. So rows are filled up to a multiple
+of `ROWS`: 154 MB instead of 747 for the branches of 512 prompt tokens in a small model of bfloat16,
+in the same time.
 """
 
 from __future__ import annotations
 
+import functools
+import platform
 from collections.abc import Callable
 from typing import Final
 
@@ -21,9 +29,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-#: Rows are filled up to a multiple of this, where torch's own products of halves are taken.
+from heat_fast.kernels import dispatch
+
+#: Rows are filled up to a multiple of this for oneDNN.
 ROWS: Final = 32
 _HALVES: Final = (torch.bfloat16, torch.float16)
+# Bytes of code, and what is kept with it, of a product that oneDNN compiled.
+_COMPILED: Final = 600_000
+_CPUINFO: Final = "/proc/cpuinfo"
+# Makers of processors with AVX-512 on which MKL does not use it.
+_OTHER_MAKERS: Final = ("AuthenticAMD", "HygonGenuine", "CentaurHauls")
 # Numbers of a weight that are widened at a time, for each thread: 1 MiB in float32.
 _PIECE: Final = 1 << 18
 # Numbers of the left factor, and of the sums, that are held at a time, 64 MiB each in float32. The
@@ -34,11 +49,6 @@ _LEAST_ROWS: Final = 64
 _DOT_ROWS: Final = 8
 
 
-def in_half_on_cpu(x: Tensor) -> bool:
-    """Whether products of x are this module's concern."""
-    return x.device.type == "cpu" and x.dtype in _HALVES
-
-
 def has_instructions(dtype: torch.dtype) -> bool:
     """Whether torch has products of its own for a half-precision dtype on this CPU."""
     name = {torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
@@ -47,13 +57,40 @@ def has_instructions(dtype: torch.dtype) -> bool:
     return bool(supported is not None and torch.backends.mkldnn.enabled and supported())
 
 
-def is_widened(x: Tensor, matrix: Tensor) -> bool:
-    """Whether `product(x, matrix)` is better taken in float32 than by torch itself."""
-    if not in_half_on_cpu(matrix):
+@functools.cache
+def passed_over_by_mkl() -> bool:
+    """Whether this CPU has AVX-512 and MKL does not use it, by the maker's name."""
+    if torch.backends.cpu.get_cpu_capability() != "AVX512" or not torch.backends.mkl.is_available():
         return False
-    if matrix.stride(0) == 1 and x.numel() < _DOT_ROWS * x.shape[-1]:
-        return False
-    return x.dtype == matrix.dtype and not has_instructions(matrix.dtype)
+    try:
+        with open(_CPUINFO, encoding="ascii", errors="replace") as file:
+            name = next((line for line in file if line.startswith("vendor_id")), "")
+    except OSError:
+        name = platform.processor()
+    return any(maker in name for maker in _OTHER_MAKERS)
+
+
+def multiplier(x: Tensor, weight: Tensor) -> str:
+    """Whose product `x W'` is taken: `"widened"`, `"onednn"` or torch's choice, `"reference"`."""
+    if x.device.type != "cpu" or x.dtype != weight.dtype:
+        return "reference"
+    if x.dtype in _HALVES and not has_instructions(x.dtype):
+        few = weight.stride(-1) == 1 and x.numel() < _DOT_ROWS * x.shape[-1]
+        return "reference" if few else "widened"
+    best = x.dtype in _HALVES or (
+        x.dtype == torch.float32
+        and not x.requires_grad
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        and torch.backends.mkldnn.enabled
+        and passed_over_by_mkl()
+    )
+    return "onednn" if best and dispatch.choice() != "reference" else "reference"
+
+
+def compiled_bytes(rows: int, weight: Tensor) -> int:
+    """What oneDNN holds of a model's products of up to so many rows: four for each multiple."""
+    serves = multiplier(weight[:1].expand(ROWS, -1), weight) == "onednn"
+    return 4 * _COMPILED * (rows // ROWS) if serves else 0
 
 
 def product(x: Tensor, matrix: Tensor) -> Tensor:
@@ -62,22 +99,33 @@ def product(x: Tensor, matrix: Tensor) -> Tensor:
     >>> product(torch.ones(3, 2), torch.ones(2, 5)).shape
     torch.Size([3, 5])
     """
-    if is_widened(x, matrix):
-        return widened(x, matrix)
-    return _filled(x, lambda rows: rows @ matrix)
+    return affine(x, matrix.t(), None)
 
 
 def affine(x: Tensor, weight: Tensor, offset: Tensor | None) -> Tensor:
     """`x W' + b`, `weight [out, in]`, `offset [out]`, in the dtype of all three."""
-    if is_widened(x, weight.t()):
+    chosen = multiplier(x, weight)
+    dispatch.note("product", chosen)
+    if chosen == "widened":
         return widened(x, weight.t(), offset)
-    return _filled(x, lambda rows: functional.linear(rows, weight, offset))
+    if chosen == "onednn":
+        return _filled(x, lambda rows: _onednn(rows, weight, offset))
+    return functional.linear(x, weight, offset)
+
+
+def _onednn(rows: Tensor, weight: Tensor, offset: Tensor | None) -> Tensor:
+    if rows.dtype != torch.float32:  # torch's own choice
+        return functional.linear(rows, weight, offset)
+    # The layer that torch's compiler takes, with nothing after it.
+    linear = torch.ops.mkldnn._linear_pointwise.default
+    result: Tensor = linear(rows, weight, offset, "none", [], "")
+    return result
 
 
 def _filled(x: Tensor, multiply: Callable[[Tensor], Tensor]) -> Tensor:
     """What `multiply` makes of x, whose rows are filled up with zeros where that is worth it."""
     rows = x.numel() // max(1, x.shape[-1])
-    if not in_half_on_cpu(x) or rows < ROWS or rows % ROWS == 0:
+    if rows < ROWS or rows % ROWS == 0:
         return multiply(x)
     full = x.new_zeros(-(-rows // ROWS) * ROWS, x.shape[-1])
     full[:rows] = x.reshape(rows, -1)
