@@ -27,6 +27,7 @@ from heat_fast import Attribution, Attributor, HeatConfig
 from heat_fast.combine import Components, combine
 from heat_fast.cost import flops
 from heat_fast.decoder import view
+from heat_fast.decoder.product import passed_over_by_mkl
 from heat_fast.kernels.rademacher import rademacher
 from heat_fast.planner import cpu_rows, slices
 from heat_fast.ranks import spearman
@@ -261,6 +262,28 @@ def test_half_precision(
     what = f"coded, 64 products, {name}, N={SHORT}"
     summary.add(f"{what}: times the seconds of float32", f"{mine / wide:.2f}")
     summary.add(f"{what}: ratio to torch's products", f"{plain / mine:.1f}")
+
+
+def test_float32_products(
+    benchmark: Any,
+    random_llama: Any,
+    prompt_ids: Prompt,
+    summary: Summary,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """`coded` with 64 products at N = 64 by oneDNN's products, against MKL's, torch's choice."""
+    if not passed_over_by_mkl():
+        pytest.skip("MKL's products are the better ones on this CPU")
+    ids, settings = prompt_ids(SHORT), {"estimator": "coded", "codes": 8, "probes": 8}
+    median_run(benchmark, lambda: run(random_llama, ids, **settings), 5)
+    mine = benchmark.stats.stats.median
+    monkeypatch.setattr("heat_fast.decoder.product.passed_over_by_mkl", lambda: False)
+    plain = statistics.median(
+        timed(lambda: run(random_llama, ids, **settings))[0] for _ in range(5)
+    )
+    benchmark.extra_info.update(ratio_to_torch=plain / mine)
+    what = f"coded, 64 products, float32, N={SHORT}: ratio to torch's products"
+    summary.add(what, f"{plain / mine:.1f}")
 
 
 def test_peak_memory(benchmark: Any, summary: Summary) -> None:
