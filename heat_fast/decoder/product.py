@@ -14,8 +14,8 @@
 
 oneDNN compiles a product for every number of rows that it meets, 0.6 MB of code each, and keeps
 1,024 of them; batches of branches and sweeps have any number. So rows are filled up to a multiple
-of `ROWS`: 154 MB instead of 747 for the branches of 512 prompt tokens in a small model of bfloat16,
-in the same time.
+of `ROWS`, few to a power of two: 154 MB instead of 747 for the branches of 512 prompt tokens in a
+small model of bfloat16, in the same time.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from torch.nn import functional
 
 from heat_fast.kernels import dispatch
 
-#: Rows are filled up to a multiple of this for oneDNN.
+#: Rows are filled up to a multiple of this for oneDNN, fewer than half of it to a power of two.
 ROWS: Final = 32
 _HALVES: Final = (torch.bfloat16, torch.float16)
 # Bytes of code, and what is kept with it, of a product that oneDNN compiled.
@@ -89,6 +89,7 @@ def multiplier(x: Tensor, weight: Tensor) -> str:
 
 def compiled_bytes(rows: int, weight: Tensor) -> int:
     """What oneDNN holds of a model's products of up to so many rows: four for each multiple."""
+    weight = weight.detach()
     serves = multiplier(weight[:1].expand(ROWS, -1), weight) == "onednn"
     return 4 * _COMPILED * (rows // ROWS) if serves else 0
 
@@ -125,9 +126,10 @@ def _onednn(rows: Tensor, weight: Tensor, offset: Tensor | None) -> Tensor:
 def _filled(x: Tensor, multiply: Callable[[Tensor], Tensor]) -> Tensor:
     """What `multiply` makes of x, whose rows are filled up with zeros where that is worth it."""
     rows = x.numel() // max(1, x.shape[-1])
-    if rows < ROWS or rows % ROWS == 0:
+    wanted = -(-rows // ROWS) * ROWS if rows > ROWS // 2 else 1 << max(0, rows - 1).bit_length()
+    if rows in (0, wanted):
         return multiply(x)
-    full = x.new_zeros(-(-rows // ROWS) * ROWS, x.shape[-1])
+    full = x.new_zeros(wanted, x.shape[-1])
     full[:rows] = x.reshape(rows, -1)
     return multiply(full)[:rows].view(*x.shape[:-1], -1)
 
