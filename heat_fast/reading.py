@@ -21,6 +21,7 @@ __all__ = [
     "colour_step",
     "escape",
     "number",
+    "parts",
     "pieces",
     "shorten",
     "visible",
@@ -125,6 +126,12 @@ def by_segment(result: Attribution) -> str | None:
         left = result.shares().tolist()
         shares.append(("elsewhere", sum(left[i] for i in range(len(result)) if i not in inside)))
     return _ranked(shares)
+
+
+def parts(result: Attribution) -> list[tuple[str, str]]:
+    """How the score divides over the roles of a chat and over named parts, where there are any."""
+    known = {"Score by role": by_role(result), "Score by segment": by_segment(result)}
+    return [(name, shares) for name, shares in known.items() if shares]
 
 
 def _ranked(shares: Iterable[tuple[str, float]]) -> str:

@@ -22,11 +22,10 @@ from rich.text import Text
 
 from heat_fast.reading import (
     approximations,
-    by_role,
-    by_segment,
     colour_step,
     escape,
     number,
+    parts,
     pieces,
     visible,
 )
@@ -294,9 +293,8 @@ def _target_rows(
 
 
 def _parts(result: Attribution) -> list[Text]:
-    """The score by role and by segment, where the prompt has any."""
-    known = {"role": by_role(result), "segment": by_segment(result)}
-    return [Text(f"Score by {name}: {shares}") for name, shares in known.items() if shares]
+    """How the score divides over roles and segments, where the prompt has any."""
+    return [Text(f"{name}: {shares}") for name, shares in parts(result)]
 
 
 def _facts(result: Attribution) -> Text:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Final
 
-from heat_fast.reading import approximations, by_role, by_segment, escape, shorten
+from heat_fast.reading import approximations, escape, parts, shorten
 from heat_fast.result import Attribution
 
 __all__ = ["cautions", "facts", "formula", "meaning", "settings", "terms"]
@@ -133,8 +133,7 @@ def facts(result: Attribution) -> list[tuple[str, str]]:
         ("Seed", metadata.get("seed", _config(result).get("seed"))),
         ("Prompt tokens", f"{len(result):,}"),
         ("Target tokens", f"{len(result.target_ids):,}"),
-        ("Score by role", by_role(result)),
-        ("Score by segment", by_segment(result)),
+        *parts(result),
         ("Seconds", None if seconds is None else f"{seconds:.2f}"),
         ("Hessian-vector products", f"{counts['hvp']:,}" if "hvp" in counts else None),
         ("Branch tokens", f"{counts['branch_tokens']:,}" if "branch_tokens" in counts else None),

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from heat_fast.files import write_file
-from heat_fast.reading import Piece, colour_step, escape, number, pieces, shorten, visible
+from heat_fast.reading import Piece, colour_step, escape, number, parts, pieces, shorten, visible
 from heat_fast.report import notes, palette
 from heat_fast.result import Attribution
 
@@ -79,6 +79,7 @@ def render_page(result: Attribution) -> str:
         formula=notes.formula(result),
         terms=[(name, told[array]) for name, array in components.items() if array in told],
         cautions=notes.cautions(result),
+        parts=parts(result),
         facts=notes.facts(result),
         settings=notes.settings(result),
     )
