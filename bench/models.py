@@ -24,6 +24,7 @@ SHAPES = {
     "small": Shape(2, 96, 192, 3, 512),
     "narrow": Shape(2, 32, 64, 2, 512),
     "deep": Shape(16, 256, 512, 4, 512),
+    "half": Shape(24, 896, 4864, 14, 151936, shared=7, tied=True),  # Qwen2.5-0.5B's sizes
     "billion": Shape(16, 2048, 8192, 32, 128256, shared=4, tied=True),  # Llama-3.2-1B
     "tiny": Shape(2, 64, 96, 4, 500, shared=4, tied=True),  # the same, for any machine
 }

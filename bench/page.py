@@ -122,6 +122,37 @@ def cpu() -> list[str]:
     return [*table(["", *names], rows), "", *(f"{machine(report)}." for report in reports)]
 
 
+def products() -> list[str]:
+    """Products with weights, and whole attributions, beside torch's products."""
+    report = read("products-cpu")
+    layers = [
+        [
+            " x ".join(f"{size:,}" for size in one["layer"]),
+            *(f"{one[way]:.0f}, {one[way + '_torch']:.0f}" for way in ("forward", "adjoint")),
+            f"{one['forward'] / one['forward_torch']:.1f}",
+        ]
+        for one in report["layers"]
+    ]
+    sizes = {"half": "Qwen2.5-0.5B's sizes", "llama": "the small Llama above"}
+    runs = [
+        [
+            f"{sizes[one['shape']]}, {one['tokens']} tokens, {one['dtype']}",
+            f"{one['seconds']:.1f}, {one['seconds_torch']:.1f}",
+            f"{one['bytes'] / 1e6:.0f}, {one['bytes_torch'] / 1e6:.0f}",
+        ]
+        for one in report["attributions"]
+    ]
+    both = "here, torch's products"
+    return [
+        *table(["rows x in x out", f"GFLOP/s: {both}", "adjoint", "ratio"], layers),
+        "",
+        *table(["`gs`, random weights", f"seconds: {both}", "MB beyond the model"], runs),
+        "",
+        f"{report['machine']}, {report['threads']} threads (layers: 1), torch {report['torch']}, "
+        f"{report['date']}.",
+    ]
+
+
 def variants() -> list[str]:
     """Cost and fidelity of the presets."""
     report = read("cpu")
@@ -194,6 +225,7 @@ def evaluation(name: str) -> Callable[[], list[str]]:
 
 PARTS: dict[str, Callable[[], list[str]]] = {
     "cpu": cpu,
+    "products": products,
     "variants": variants,
     "peers": peers,
     "scaling": scaling,

@@ -86,6 +86,20 @@ def test_a_curve_is_measured() -> None:
     assert outcome.stdout.splitlines()[-1].startswith("codes: slopes seconds ")
 
 
+def test_products_are_measured_beside_torchs() -> None:
+    told = subprocess.run(
+        [sys.executable, str(BENCH / "products.py")],
+        env={**os.environ, "HEAT_FAST_BENCH": "small"},
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    report = json.loads(told.stdout)
+    (run,) = report["attributions"]
+    assert run["shape"] == "tiny" and run["seconds"] > 0 < run["seconds_torch"]
+    assert all(report["layers"][0][name] > 0 for name in ("forward", "adjoint_torch"))
+
+
 def test_a_comparison_names_an_unknown_base() -> None:
     command = [sys.executable, str(BENCH / "compare.py"), "no-such-revision"]
     outcome = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from heat_fast.decoder.norm import wide
-from heat_fast.decoder.product import affine, multiplier, product
+from heat_fast.decoder.product import better_affine, product
 from heat_fast.errors import UnsupportedModelError
 
 # How far a layer may be from affine, of the norm of its output: activations may be quantised.
@@ -84,8 +84,9 @@ class Linear:
 
     def forward(self, x: Tensor) -> Tensor:
         """`y = x W' + b`, by the module itself but for plain layers on some CPUs."""
-        if self.weight is not None and multiplier(x, self.weight) != "reference":
-            return affine(x, self.weight, self.bias)
+        better = None if self.weight is None else better_affine(x, self.weight, self.bias)
+        if better is not None:
+            return better
         output: Tensor = self.module(x)
         if not self._tested:
             self._tested = True

@@ -7,15 +7,13 @@
   and without).
 - **Half precision with instructions** (AVX-512 and what came after, each its own): torch's own
   products, which are oneDNN's.
-- **float32 on processors with AVX-512 that are not Intel's**: torch takes MKL's products, which
-  keep to AVX2 there. oneDNN's, which are in torch as well, are 2.0 to 2.4 times as fast (an AMD
-  EPYC, 32 to 2,048 rows, both readings of a weight).
+- **float32 on AMD's processors with AVX-512**: torch takes MKL's products, which keep to AVX2
+  there. oneDNN's, which are in torch as well, are about twice as fast.
 - Anything else: torch's own.
 
 oneDNN compiles a product for every number of rows that it meets, 0.6 MB of code each, and keeps
 1,024 of them; batches of branches and sweeps have any number. So rows are filled up to a multiple
-of `ROWS`, few to a power of two: 154 MB instead of 747 for the branches of 512 prompt tokens in a
-small model of bfloat16, in the same time.
+of `ROWS`, few to a power of two, which takes no longer. `bench/products.py` measures both.
 """
 
 from __future__ import annotations
@@ -37,8 +35,8 @@ _HALVES: Final = (torch.bfloat16, torch.float16)
 # Bytes of code, and what is kept with it, of a product that oneDNN compiled.
 _COMPILED: Final = 600_000
 _CPUINFO: Final = "/proc/cpuinfo"
-# Makers of processors with AVX-512 on which MKL does not use it.
-_OTHER_MAKERS: Final = ("AuthenticAMD", "HygonGenuine", "CentaurHauls")
+# The maker, by its own name, of processors with AVX-512 on which MKL was seen not to use it.
+_PASSED_OVER: Final = "AuthenticAMD"
 # Numbers of a weight that are widened at a time, for each thread: 1 MiB in float32.
 _PIECE: Final = 1 << 18
 # Numbers of the left factor, and of the sums, that are held at a time, 64 MiB each in float32. The
@@ -67,7 +65,7 @@ def passed_over_by_mkl() -> bool:
             name = next((line for line in file if line.startswith("vendor_id")), "")
     except OSError:
         name = platform.processor()
-    return any(maker in name for maker in _OTHER_MAKERS)
+    return _PASSED_OVER in name
 
 
 def multiplier(x: Tensor, weight: Tensor) -> str:
@@ -105,13 +103,30 @@ def product(x: Tensor, matrix: Tensor) -> Tensor:
 
 def affine(x: Tensor, weight: Tensor, offset: Tensor | None) -> Tensor:
     """`x W' + b`, `weight [out, in]`, `offset [out]`, in the dtype of all three."""
+    better = better_affine(x, weight, offset)
+    return functional.linear(x, weight, offset) if better is None else better
+
+
+def better_affine(x: Tensor, weight: Tensor, offset: Tensor | None) -> Tensor | None:
+    """The same, or None where torch's own layer is as good."""
     chosen = multiplier(x, weight)
     dispatch.note("product", chosen)
     if chosen == "widened":
         return widened(x, weight.t(), offset)
     if chosen == "onednn":
         return _filled(x, lambda rows: _onednn(rows, weight, offset))
-    return functional.linear(x, weight, offset)
+    return None
+
+
+def filled_rows(rows: int) -> int:
+    """How many rows oneDNN is given: a multiple of `ROWS`, or few as a power of two.
+
+    >>> [filled_rows(rows) for rows in (0, 1, 5, 17, 33)]
+    [0, 1, 8, 32, 64]
+    """
+    if rows <= ROWS // 2:
+        return 1 << (rows - 1).bit_length() if rows else 0
+    return -(-rows // ROWS) * ROWS
 
 
 def _onednn(rows: Tensor, weight: Tensor, offset: Tensor | None) -> Tensor:
@@ -124,10 +139,10 @@ def _onednn(rows: Tensor, weight: Tensor, offset: Tensor | None) -> Tensor:
 
 
 def _filled(x: Tensor, multiply: Callable[[Tensor], Tensor]) -> Tensor:
-    """What `multiply` makes of x, whose rows are filled up with zeros where that is worth it."""
+    """What `multiply` makes of x, whose rows are filled up with zeros."""
     rows = x.numel() // max(1, x.shape[-1])
-    wanted = -(-rows // ROWS) * ROWS if rows > ROWS // 2 else 1 << max(0, rows - 1).bit_length()
-    if rows in (0, wanted):
+    wanted = filled_rows(rows)
+    if rows == wanted:
         return multiply(x)
     full = x.new_zeros(wanted, x.shape[-1])
     full[:rows] = x.reshape(rows, -1)
