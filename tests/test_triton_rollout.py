@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from assertions import assert_close
+from heat_fast import gpu
 from heat_fast.errors import ConfigError
 from heat_fast.kernels.branch_attention import Masking, branch_attention
 from heat_fast.kernels.value_norm_rollout import attention_flow, value_output_norms
@@ -110,6 +111,32 @@ def test_attention_flow_of_every_head_width(
     exact = attention_flow(query.double(), key.double(), normaliser, rho, masking)
     single = query, key, normaliser.float(), rho.float()
     low = attention_flow(*single, masking, impl="reference")
+    moved = [part.to(triton_device) for part in single]
+    check("flow", exact, low, attention_flow(*moved, masking, impl="triton"))
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("window", [None, 150, 40])
+@pytest.mark.parametrize(("queries", "targets"), [(300, 1), (300, 17), (277, 1), (130, 2)])
+def test_attention_flow_whose_queries_are_shared_out(
+    queries: int,
+    targets: int,
+    window: int | None,
+    capability: int,
+    triton_device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One head makes few programs; tiles lie on the diagonal, under it, and on a window's edge."""
+    pick = gpu.for_architecture
+    monkeypatch.setattr(gpu, "for_architecture", lambda table, device: pick(table, capability))
+    masking = Masking(0.3, window=window)
+    query, key = inputs(1, 1, 300, queries, 16, torch.float32, queries + targets)
+    normaliser = log_sum_exp(query, key, masking)
+    rho = torch.rand(targets, queries, dtype=torch.float64)
+    exact = attention_flow(query.double(), key.double(), normaliser, rho, masking)
+    single = query, key, normaliser.float(), rho.float()
+    low = attention_flow(*single, masking, impl="reference")
+    poisoned(triton_device)
     moved = [part.to(triton_device) for part in single]
     check("flow", exact, low, attention_flow(*moved, masking, impl="triton"))
 

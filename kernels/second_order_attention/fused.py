@@ -59,10 +59,6 @@ def _normaliser(primal: Primal) -> Tensor:
     return primal.normaliser.transpose(-1, -2).contiguous()
 
 
-def _tile(table: tiles.Tiles, x: Tensor) -> tiles.Tile:
-    return gpu.for_architecture(table, x.device)[padded(x.shape[-1])]
-
-
 def _sizes(primal: Primal, batch: int) -> tuple[float, ...]:
     heads, group, queries, _ = primal.query.shape
     masking, stop = primal.masking, primal.key.shape[1]
@@ -99,7 +95,7 @@ def attention_tangent(primal: Primal, query: Tensor, key: Tensor, value: Tensor)
     """As the reference; summed in float32."""
     heads, batch, group, queries, width = query.shape
     result = heads_like(query, width)
-    tile = _tile(tiles.TANGENT, query)
+    tile = tiles.of(tiles.TANGENT, query.device, width)
     blocks = triton.cdiv(queries * group, tile.rows) * triton.cdiv(batch, tile.probes)
     with gpu.on(query):
         attention_tangent_kernel[(blocks * heads,)](
@@ -144,7 +140,7 @@ def attention_adjoint_tangent(
     moved = [output_bar, query, key, value, output_bar_dot]
     sizes = _sizes(primal, batch)
     with gpu.on(query):
-        tile = _tile(tiles.PRIMAL, query)
+        tile = tiles.of(tiles.PRIMAL, query.device, width)
         adjoint_rows_kernel[(triton.cdiv(count, tile.rows) * heads,)](
             *trunk,
             primal_output,
@@ -168,7 +164,7 @@ def attention_adjoint_tangent(
             PADDED=padded(width),
             ROWS=tiles.SHIFT_ROWS,
         )
-        tile = _tile(tiles.ROWS, query)
+        tile = tiles.of(tiles.ROWS, query.device, width)
         blocks = triton.cdiv(count, tile.rows) * triton.cdiv(batch, tile.probes)
         adjoint_tangent_rows_kernel[(blocks * heads,)](
             *trunk,
@@ -182,7 +178,7 @@ def attention_adjoint_tangent(
             *sizes,
             **_launch(primal, tile),
         )
-        tile = _tile(tiles.KEYS, query)
+        tile = tiles.of(tiles.KEYS, query.device, width)
         blocks = triton.cdiv(key.shape[2], tile.columns) * triton.cdiv(batch, tile.probes)
         adjoint_tangent_keys_kernel[(blocks * heads,)](
             *trunk,
@@ -218,7 +214,7 @@ def variants(capability: int) -> Iterator[Variant]:
         numbers = names.index("heads")
         floats = ("normaliser", "shift", "pulled", "shift_dot", "mean")
         for dtype, width, masked in options():
-            tile = gpu.for_architecture(table, capability)[padded(width)]
+            tile = tiles.of(table, capability, width)
             yield Variant(
                 kernel,
                 f"{dtype} D {width}{', masked' if masked else ''}",

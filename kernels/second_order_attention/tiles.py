@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
+from heat_fast import gpu
+
 
 @dataclass(frozen=True)
 class Tile:
@@ -16,7 +20,7 @@ class Tile:
     stages: int
 
 
-#: By architecture, then by padded head width.
+#: By architecture, then by the widest head that it serves.
 Tiles = dict[int, dict[int, Tile]]
 
 TANGENT: Tiles = {
@@ -25,16 +29,21 @@ TANGENT: Tiles = {
 }
 PRIMAL = TANGENT
 ROWS: Tiles = {
-    80: {64: Tile(64, 32, 1, 4, 2), 128: Tile(16, 32, 1, 8, 2)},
+    80: {64: Tile(64, 32, 1, 4, 2), 128: Tile(16, 64, 1, 8, 2)},
     90: {64: Tile(64, 32, 1, 4, 2), 128: Tile(128, 32, 1, 8, 2)},
     100: {64: Tile(64, 32, 1, 4, 2), 128: Tile(64, 32, 1, 8, 2)},
 }
-# With 16 rows and 128 columns some are spilled on sm_90 without a soft-cap, and on sm_100 Triton
-# 3.7 makes a trap of the whole kernel.
+# With 64 keys or more an H200's wider instructions would serve, but the sums of that many are spilled
+# (8 bytes with 16 rows and 128 keys), and on sm_100 Triton 3.7 makes a trap of such a kernel.
 KEYS: Tiles = {
-    80: {64: Tile(32, 32, 1, 4, 2), 128: Tile(32, 32, 1, 8, 1)},
-    90: {64: Tile(32, 32, 1, 4, 2), 128: Tile(32, 32, 1, 8, 2)},
+    80: {64: Tile(32, 32, 1, 4, 2), 96: Tile(64, 32, 1, 8, 1), 128: Tile(64, 32, 1, 8, 2)},
 }
 
 #: Rows of a tile of the one kernel that multiplies nothing.
 SHIFT_ROWS = 16
+
+
+def of(table: Tiles, device: torch.device | int, width: int) -> Tile:
+    """A kernel's tile for heads of a width on a device, or a compute capability."""
+    by_width = gpu.for_architecture(table, device)
+    return by_width[min(widest for widest in by_width if width <= widest)]

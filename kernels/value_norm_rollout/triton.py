@@ -27,6 +27,9 @@ from heat_fast.kernels.device import soft_cap
 PRECISION = "tf32x3"
 #: Targets that a program serves at once where there are several: the columns of a matrix product.
 MANY_TARGETS = 16
+#: Where an operation makes fewer programs, its sum is shared out: four for each of the H200's 132
+#: multiprocessors.
+PROGRAMS = 528
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,27 @@ _NORMS = {
         (4, 256): Tile(64, 32, 64, 4, 2),
     },
 }
+# One target: a tile of scores is queries by keys, and a matrix unit takes 64 queries at a time.
 _FLOW = {
+    80: {
+        (2, 64): Tile(128, 64, 64, 8, 3),
+        (2, 128): Tile(128, 64, 128, 8, 2),
+        (2, 256): Tile(64, 64, 256, 8, 2),
+        (4, 64): Tile(64, 32, 32, 4, 2),
+        (4, 128): Tile(64, 32, 32, 4, 2),
+        (4, 256): Tile(64, 32, 32, 4, 2),
+    },
+    90: {
+        (2, 64): Tile(128, 64, 64, 8, 3),
+        (2, 128): Tile(128, 64, 128, 8, 3),
+        (2, 256): Tile(64, 64, 256, 4, 2),
+        (4, 64): Tile(64, 64, 32, 4, 2),
+        (4, 128): Tile(64, 64, 32, 4, 2),
+        (4, 256): Tile(64, 64, 32, 4, 2),
+    },
+}
+# Many targets: a tile of scores is keys by queries, the left factor of the product with `rho`.
+_FLOW_OF_MANY = {
     80: {
         (2, 64): Tile(128, 64, 64, 8, 3),
         (2, 128): Tile(128, 64, 128, 8, 2),
@@ -76,9 +99,9 @@ _FLOW = {
         (2, 64): Tile(128, 64, 64, 8, 3),
         (2, 128): Tile(128, 64, 128, 8, 3),
         (2, 256): Tile(64, 64, 256, 4, 2),
-        (4, 64): Tile(64, 32, 64, 4, 2),
-        (4, 128): Tile(64, 32, 64, 4, 2),
-        (4, 256): Tile(64, 32, 64, 4, 2),
+        (4, 64): Tile(64, 32, 32, 4, 2),
+        (4, 128): Tile(64, 32, 32, 4, 2),
+        (4, 256): Tile(64, 32, 32, 4, 2),
     },
 }
 
@@ -149,6 +172,100 @@ def value_norms_kernel(
 
 
 @triton.jit
+def flow_of_tile(
+    total,
+    q_tile,
+    k_tile,
+    k,
+    normaliser,
+    rho,
+    rows,
+    keys,
+    inner,
+    several,
+    rho_target,
+    length,
+    queries,
+    targets,
+    window,
+    scale,
+    softcap,
+    WIDTH: tl.constexpr,
+    PADDED: tl.constexpr,
+    INNER: tl.constexpr,
+    EDGE: tl.constexpr,
+    TARGETS: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    CAPPED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """`total` and what a tile of query rows adds to it.
+
+    Of a tile that is not an `EDGE` every row is a query that sees every key: nothing is compared.
+    """
+    LOG2_E: tl.constexpr = 1.4426950408889634
+    present = rows < queries
+    if EDGE:
+        lse = tl.load(normaliser + rows, mask=present, other=float("inf"))
+    else:
+        lse = tl.load(normaliser + rows)
+    if TARGETS == 1:
+        if EDGE:
+            shares = tl.load(rho + rows, mask=present, other=0.0)
+        else:
+            shares = tl.load(rho + rows)
+    else:
+        served = (several < targets)[None, :]
+        if EDGE:
+            served = served & present[:, None]
+        places = rho + several[None, :] * rho_target + rows[:, None]
+        shares = tl.load(places, mask=served, other=0.0)
+    if INNER == PADDED:
+        inside = (inner < WIDTH)[None, :]
+        if EDGE:
+            q = tl.load(q_tile, mask=present[:, None] & inside, other=0.0)
+        elif WIDTH == PADDED:
+            q = tl.load(q_tile)
+        else:
+            q = tl.load(q_tile, mask=inside, other=0.0)
+        if TARGETS == 1:
+            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        else:
+            scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+    else:
+        if TARGETS == 1:
+            scores = tl.zeros([rows.shape[0], keys.shape[0]], dtype=tl.float32)
+        else:
+            scores = tl.zeros([keys.shape[0], rows.shape[0]], dtype=tl.float32)
+        for part in range(0, PADDED, INNER):
+            inside = (part + inner < WIDTH)[None, :]
+            k = tl.load(k_tile + part, mask=(keys < length)[:, None] & inside, other=0.0)
+            q = tl.load(q_tile + part, mask=present[:, None] & inside, other=0.0)
+            if TARGETS == 1:
+                scores = tl.dot(q, tl.trans(k), scores, input_precision=PRECISION)
+            else:
+                scores = tl.dot(k, tl.trans(q), scores, input_precision=PRECISION)
+    if CAPPED:
+        scores = soft_cap(scores * scale, softcap) * LOG2_E
+    else:
+        scores = scores * (scale * LOG2_E)
+    along: tl.constexpr = 1 if TARGETS == 1 else 0
+    weights = tl.exp2(scores - tl.expand_dims(lse * LOG2_E, along))
+    if EDGE:
+        positions = tl.expand_dims(rows + length - queries, along)
+        places = tl.expand_dims(keys, 1 - along)
+        seen = tl.expand_dims(present, along) & (positions >= places)
+        if WINDOWED:
+            seen = seen & (places > positions - window)
+        weights = tl.where(seen, weights, 0.0)
+    if TARGETS == 1:
+        total += weights * shares[:, None]
+    else:
+        total += tl.dot(weights, shares, input_precision=PRECISION)
+    return total
+
+
+@triton.jit
 def attention_flow_kernel(
     query,
     key,
@@ -165,8 +282,10 @@ def attention_flow_kernel(
     rho_head,
     rho_member,
     rho_target,
+    flow_split,
     length,
     queries,
+    queries_each,
     targets,
     group,
     window,
@@ -182,73 +301,114 @@ def attention_flow_kernel(
     CAPPED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """`flow[head, r, i] = sum_j rho[r, j] A[head, j, i]` for a block of keys i and of targets r."""
-    LOG2_E: tl.constexpr = 1.4426950408889634
+    """`flow[split, head, r, i] = sum over a split's j of rho[r, j] A[head, j, i]`.
+
+    For a block of keys i and of targets r. A split is `queries_each` rows, a multiple of `COLUMNS`.
+    """
     # Early keys are seen by the most queries: their programs come first, for every head.
     head = tl.program_id(0).to(tl.int64)
     low_key = tl.program_id(1) * ROWS
-    first_target = tl.program_id(2) * TARGETS
+    blocks = tl.cdiv(targets, TARGETS)
+    first_target = tl.program_id(2) % blocks * TARGETS
+    split = tl.program_id(2) // blocks
     keys = low_key + tl.arange(0, ROWS)
     inner = tl.arange(0, INNER)
     columns = tl.arange(0, COLUMNS)
+    several = first_target + tl.arange(0, TARGETS)
     offset = length - queries
 
     query += head // group * query_head + head % group * query_member
     key += head // group * key_head
     normaliser += head // group * normaliser_head + head % group * normaliser_member
     rho += head // group * rho_head + head % group * rho_member
-    flow += head * targets * length
-
-    k_tile = key + keys[:, None] * key_row + inner[None, :]
-    own = (keys < length)[:, None]
-    if INNER == PADDED:
-        k = tl.load(k_tile, mask=own & (inner < WIDTH)[None, :], other=0.0)
-    first = tl.maximum(low_key - offset, 0)
-    stop = queries
-    if WINDOWED:
-        stop = tl.minimum(queries, low_key + ROWS - 1 + window - offset)
+    flow += split.to(tl.int64) * flow_split + head * targets * length
     if TARGETS == 1:
-        total = tl.zeros([ROWS], dtype=tl.float32)
+        rho += first_target * rho_target
+        total = tl.zeros([COLUMNS, ROWS], dtype=tl.float32)
     else:
         total = tl.zeros([ROWS, TARGETS], dtype=tl.float32)
-        several = first_target + tl.arange(0, TARGETS)
-    for low in range(first, stop, COLUMNS):
+
+    k_tile = key + keys[:, None] * key_row + inner[None, :]
+    k = tl.zeros([ROWS, INNER], dtype=key.dtype.element_ty)
+    if INNER == PADDED:
+        k = tl.load(k_tile, mask=(keys < length)[:, None] & (inner < WIDTH)[None, :], other=0.0)
+
+    # Rows `first .. stop` see some key of the block, rows `whole .. end` of them all of it.
+    begin = split * queries_each
+    stop = tl.minimum(queries, begin + queries_each)
+    end = stop
+    if WINDOWED:
+        stop = tl.minimum(stop, low_key + ROWS - 1 + window - offset)
+        end = tl.minimum(end, low_key + window - offset)
+    first = tl.maximum(begin, tl.maximum(low_key - offset, 0) // COLUMNS * COLUMNS)
+    above = tl.maximum(low_key + ROWS - 1 - offset, 0)
+    whole = tl.minimum(tl.maximum(first, tl.cdiv(above, COLUMNS) * COLUMNS), stop)
+    end = whole + tl.maximum(end - whole, 0) // COLUMNS * COLUMNS
+
+    q_tile = query + (whole + columns)[:, None].to(tl.int64) * query_row + inner[None, :]
+    for low in range(whole, end, COLUMNS):
+        total = flow_of_tile(
+            total,
+            q_tile,
+            k_tile,
+            k,
+            normaliser,
+            rho,
+            low + columns,
+            keys,
+            inner,
+            several,
+            rho_target,
+            length,
+            queries,
+            targets,
+            window,
+            scale,
+            softcap,
+            WIDTH,
+            PADDED,
+            INNER,
+            False,
+            TARGETS,
+            WINDOWED,
+            CAPPED,
+            PRECISION,
+        )
+        q_tile += COLUMNS * tl.cast(query_row, tl.int64)
+    before = tl.cdiv(tl.maximum(whole - first, 0), COLUMNS)
+    after = tl.cdiv(tl.maximum(stop - end, 0), COLUMNS)
+    for edge in range(0, before + after):
+        low = tl.where(edge < before, first, end - before * COLUMNS) + edge * COLUMNS
         rows = low + columns
-        q_tile = query + rows[:, None] * query_row + inner[None, :]
-        some = (rows < queries)[:, None]
-        if INNER == PADDED:
-            q = tl.load(q_tile, mask=some & (inner < WIDTH)[None, :], other=0.0)
-            scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
-        else:
-            scores = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
-            for part in range(0, PADDED, INNER):
-                inside = (part + inner < WIDTH)[None, :]
-                k = tl.load(k_tile + part, mask=own & inside, other=0.0)
-                q = tl.load(q_tile + part, mask=some & inside, other=0.0)
-                scores = tl.dot(k, tl.trans(q), scores, input_precision=PRECISION)
-        lse = tl.load(normaliser + rows, mask=rows < queries, other=float("inf"))
-        if CAPPED:
-            scores = soft_cap(scores * scale, softcap) * LOG2_E
-        else:
-            scores = scores * (scale * LOG2_E)
-        positions = rows + offset
-        seen = positions[None, :] >= keys[:, None]
-        if WINDOWED:
-            seen = seen & (keys[:, None] > positions[None, :] - window)
-        # A row beyond the last query has an infinite normaliser, so no weight.
-        weights = tl.where(seen, tl.exp2(scores - lse[None, :] * LOG2_E), 0.0)
-        if TARGETS == 1:
-            share = tl.load(rho + first_target * rho_target + rows, mask=rows < queries, other=0.0)
-            total += tl.sum(weights * share[None, :], 1)
-        else:
-            shares = tl.load(
-                rho + several[None, :] * rho_target + rows[:, None],
-                mask=(several < targets)[None, :] & (rows < queries)[:, None],
-                other=0.0,
-            )
-            total += tl.dot(weights, shares, input_precision=PRECISION)
+        total = flow_of_tile(
+            total,
+            query + rows[:, None].to(tl.int64) * query_row + inner[None, :],
+            k_tile,
+            k,
+            normaliser,
+            rho,
+            rows,
+            keys,
+            inner,
+            several,
+            rho_target,
+            length,
+            queries,
+            targets,
+            window,
+            scale,
+            softcap,
+            WIDTH,
+            PADDED,
+            INNER,
+            True,
+            TARGETS,
+            WINDOWED,
+            CAPPED,
+            PRECISION,
+        )
     if TARGETS == 1:
-        tl.store(flow + first_target * length + keys, total, mask=keys < length)
+        tl.store(flow + first_target * length + keys, tl.sum(total, 0), mask=keys < length)
     else:
         tl.store(
             flow + several[None, :] * length + keys[:, None],
@@ -308,12 +468,18 @@ def attention_flow(
         for part in (query, key, normaliser, rho)
     )
     targets = rho.shape[2]
-    flow = torch.empty(heads, group, targets, length, dtype=torch.float32, device=query.device)
-    block = 1 if targets == 1 else MANY_TARGETS
-    tile = gpu.for_architecture(_FLOW, query.device)[query.element_size(), _padded(width)]
-    grid = heads * group, triton.cdiv(length, tile.rows), triton.cdiv(targets, block)
+    block, table = (1, _FLOW) if targets == 1 else (MANY_TARGETS, _FLOW_OF_MANY)
+    tile = gpu.for_architecture(table, query.device)[query.element_size(), _padded(width)]
+    blocks, target_blocks = triton.cdiv(length, tile.rows), triton.cdiv(targets, block)
+    # Few heads make few programs, of unequal length: then the queries are shared out.
+    programs = heads * group * blocks * target_blocks
+    splits = max(1, min(PROGRAMS // programs, triton.cdiv(queries, 4 * tile.columns)))
+    each = triton.cdiv(triton.cdiv(queries, splits), tile.columns) * tile.columns
+    splits = triton.cdiv(queries, each)
+    shape = splits, heads, group, targets, length
+    flow = torch.empty(shape, dtype=torch.float32, device=query.device)
     with gpu.on(query):
-        attention_flow_kernel[grid](
+        attention_flow_kernel[heads * group, blocks, target_blocks * splits](
             query,
             key,
             normaliser,
@@ -323,8 +489,10 @@ def attention_flow(
             *key.stride()[:2],
             *normaliser.stride()[:2],
             *rho.stride()[:3],
+            flow.stride(0),
             length,
             queries,
+            each,
             targets,
             group,
             masking.window or 0,
@@ -340,7 +508,7 @@ def attention_flow(
             num_warps=tile.warps,
             num_stages=tile.stages,
         )
-    return flow
+    return flow[0] if splits == 1 else flow.sum(0)
 
 
 _TYPES = {"fp16": 2, "bf16": 2, "fp32": 4}
@@ -368,12 +536,17 @@ def variants(capability: int) -> Iterator[Variant]:
                 tile.warps,
                 tile.stages,
             )
-            tile = gpu.for_architecture(_FLOW, capability)[size, padded]
-            for targets, masked in ((1, False), (MANY_TARGETS, True)):
+            for targets, masked, table in (
+                (1, False, _FLOW),
+                (1, True, _FLOW),
+                (MANY_TARGETS, False, _FLOW_OF_MANY),
+                (MANY_TARGETS, True, _FLOW_OF_MANY),
+            ):
+                tile = gpu.for_architecture(table, capability)[size, padded]
                 strides = "query_head query_member query_row key_head key_row".split()
                 numbers = (
-                    "normaliser_head normaliser_member rho_head rho_member rho_target length "
-                    "queries targets group window"
+                    "normaliser_head normaliser_member rho_head rho_member rho_target flow_split "
+                    "length queries queries_each targets group window"
                 ).split()
                 yield Variant(
                     attention_flow_kernel,
