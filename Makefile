@@ -6,6 +6,7 @@
 #   make kernels KERNELS="--arch 90 --op masked_kl"     some of the GPU kernels
 #   make bench-gpu PARTS="kernels paper"                some of kernels low_rank attribution paper
 #   make bench-gpu PARTS=kernels PYTEST_ARGS="-k 1024"                 some of their rows
+#   make bench-gpu PARTS=tiles                          search for faster tiles than the shipped
 
 PYTHON ?= python3
 PYTEST_ARGS ?=

@@ -54,16 +54,18 @@ def on(tensor: Tensor) -> AbstractContextManager[object]:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
+def capability(device: torch.device) -> int:
+    """A device's compute capability, 90 for 9.0; 0 for the interpreter's."""
+    if device.type != "cuda":
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
 def for_architecture(table: Mapping[int, T], device: torch.device | int) -> T:
     """The entry for a device (or compute capability, 90 for 9.0) of a table of tile sizes.
 
     The newest entry that is not newer than the device, else the oldest.
     """
-    if isinstance(device, int):
-        capability = device
-    elif device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(device)
-        capability = 10 * major + minor
-    else:
-        capability = 0
-    return table[max((each for each in table if each <= capability), default=min(table))]
+    newest = device if isinstance(device, int) else capability(device)
+    return table[max((each for each in table if each <= newest), default=min(table))]

@@ -5,8 +5,9 @@
     python -m heat_fast.kernels.compile --write kernels/COMPILED.md
 
 Triton makes machine code without a GPU. The table holds, for each of an operation's `variants`, the
-registers of a thread, its stack frame (spilled registers live there), the shared memory of a block
-and the instructions that run on the matrix units. A stack frame, or more shared memory than the
+registers of a thread, its stack frame (spilled registers live there), the shared memory of a block,
+the instructions that run on the matrix units, and the lengths of its loops: what a warp issues for
+a tile is a cost that can be read without a GPU. A stack frame, or more shared memory than the
 architecture has, is a failure; so is machine code that writes nothing: what Triton cannot place in
 an architecture's memory it may turn into a trap.
 """
@@ -30,7 +31,11 @@ from typing import Any
 #: that a block may ask for.
 ARCHITECTURES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 
+#: Shorter ones wait.
+SHORTEST_LOOP = 16
+
 _WRITE = re.compile(r"\b(?:STG|UTMASTG|RED|ATOMG)\b")
+_BRANCH = re.compile(r"/\*([0-9a-f]{4,})\*/[^;]*\bBRA\b[^;]*\b0x([0-9a-f]+)\b")
 _MATRIX = re.compile(r"\b(?:[HIDQ]MMA|[HIQ]GMMA|UTC\w*MMA)\b")
 
 
@@ -67,6 +72,7 @@ class Usage:
     stack: int
     shared: int
     matrix: int
+    loops: tuple[int, ...]
     failure: str = ""
 
     def row(self) -> str:
@@ -81,13 +87,14 @@ class Usage:
             self.stack,
             self.shared,
             self.matrix,
+            ", ".join(map(str, self.loops)),
         )
         return "| " + " | ".join(str(cell) for cell in cells) + " |"
 
 
 _HEADER = (
     "| arch | kernel | variant | warps | stages | registers | stack | shared bytes | matrix "
-    "instructions |\n|---|---|---|---|---|---|---|---|---|"
+    "instructions | loops |\n|---|---|---|---|---|---|---|---|---|---|"
 )
 
 
@@ -175,8 +182,20 @@ def compiled(operation: str, variant: Variant, capability: int) -> Usage:
         stack,
         shared,
         len(_MATRIX.findall(instructions)),
+        loop_lengths(instructions),
         ", ".join(failures),
     )
+
+
+def loop_lengths(instructions: str) -> tuple[int, ...]:
+    """The instructions, of 16 bytes, that each branch backwards jumps over, in their order.
+
+    Loops of a few, in which a thread waits for others, are left out, as is a branch to itself, with
+    which code ends.
+    """
+    branches = ((int(at, 16), int(to, 16)) for at, to in _BRANCH.findall(instructions))
+    lengths = ((at - to) // 16 + 1 for at, to in branches)
+    return tuple(length for length in lengths if length >= SHORTEST_LOOP)
 
 
 def _dump(option: str, path: str) -> str:
@@ -195,7 +214,7 @@ def _compile_one(job: tuple[str, int, int]) -> Usage:
     except Exception as error:  # the others are still wanted
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[-1][:200]}"
         name, label = variant.kernel.__name__, variant.label
-        sizes = (variant.warps, variant.stages, 0, 0, 0, 0)
+        sizes = (variant.warps, variant.stages, 0, 0, 0, 0, ())
         return Usage(operation, name, label, capability, *sizes, reason)
 
 
@@ -236,7 +255,7 @@ def _table(done: list[Usage]) -> str:
         "# Compiled kernels\n",
         f"By `make kernels`, triton {triton.__version__}, no GPU: registers a thread, bytes of "
         "stack a thread (0: nothing is spilled), bytes of shared memory a block, matrix-unit "
-        "instructions in the machine code.",
+        "instructions in the machine code, the instructions in each of its loops.",
     ]
     for operation in dict.fromkeys(usage.operation for usage in done):
         rows = [usage.row() for usage in done if usage.operation == operation]

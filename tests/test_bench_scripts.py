@@ -166,3 +166,32 @@ def _told(scores: Any, name: str, asked: list[str]) -> Any:
         return scores(self, case)
 
     return run
+
+
+def test_a_search_for_tiles_climbs_to_the_fastest_and_leaves_the_table_as_it_was(
+    script: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(BENCH / "gpu"))
+    search = script("test_bench_tiles")
+    shipped = search.importlib.import_module("heat_fast.kernels.second_order_attention.tiles")
+    begin = shipped.Tile(16, 32, 1, 4, 2)
+
+    def taken(tile: Any) -> float:  # 64 rows and 8 warps are best, 3 stages do not fit
+        if tile.stages > 2:
+            return float("inf")
+        return abs(tile.rows - 64) + abs(tile.warps - 8) + tile.columns + 100 * tile.probes + 1.0
+
+    best, seconds = search.climb(begin, taken)
+    assert best == shipped.Tile(64, 16, 1, 8, best.stages)
+    assert seconds == 117.0
+
+    before = dict(shipped.KEYS)
+    with search.placed(shipped.KEYS, search.torch.device("cpu")) as place:
+        place({128: begin})
+        assert shipped.of(shipped.KEYS, search.torch.device("cpu"), 80) == begin
+    assert before == shipped.KEYS
+
+    row = {"operation": "flow", "table": "_FLOW", "model": "m", "length": 2048, "dtype": "bfloat16"}
+    row |= {"shipped": {"rows": 16}, "best": {"rows": 64}, "shipped_seconds": 0.002}
+    lines = script("tables").tiles([{**row, "ratio": 1.5, "tried": [{}, {}]}])
+    assert "| rows 16 | 2.000 | rows 64 | 1.50 | 2 |" in lines[-1]

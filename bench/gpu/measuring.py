@@ -104,6 +104,18 @@ def with_peak(call: Callable[[], Any]) -> tuple[Any, int | None]:
     return value, torch.cuda.max_memory_allocated() - before
 
 
+def difference(expected: Any, found: Any) -> float:
+    """The largest difference of two results, as a share of the largest entry.
+
+    `expected` may be of the first heads alone.
+    """
+    if isinstance(expected, tuple):
+        return max(difference(*pair) for pair in zip(expected, found, strict=True))
+    found = found[: len(expected)]
+    scale = float(expected.abs().max())
+    return float((expected.float() - found.float()).abs().max()) / max(scale, 1e-30)
+
+
 def folder() -> Path:
     """The results of this GPU; in another place than the source's they go on from those there."""
     name = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")

@@ -157,6 +157,30 @@ def paper(rows: list[Row]) -> list[str]:
     return table([*head, "A100's floor (projection), s", "peak, GB"], lines)
 
 
+def tiles(rows: list[Row]) -> list[str]:
+    """Shipped tiles beside the fastest that were found."""
+
+    def sizes(tile: dict[str, int]) -> str:
+        return ", ".join(f"{name} {size}" for name, size in tile.items())
+
+    lines = [
+        [
+            f"`{row['operation']}`, `{row['table']}`",
+            row["model"],
+            f"{row['length']:,}",
+            row["dtype"],
+            sizes(row["shipped"]),
+            number(row, "shipped_seconds", ".3f", 1e3),
+            sizes(row["best"]) if row["best"] != row["shipped"] else "the same",
+            number(row, "ratio", ".2f"),
+            str(len(row["tried"])),
+        ]
+        for row in rows
+    ]
+    head = ["operation, table", "model", "N", "dtype", "shipped", "ms", "fastest"]
+    return table([*head, "times as fast", "tried"], lines)
+
+
 PARTS: dict[str, tuple[str, Callable[[list[Row]], list[str]]]] = {
     "kernels": ("Kernels against unfused torch", kernels),
     "low_rank": ("The low-rank step, 500,000 x 128", low_rank),
@@ -165,6 +189,7 @@ PARTS: dict[str, tuple[str, Callable[[list[Row]], list[str]]]] = {
         attribution,
     ),
     "paper": ("The paper's rows, one example", paper),
+    "tiles": ("Tiles", tiles),
 }
 
 

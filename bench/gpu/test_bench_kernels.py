@@ -17,7 +17,7 @@ import attention_cases
 import cases
 import pytest
 import torch
-from measuring import seconds, with_peak
+from measuring import difference, seconds, with_peak
 from sizes import SMALL
 
 from heat_fast.ceilings import Ceilings
@@ -48,18 +48,6 @@ RUNS = [
 ] + [
     (operation, model, COMPILED_AT, "float32") for operation in IN_FLOAT32 for model in cases.MODELS
 ]
-
-
-def error(expected: Any, found: Any) -> float:
-    """The largest difference of two results, as a share of the largest entry.
-
-    `expected` may be of the first heads alone.
-    """
-    if isinstance(expected, tuple):
-        return max(error(*pair) for pair in zip(expected, found, strict=True))
-    found = found[: len(expected)]
-    scale = float(expected.abs().max())
-    return float((expected.float() - found.float()).abs().max()) / max(scale, 1e-30)
 
 
 @pytest.mark.parametrize(("operation", "model", "length", "dtype"), RUNS)
@@ -95,7 +83,7 @@ def test_kernel(
         "peak_bytes": with_peak(case.kernel)[1],
     }
     try:
-        differs = error(case.eager(), found)
+        differs = difference(case.eager(), found)
         kept |= {
             "error": differs,
             "eager_seconds": case.share * seconds(case.eager, EAGER_ROUNDS),

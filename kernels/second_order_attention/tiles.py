@@ -33,8 +33,8 @@ ROWS: Tiles = {
     90: {64: Tile(64, 32, 1, 4, 2), 128: Tile(128, 32, 1, 8, 2)},
     100: {64: Tile(64, 32, 1, 4, 2), 128: Tile(64, 32, 1, 8, 2)},
 }
-# With 64 keys or more an H200's wider instructions would serve, but the sums of that many are spilled
-# (8 bytes with 16 rows and 128 keys), and on sm_100 Triton 3.7 makes a trap of such a kernel.
+# With 64 keys or more an H200's wider instructions would serve, but the sums of that many are
+# spilled (8 bytes with 16 rows and 128 keys), and on sm_100 Triton 3.7 makes a trap of the kernel.
 KEYS: Tiles = {
     80: {64: Tile(32, 32, 1, 4, 2), 96: Tile(64, 32, 1, 8, 1), 128: Tile(64, 32, 1, 8, 2)},
 }
