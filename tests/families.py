@@ -256,6 +256,187 @@ def _gemma3_text() -> transformers.PretrainedConfig:
     )
 
 
+def _phi(**changes: Any) -> transformers.PretrainedConfig:
+    """Parallel residual under one norm, partial rotary, biases everywhere, grouped queries."""
+    settings: dict[str, Any] = {
+        "vocab_size": 65,
+        "hidden_size": 48,
+        "intermediate_size": 61,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 3,
+        "max_position_embeddings": 64,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 100.0,
+            "partial_rotary_factor": 0.5,
+        },
+    }
+    return transformers.PhiConfig(**(settings | changes))
+
+
+def _stablelm(**changes: Any) -> transformers.PretrainedConfig:
+    """LayerNorm with biases, gated MLP, partial rotary, biases on q, k, v."""
+    settings: dict[str, Any] = {
+        "vocab_size": 71,
+        "hidden_size": 48,
+        "intermediate_size": 59,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "use_qkv_bias": True,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 100.0,
+            "partial_rotary_factor": 0.25,
+        },
+    }
+    return transformers.StableLmConfig(**(settings | changes))
+
+
+def _starcoder2() -> transformers.PretrainedConfig:
+    """LayerNorm, ungated MLP, biases, a window of 5 in every layer, tied head."""
+    return transformers.Starcoder2Config(
+        vocab_size=67,
+        hidden_size=40,
+        intermediate_size=63,
+        num_hidden_layers=3,
+        num_attention_heads=5,
+        num_key_value_heads=1,
+        sliding_window=5,
+        max_position_embeddings=64,
+        rope_parameters={"rope_type": "default", "rope_theta": 100.0},
+    )
+
+
+def _smollm3() -> transformers.PretrainedConfig:
+    """No positions in the middle layer."""
+    return transformers.SmolLM3Config(
+        vocab_size=73,
+        hidden_size=48,
+        intermediate_size=57,
+        num_hidden_layers=3,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        no_rope_layers=[1, 0, 1],
+        max_position_embeddings=64,
+        rope_parameters={"rope_type": "default", "rope_theta": 100.0},
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+
+
+def _ministral() -> transformers.PretrainedConfig:
+    """Full and windowed layers mixed, head size unrelated to the width."""
+    return transformers.MinistralConfig(
+        vocab_size=69,
+        hidden_size=40,
+        intermediate_size=53,
+        num_hidden_layers=3,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=8,
+        sliding_window=4,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        max_position_embeddings=64,
+        rope_parameters={"rope_type": "default", "rope_theta": 100.0},
+    )
+
+
+def _seed_oss() -> transformers.PretrainedConfig:
+    """Biases on q, k, v and the output, head size unrelated to the width."""
+    return transformers.SeedOssConfig(
+        vocab_size=77,
+        hidden_size=40,
+        intermediate_size=57,
+        num_hidden_layers=3,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=8,
+        attention_bias=True,
+        attention_out_bias=True,
+        max_position_embeddings=64,
+        rope_parameters={"rope_type": "default", "rope_theta": 100.0},
+    )
+
+
+def _olmo2() -> transformers.PretrainedConfig:
+    """Norms after the layers alone, and over all query or key heads at once; grouped queries."""
+    return transformers.Olmo2Config(
+        vocab_size=79,
+        hidden_size=48,
+        intermediate_size=55,
+        num_hidden_layers=3,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        rope_parameters={"rope_type": "default", "rope_theta": 100.0},
+        pad_token_id=0,
+        eos_token_id=2,
+    )
+
+
+def _olmo3() -> transformers.PretrainedConfig:
+    """As OLMo 2, with full and windowed layers whose rotary tables differ."""
+    return transformers.Olmo3Config(
+        vocab_size=75,
+        hidden_size=48,
+        intermediate_size=55,
+        num_hidden_layers=3,
+        num_attention_heads=6,
+        num_key_value_heads=3,
+        sliding_window=4,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        max_position_embeddings=64,
+        rope_parameters={
+            "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+            "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 200.0},
+        },
+        pad_token_id=0,
+        eos_token_id=2,
+    )
+
+
+def _cohere() -> transformers.PretrainedConfig:
+    """Parallel residual under a norm without bias, interleaved rotary, scaled logits, tied head."""
+    return transformers.CohereConfig(
+        vocab_size=81,
+        hidden_size=48,
+        intermediate_size=57,
+        num_hidden_layers=3,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        logit_scale=0.6,
+        max_position_embeddings=64,
+        rope_parameters={"rope_type": "default", "rope_theta": 100.0},
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+
+
+def _cohere2() -> transformers.PretrainedConfig:
+    """As Command R, with windowed layers, and a full one that knows no positions."""
+    return transformers.Cohere2Config(
+        vocab_size=83,
+        hidden_size=48,
+        intermediate_size=57,
+        num_hidden_layers=3,
+        num_attention_heads=6,
+        num_key_value_heads=3,
+        logit_scale=0.25,
+        sliding_window=4,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        max_position_embeddings=64,
+        rope_parameters={"rope_type": "default", "rope_theta": 100.0},
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+
+
 def _gpt_neo() -> transformers.PretrainedConfig:
     """Unscaled attention, a window of 4 in the middle layer, a bias on out_proj alone."""
     return transformers.GPTNeoConfig(
@@ -292,6 +473,18 @@ CONFIGS: dict[str, ConfigBuilder] = {
     "gemma2": _gemma2,
     "gemma3_text": _gemma3_text,
     "gpt_neo": _gpt_neo,
+    "phi": _phi,
+    "phi_head_norms": lambda: _phi(qk_layernorm=True, num_key_value_heads=6),
+    "stablelm": _stablelm,
+    "stablelm_parallel": lambda: _stablelm(use_parallel_residual=True, use_qkv_bias=False),
+    "starcoder2": _starcoder2,
+    "smollm3": _smollm3,
+    "ministral": _ministral,
+    "seed_oss": _seed_oss,
+    "olmo2": _olmo2,
+    "olmo3": _olmo3,
+    "cohere": _cohere,
+    "cohere2": _cohere2,
 }
 """Configurations by name; the two long-rope names say which factors 5 to 48 tokens use."""
 

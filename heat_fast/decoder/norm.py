@@ -113,6 +113,66 @@ class Norm:
         )
 
 
+class NormOfHeads(Norm):
+    """A norm over all heads of a row at once, of head-major rows `[Hk, B, (G,) S, D]` (OLMo 2).
+
+    The states are head-major as well, `r [1, B, (1,) S, 1]`, so that rows of them can be taken.
+    """
+
+    def forward(self, x: Tensor, *, keep: bool = True) -> tuple[Tensor, NormState]:
+        """As `Norm.forward` on `[B, S, Hk (G) D]`."""
+        y, state = super().forward(_whole_rows(x), keep=keep)
+        if keep:
+            state = NormState(_by_heads(state.normalised, x), _by_heads(state.inverse, _one(x)))
+        return _by_heads(y, x), state
+
+    def tangent(self, state: NormState, x_dot: Tensor) -> Tensor:
+        """As `Norm.tangent`."""
+        return _by_heads(super().tangent(_whole_state(state), _whole_rows(x_dot)), x_dot)
+
+    def adjoint(self, state: NormState, y_bar: Tensor) -> tuple[Tensor, NormAdjoint]:
+        """As `Norm.adjoint`."""
+        x_bar, bar = super().adjoint(_whole_state(state), _whole_rows(y_bar))
+        pulled, along = _by_heads(bar.pulled, y_bar), _by_heads(bar.along, _one(y_bar))
+        return _by_heads(x_bar, y_bar), NormAdjoint(pulled, along)
+
+    def adjoint_tangent(
+        self, state: NormState, x_dot: Tensor, bar: NormAdjoint, y_bar_dot: Tensor
+    ) -> Tensor:
+        """As `Norm.adjoint_tangent`."""
+        whole = NormAdjoint(_whole_rows(bar.pulled), _whole_rows(bar.along))
+        result = super().adjoint_tangent(
+            _whole_state(state), _whole_rows(x_dot), whole, _whole_rows(y_bar_dot)
+        )
+        return _by_heads(result, y_bar_dot)
+
+
+def _whole_rows(x: Tensor) -> Tensor:
+    """`[Hk, B, (G,) S, D] -> [B, S, Hk (G) D]`."""
+    order = (1, 3, 0, 2, 4) if x.dim() == 5 else (1, 2, 0, 3)
+    return x.permute(order).flatten(2)
+
+
+def _whole_state(state: NormState) -> NormState:
+    return NormState(_whole_rows(state.normalised), _whole_rows(state.inverse))
+
+
+def _by_heads(rows: Tensor, like: Tensor) -> Tensor:
+    """The reverse of `_whole_rows`, contiguous, for rows with the heads of `like`."""
+    if like.dim() == 5:
+        sizes: tuple[int, ...] = (like.shape[0], like.shape[2], like.shape[4])
+        order: tuple[int, ...] = (2, 0, 3, 1, 4)
+    else:
+        sizes, order = (like.shape[0], like.shape[3]), (2, 0, 1, 3)
+    heads: Tensor = rows.unflatten(-1, sizes).permute(order)
+    return heads.contiguous()
+
+
+def _one(x: Tensor) -> Tensor:
+    """One number of every row, as a head of its own."""
+    return x[:1, :, :1, :, :1] if x.dim() == 5 else x[:1, ..., :1]
+
+
 class Identity:
     """The norm that is not there: families without post-norms or head norms use it instead."""
 
@@ -146,4 +206,13 @@ def kept(norm: AnyNorm, x_dot: Tensor) -> Tensor:
     return x_dot if isinstance(norm, Norm) else x_dot.new_empty(1).expand(x_dot.shape)
 
 
-__all__ = ["AnyNorm", "Identity", "Norm", "NormAdjoint", "NormState", "kept", "wide"]
+__all__ = [
+    "AnyNorm",
+    "Identity",
+    "Norm",
+    "NormAdjoint",
+    "NormOfHeads",
+    "NormState",
+    "kept",
+    "wide",
+]

@@ -6,6 +6,34 @@ it here, and add a tiny config that exercises its quirks to `tests/families.py`.
 
 from __future__ import annotations
 
-from heat_fast.decoder.families import gemma, gpt2, gpt_neo, gpt_neox, gptj, llama, opt, phi3
+from heat_fast.decoder.families import (
+    cohere,
+    gemma,
+    gpt2,
+    gpt_neo,
+    gpt_neox,
+    gptj,
+    llama,
+    olmo,
+    opt,
+    phi,
+    phi3,
+    stablelm,
+    starcoder2,
+)
 
-__all__ = ["gemma", "gpt2", "gpt_neo", "gpt_neox", "gptj", "llama", "opt", "phi3"]
+__all__ = [
+    "cohere",
+    "gemma",
+    "gpt2",
+    "gpt_neo",
+    "gpt_neox",
+    "gptj",
+    "llama",
+    "olmo",
+    "opt",
+    "phi",
+    "phi3",
+    "stablelm",
+    "starcoder2",
+]

@@ -1,4 +1,4 @@
-"""What several families share: norms, rotary tables and learned positions from their modules."""
+"""What several families share: norms, projections, the head, rotary tables, learned positions."""
 
 from __future__ import annotations
 
@@ -8,28 +8,37 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from heat_fast.decoder.norm import Norm
+from heat_fast.decoder.attention import SeparateProjection
+from heat_fast.decoder.head import Head
+from heat_fast.decoder.linear import Linear
+from heat_fast.decoder.mlp import Mlp
+from heat_fast.decoder.norm import AnyNorm, Norm, NormOfHeads
 from heat_fast.decoder.rotary import Rotary
+from heat_fast.decoder.view import module_device
 from heat_fast.errors import UnsupportedModelError
 
 
-def rms_norm(module: Any, *, weight_offset: float = 0.0) -> Norm:
-    """An RMSNorm; Gemma's stores `w - 1` and multiplies before it leaves float32."""
+def rms_norm(module: Any, *, weight_offset: float = 0.0, late_cast: bool = False) -> Norm:
+    """An RMSNorm; Gemma's stores `w - 1`. With `late_cast` it is multiplied while in float32."""
     norm, eps = _tuned(module)
     return Norm(
-        norm.weight,
-        None,
-        eps,
-        centered=False,
-        weight_offset=weight_offset,
-        late_cast=weight_offset != 0.0,
+        norm.weight, None, eps, centered=False, weight_offset=weight_offset, late_cast=late_cast
     )
 
 
-def layer_norm(module: Any) -> Norm:
-    """A LayerNorm, with or without weight and bias."""
+def rms_norm_of_heads(module: Any) -> NormOfHeads:
+    """An RMSNorm over all heads of a row at once, multiplied while in float32."""
     norm, eps = _tuned(module)
-    return Norm(norm.weight, norm.bias, eps, centered=True, late_cast=True)
+    return NormOfHeads(norm.weight, None, eps, centered=False, late_cast=True)
+
+
+def layer_norm(module: Any, scale: float = 1.0) -> Norm:
+    """A LayerNorm, with or without weight and bias, times `scale`."""
+    norm, eps = _tuned(module)
+    weight, bias = norm.weight, getattr(norm, "bias", None)
+    if scale != 1.0:
+        weight, bias = weight * scale, None if bias is None else bias * scale
+    return Norm(weight, bias, eps, centered=True, late_cast=True)
 
 
 def norm_weight(module: Any) -> Tensor:
@@ -64,14 +73,34 @@ def _tuned(module: Any) -> tuple[Any, float]:
     return norm, float(eps)
 
 
-def rotary_tables(module: nn.Module, like: Tensor, length: int, *layer_type: str) -> Rotary:
+def separate_projection(attention: Any) -> SeparateProjection:
+    """The layers `q_proj`, `k_proj` and `v_proj`."""
+    query, key, value = (
+        Linear(layer) for layer in (attention.q_proj, attention.k_proj, attention.v_proj)
+    )
+    return SeparateProjection(query, key, value, attention.head_dim)
+
+
+def gated_mlp(mlp: Any) -> Mlp:
+    """The layers `gate_proj`, `up_proj` and `down_proj`."""
+    return Mlp(Linear(mlp.gate_proj), Linear(mlp.up_proj), Linear(mlp.down_proj), mlp.act_fn)
+
+
+def head(norm: AnyNorm, projection: nn.Module, softcap: float | None = None) -> Head:
+    """The final norm and the vocabulary projection, where the latter computes."""
+    return Head(norm, Linear(projection), softcap, device=module_device(projection))
+
+
+def rotary_tables(
+    module: nn.Module, like: Tensor, length: int, *layer_type: str, interleaved: bool = False
+) -> Rotary:
     """The model's own rotary tables for positions `0..length-1`.
 
     The module is copied first: scaled variants store frequencies for the last length seen.
     """
     positions = torch.arange(length, device=like.device)[None]
     cos, sin = copy.deepcopy(module)(like[None, :1], positions, *layer_type)
-    return Rotary(cos[0], sin[0])
+    return Rotary(cos[0], sin[0], interleaved=interleaved)
 
 
 def learned_positions(table: nn.Module, length: int, offset: int = 0) -> Tensor:

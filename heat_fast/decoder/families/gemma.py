@@ -10,12 +10,17 @@ from typing import Any
 
 from torch import nn
 
-from heat_fast.decoder.attention import Attention, SeparateProjection
+from heat_fast.decoder.attention import Attention
 from heat_fast.decoder.block import Block
-from heat_fast.decoder.families.common import norm_weight, rms_norm, rotary_tables
-from heat_fast.decoder.head import Head
+from heat_fast.decoder.families.common import (
+    gated_mlp,
+    head,
+    norm_weight,
+    rms_norm,
+    rotary_tables,
+    separate_projection,
+)
 from heat_fast.decoder.linear import Linear
-from heat_fast.decoder.mlp import Mlp
 from heat_fast.decoder.norm import Norm
 from heat_fast.decoder.rotary import Rotary
 from heat_fast.decoder.view import Decoder, family, module_device
@@ -54,18 +59,13 @@ def build(model: nn.Module, length: int) -> Decoder:
         blocks=tuple(
             _block(layer, tables[kind], config) for layer, kind in zip(layers, kinds, strict=False)
         ),
-        head=Head(
-            _norm(body.norm),
-            Linear(causal.lm_head),
-            softcap=config.final_logit_softcapping,
-            device=module_device(causal.lm_head),
-        ),
+        head=head(_norm(body.norm), causal.lm_head, softcap=config.final_logit_softcapping),
         positions=None,
     )
 
 
 def _norm(module: Any) -> Norm:
-    return rms_norm(module, weight_offset=1.0)
+    return rms_norm(module, weight_offset=1.0, late_cast=True)
 
 
 def _block(layer: Any, rotary: Rotary, config: Any) -> Block:
@@ -75,12 +75,7 @@ def _block(layer: Any, rotary: Rotary, config: Any) -> Block:
     return Block(
         norm=_norm(layer.input_layernorm),
         attention=Attention(
-            SeparateProjection(
-                Linear(attention.q_proj),
-                Linear(attention.k_proj),
-                Linear(attention.v_proj),
-                attention.head_dim,
-            ),
+            separate_projection(attention),
             Linear(attention.o_proj),
             rotary,
             # Gemma 3 has the setting but never applies it.
@@ -90,12 +85,7 @@ def _block(layer: Any, rotary: Rotary, config: Any) -> Block:
             key_norm=_norm(attention.k_norm) if hasattr(attention, "k_norm") else None,
         ),
         mlp_norm=_norm(layer.pre_feedforward_layernorm),
-        mlp=Mlp(
-            Linear(layer.mlp.gate_proj),
-            Linear(layer.mlp.up_proj),
-            Linear(layer.mlp.down_proj),
-            layer.mlp.act_fn,
-        ),
+        mlp=gated_mlp(layer.mlp),
         post_attention=_norm(layer.post_attention_layernorm),
         post_mlp=_norm(layer.post_feedforward_layernorm),
         device=module_device(layer),

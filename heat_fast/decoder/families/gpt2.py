@@ -8,8 +8,7 @@ from torch import nn
 
 from heat_fast.decoder.attention import Attention, FusedProjection
 from heat_fast.decoder.block import Block
-from heat_fast.decoder.families.common import layer_norm, learned_positions
-from heat_fast.decoder.head import Head
+from heat_fast.decoder.families.common import head, layer_norm, learned_positions
 from heat_fast.decoder.linear import Linear
 from heat_fast.decoder.mlp import Mlp
 from heat_fast.decoder.view import Decoder, family, module_device
@@ -31,9 +30,7 @@ def build(model: nn.Module, length: int) -> Decoder:
         model=model,
         length=length,
         blocks=tuple(_block(layer) for layer in body.h),
-        head=Head(
-            layer_norm(body.ln_f), Linear(causal.lm_head), device=module_device(causal.lm_head)
-        ),
+        head=head(layer_norm(body.ln_f), causal.lm_head),
         positions=learned_positions(body.wpe, length),
     )
 

@@ -6,10 +6,14 @@ from typing import Any
 
 from torch import nn
 
-from heat_fast.decoder.attention import Attention, SeparateProjection
+from heat_fast.decoder.attention import Attention
 from heat_fast.decoder.block import Block
-from heat_fast.decoder.families.common import layer_norm, learned_positions
-from heat_fast.decoder.head import Head
+from heat_fast.decoder.families.common import (
+    head,
+    layer_norm,
+    learned_positions,
+    separate_projection,
+)
 from heat_fast.decoder.linear import Linear
 from heat_fast.decoder.mlp import Mlp
 from heat_fast.decoder.view import Decoder, family, module_device
@@ -25,9 +29,7 @@ def build(model: nn.Module, length: int) -> Decoder:
         model=model,
         length=length,
         blocks=tuple(_block(layer, causal.config) for layer in body.h),
-        head=Head(
-            layer_norm(body.ln_f), Linear(causal.lm_head), device=module_device(causal.lm_head)
-        ),
+        head=head(layer_norm(body.ln_f), causal.lm_head),
         positions=learned_positions(body.wpe, length),
     )
 
@@ -38,12 +40,7 @@ def _block(layer: Any, config: Any) -> Block:
     return Block(
         norm=layer_norm(layer.ln_1),
         attention=Attention(
-            SeparateProjection(
-                Linear(attention.q_proj),
-                Linear(attention.k_proj),
-                Linear(attention.v_proj),
-                attention.head_dim,
-            ),
+            separate_projection(attention),
             Linear(attention.out_proj),
             None,
             Masking(1.0, window),

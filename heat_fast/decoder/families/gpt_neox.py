@@ -8,8 +8,7 @@ from torch import nn
 
 from heat_fast.decoder.attention import Attention, FusedProjection
 from heat_fast.decoder.block import Block
-from heat_fast.decoder.families.common import layer_norm, norm_weight, rotary_tables
-from heat_fast.decoder.head import Head
+from heat_fast.decoder.families.common import head, layer_norm, norm_weight, rotary_tables
 from heat_fast.decoder.linear import Linear
 from heat_fast.decoder.mlp import Mlp
 from heat_fast.decoder.rotary import Rotary
@@ -28,11 +27,7 @@ def build(model: nn.Module, length: int) -> Decoder:
         model=model,
         length=length,
         blocks=tuple(_block(layer, rotary, causal.config) for layer in body.layers),
-        head=Head(
-            layer_norm(body.final_layer_norm),
-            Linear(unembedding),
-            device=module_device(unembedding),
-        ),
+        head=head(layer_norm(body.final_layer_norm), unembedding),
         positions=None,
     )
 

@@ -7,10 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from heat_fast.decoder.attention import Attention, SeparateProjection
+from heat_fast.decoder.attention import Attention
 from heat_fast.decoder.block import Block
-from heat_fast.decoder.families.common import layer_norm, norm_weight
-from heat_fast.decoder.head import Head
+from heat_fast.decoder.families.common import head, layer_norm, norm_weight, separate_projection
 from heat_fast.decoder.linear import Linear
 from heat_fast.decoder.mlp import Mlp
 from heat_fast.decoder.rotary import Rotary
@@ -27,9 +26,7 @@ def build(model: nn.Module, length: int) -> Decoder:
         model=model,
         length=length,
         blocks=tuple(_block(layer, length, norm_weight(body.ln_f).dtype) for layer in body.h),
-        head=Head(
-            layer_norm(body.ln_f), Linear(causal.lm_head), device=module_device(causal.lm_head)
-        ),
+        head=head(layer_norm(body.ln_f), causal.lm_head),
         positions=None,
     )
 
@@ -43,12 +40,7 @@ def _block(layer: Any, length: int, dtype: torch.dtype) -> Block:
     return Block(
         norm=norm,
         attention=Attention(
-            SeparateProjection(
-                Linear(attention.q_proj),
-                Linear(attention.k_proj),
-                Linear(attention.v_proj),
-                attention.head_dim,
-            ),
+            separate_projection(attention),
             Linear(attention.out_proj),
             rotary,
             Masking(attention.head_dim**-0.5),

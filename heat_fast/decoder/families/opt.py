@@ -6,10 +6,14 @@ from typing import Any
 
 from torch import nn
 
-from heat_fast.decoder.attention import Attention, SeparateProjection
+from heat_fast.decoder.attention import Attention
 from heat_fast.decoder.block import Block
-from heat_fast.decoder.families.common import layer_norm, learned_positions
-from heat_fast.decoder.head import Head
+from heat_fast.decoder.families.common import (
+    head,
+    layer_norm,
+    learned_positions,
+    separate_projection,
+)
 from heat_fast.decoder.linear import Linear
 from heat_fast.decoder.mlp import Mlp
 from heat_fast.decoder.norm import Identity
@@ -34,11 +38,7 @@ def build(model: nn.Module, length: int) -> Decoder:
         model=model,
         length=length,
         blocks=tuple(_block(layer) for layer in body.layers),
-        head=Head(
-            Identity() if final is None else layer_norm(final),
-            Linear(causal.lm_head),
-            device=module_device(causal.lm_head),
-        ),
+        head=head(Identity() if final is None else layer_norm(final), causal.lm_head),
         positions=learned_positions(body.embed_positions, length, body.embed_positions.offset),
     )
 
@@ -48,12 +48,7 @@ def _block(layer: Any) -> Block:
     return Block(
         norm=layer_norm(layer.self_attn_layer_norm),
         attention=Attention(
-            SeparateProjection(
-                Linear(attention.q_proj),
-                Linear(attention.k_proj),
-                Linear(attention.v_proj),
-                attention.head_dim,
-            ),
+            separate_projection(attention),
             Linear(attention.out_proj),
             None,
             Masking(attention.scaling),

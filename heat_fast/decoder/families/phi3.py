@@ -8,8 +8,7 @@ from torch import nn
 
 from heat_fast.decoder.attention import Attention, FusedProjection
 from heat_fast.decoder.block import Block
-from heat_fast.decoder.families.common import norm_weight, rms_norm, rotary_tables
-from heat_fast.decoder.head import Head
+from heat_fast.decoder.families.common import head, norm_weight, rms_norm, rotary_tables
 from heat_fast.decoder.linear import Linear
 from heat_fast.decoder.mlp import Mlp
 from heat_fast.decoder.rotary import Rotary
@@ -28,9 +27,7 @@ def build(model: nn.Module, length: int) -> Decoder:
         model=model,
         length=length,
         blocks=tuple(_block(layer, rotary, config) for layer in layers),
-        head=Head(
-            rms_norm(body.norm), Linear(causal.lm_head), device=module_device(causal.lm_head)
-        ),
+        head=head(rms_norm(body.norm), causal.lm_head),
         positions=None,
     )
 
