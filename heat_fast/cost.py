@@ -241,6 +241,7 @@ def _peak_bytes(
         adjoint += wide * sizes.normed + item * (sizes.heads + 2 * sizes.inner)
         sweep += item * (sizes.normed + heads + sizes.hidden)
         block = wide * (2 * sizes.normed + 2 * heads + sizes.hidden + 2 * sizes.inner)
+        block += wide * sizes.gathered
         temporary, inner = max(temporary, block), max(inner, sizes.inner)
     workers, each = budget.workers, max(work.length, budget.rows)
     # Eight copies of the logits in a divergence, four of the targets' rows in the trunk. The GPU

@@ -90,6 +90,9 @@ class Reference:
         double = copy.deepcopy(model).double().eval().requires_grad_(False)
         # Fused attention has no double backward, and only eager attention returns its weights.
         double.set_attn_implementation("eager")
+        if any(parameter.dim() == 3 for parameter in double.parameters()):
+            # Experts: their fused products know no float64.
+            double.set_experts_implementation("eager")
         self.model = double
         self.layers = layers
         self._precision = precision = _KeepFloat64()

@@ -10,6 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 from heat_fast.decoder import Decoder
 from heat_fast.decoder.attention import SeparateProjection
 from heat_fast.decoder.block import Block
@@ -32,14 +35,18 @@ class _Row:
         return self.shared + self.queried
 
 
+def _row_of(block: Block, decoder: Decoder) -> Tensor:
+    """A row of the residual stream, where a block takes it."""
+    row = torch.zeros_like(decoder.embeddings_weight[:1])
+    return row.to(block.device or row.device)
+
+
 def _row(block: Block, sizes: Shape, width: int, item: int) -> _Row:
     separate = isinstance(block.attention.projection, SeparateProjection)
     projected = sizes.heads + 2 * sizes.key_heads + (3 if separate else 1) * width
     shared = 2 * (sizes.key_heads + width) if separate else projected
     output = sizes.heads + width
-    up = sizes.hidden + (1 if block.mlp.up is None else 2) * width
-    down = sizes.inner + width
-    queried = projected - shared + output + up + down
+    queried = projected - shared + output + sizes.passed
     return _Row(item * projected, item * shared, item * queried)
 
 
@@ -65,20 +72,41 @@ class Traffic:
         # A row through all blocks under the last one, and through those of them that are swept.
         self._body = sum(row.all for row in self._rows[:-1])
         self._swept_body = sum(row.all for row in self._swept[:-1])
-        each = [item * (sizes.shared + sizes.queried) for sizes in shapes]
+        self._unswept = unswept
+        self._feed_forward = [block.mlp.sizes(_row_of(block, decoder)) for block in decoder.blocks]
         self._head_weights = item * work.width * work.vocabulary
-        self._weights = sum(each) + self._head_weights
-        self._swept_weights = each[unswept:]
 
     def _through(self, body: int, rows: int, queries: int) -> int:
         """Some rows up or down: `body` bytes each under the last block, which makes `queries`."""
         last = self._rows[-1]
         return (body + last.shared) * rows + last.queried * queries
 
-    def _share(self, weights: int, start: int) -> int:
-        """A sequence's share of reading some weights, in a batch of sequences from `start` on."""
+    def _weights(self, rows: int, queries: int, first: int = 0) -> list[int]:
+        """What so many rows read of the weights of each block, of the last one's so many queries.
+
+        All of them, save that few rows go to few experts.
+        """
+        each = []
+        last = len(self._feed_forward) - 1
+        for layer, fed in enumerate(self._feed_forward[first:], first):
+            sizes = self._work.shapes[layer]
+            dense = sizes.shared + sizes.queried - fed.weights
+            each.append(self._item * (dense + fed.read(queries if layer == last else rows)))
+        return each
+
+    def _batch(self, start: int) -> int:
+        """How many sequences from `start` on are run together."""
         length = self._work.length
-        return -(-weights // self._budget.batch(length - start, length))
+        return self._budget.batch(length - start, length)
+
+    def _share(self, weights: int, start: int) -> int:
+        """A sequence's share of reading some weights."""
+        return -(-weights // self._batch(start))
+
+    def _share_of_blocks(self, start: int, queries: int, first: int = 0) -> int:
+        """A sequence's share of reading the weights of the blocks from `first` on."""
+        rows, batch = self._work.length - start, self._batch(start)
+        return self._share(sum(self._weights(batch * rows, batch * queries, first)), start)
 
     def branch(self, start: int) -> int:
         """A branch with its share of all weights and of the head's."""
@@ -86,13 +114,15 @@ class Traffic:
         moved = self._through(self._body, rows, self._work.targets)
         if len(self._rows) > 1:  # the other rows' projections are the trunk's
             moved -= self._rows[0].projected * (rows - 1)
-        return moved + self._share(self._weights, start)
+        read = self._share_of_blocks(start, self._work.targets)
+        return moved + read + self._share(self._head_weights, start)
 
     def trunk(self) -> int:
         """The unmodified context with its logits, every weight once."""
         work = self._work
         moved = self._through(self._body, work.length, work.targets)
-        return moved + work.targets * self.logits + self._weights
+        read = sum(self._weights(work.length, work.targets)) + self._head_weights
+        return moved + work.targets * self.logits + read
 
     def gate(self, rollout: str) -> list[int]:
         """Queries, keys and values of each block and its output weights, once."""
@@ -104,18 +134,19 @@ class Traffic:
 
     def up(self, start: int) -> int:
         """One tangent up, with its share of the weights."""
-        moved = self._through(self._swept_body, self._work.length - start, self._work.targets)
-        return moved + self._share(sum(self._swept_weights), start)
+        targets = self._work.targets
+        moved = self._through(self._swept_body, self._work.length - start, targets)
+        return moved + self._share_of_blocks(start, targets, self._unswept)
 
     def down(self, start: int, target: int) -> int:
         """One tangent of the adjoint of one target down, with its share of the weights."""
         moved = self._through(self._swept_body, self._work.stop(target) - start, 1)
-        return moved + self._share(sum(self._swept_weights), start)
+        return moved + self._share_of_blocks(start, 1, self._unswept)
 
     def adjoint(self, target: int) -> list[int]:
         """The primal adjoint of one target, block by block from the top, every weight once."""
         rows = self._work.stop(target)
-        blocks = zip(self._swept, self._swept_weights, strict=True)
+        blocks = zip(self._swept, self._weights(rows, 1, self._unswept), strict=True)
         each = [row.all * rows + weights for row, weights in blocks]
         each[-1] -= self._swept[-1].queried * (rows - 1)  # only the target's row makes a query
         return each[::-1]

@@ -51,6 +51,8 @@ class Shape:
     key_heads: int  # Hk * D
     hidden: int  # pre-activations: f, both halves if gated
     inner: int  # f
+    passed: int  # what goes into and out of the products of the feed-forward layer
+    gathered: int  # copies of a row for its experts
     normed: int  # what the norms make of a row, all norms together
 
 
@@ -65,9 +67,7 @@ def shape(block: Block, row: Tensor) -> Shape:
         assert isinstance(projection, FusedProjection)
         query = projection.heads * projection.head_dim
         keys = projection.key_heads * projection.head_dim
-    gate = block.mlp.gate.out_features(row)
-    hidden = gate + (0 if block.mlp.up is None else block.mlp.up.out_features(row))
-    inner = gate // 2 if block.mlp.fused else gate
+    fed = block.mlp.sizes(row)
     attention = block.attention
     norms = (block.norm, block.mlp_norm, block.post_attention, block.post_mlp)
     normed = sum(width for norm in norms if isinstance(norm, Norm))
@@ -78,12 +78,14 @@ def shape(block: Block, row: Tensor) -> Shape:
     return Shape(
         projected=projected,
         shared=shared,
-        queried=projected - shared + (query + hidden + inner) * width,
+        queried=projected - shared + query * width + fed.weights,
         count=query // projection.head_dim,
         heads=query,
         key_heads=keys,
-        hidden=hidden,
-        inner=inner,
+        hidden=fed.hidden,
+        inner=fed.inner,
+        passed=fed.passed,
+        gathered=fed.gathered,
         normed=normed,
     )
 

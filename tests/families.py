@@ -437,6 +437,62 @@ def _cohere2() -> transformers.PretrainedConfig:
     )
 
 
+def _mixtral() -> transformers.PretrainedConfig:
+    """Two of four experts for every row, whose weights sum to 1; a window in every layer."""
+    return transformers.MixtralConfig(
+        vocab_size=71,
+        hidden_size=40,
+        intermediate_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=5,
+        num_key_value_heads=1,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        sliding_window=6,
+        max_position_embeddings=64,
+        rope_parameters={"rope_type": "default", "rope_theta": 100.0},
+    )
+
+
+def _qwen3_moe() -> transformers.PretrainedConfig:
+    """Three of five experts, weighted as they are; a plain MLP in the middle layer."""
+    return transformers.Qwen3MoeConfig(
+        vocab_size=73,
+        hidden_size=40,
+        intermediate_size=51,
+        moe_intermediate_size=24,
+        num_hidden_layers=3,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_experts=5,
+        num_experts_per_tok=3,
+        norm_topk_prob=False,
+        mlp_only_layers=[1],
+        max_position_embeddings=64,
+        rope_parameters={"rope_type": "default", "rope_theta": 100.0},
+        tie_word_embeddings=False,
+    )
+
+
+def _olmoe() -> transformers.PretrainedConfig:
+    """Two of four experts, weighted as they are; norms over all query or key heads at once."""
+    return transformers.OlmoeConfig(
+        vocab_size=69,
+        hidden_size=48,
+        intermediate_size=24,
+        num_hidden_layers=3,
+        num_attention_heads=6,
+        num_key_value_heads=3,
+        num_experts=4,
+        num_experts_per_tok=2,
+        max_position_embeddings=64,
+        rope_parameters={"rope_type": "default", "rope_theta": 100.0},
+        pad_token_id=0,
+        eos_token_id=2,
+    )
+
+
 def _gpt_neo() -> transformers.PretrainedConfig:
     """Unscaled attention, a window of 4 in the middle layer, a bias on out_proj alone."""
     return transformers.GPTNeoConfig(
@@ -485,6 +541,9 @@ CONFIGS: dict[str, ConfigBuilder] = {
     "olmo3": _olmo3,
     "cohere": _cohere,
     "cohere2": _cohere2,
+    "mixtral": _mixtral,
+    "qwen3_moe": _qwen3_moe,
+    "olmoe": _olmoe,
 }
 """Configurations by name; the two long-rope names say which factors 5 to 48 tokens use."""
 
@@ -515,8 +574,8 @@ def _randomise(model: PreTrainedModel, seed: int) -> None:
             noise = torch.randn(parameter.shape, generator=generator)
             if id(parameter) in embeddings:
                 parameter.copy_(0.2 * noise)
-            elif parameter.ndim == 2:
-                fan_in = parameter.shape[0 if id(parameter) in convolutions else 1]
+            elif parameter.ndim >= 2:
+                fan_in = parameter.shape[0 if id(parameter) in convolutions else -1]
                 parameter.copy_(1.2 * noise / fan_in**0.5)
             else:
                 # Norm weights start at 1 (at 0 in Gemma) and biases at 0: stay around that default.
@@ -533,6 +592,8 @@ def build(
     """
     with torch.random.fork_rng(devices=[]):
         model = AutoModelForCausalLM.from_config(CONFIGS[name](), attn_implementation=attn)
+    if hasattr(model.config, "num_experts_per_tok"):
+        model.set_experts_implementation("eager")  # the default knows no float64
     _randomise(model, seed)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)

@@ -335,6 +335,7 @@ class Alive(TorchDispatchMode):
         ("llama", 32, torch.float32),
         ("gpt2", 3, torch.float32),
         ("gemma2", 1, torch.bfloat16),
+        ("olmoe", 2, torch.float32),
     ],
 )
 def test_estimated_bytes_are_near_those_alive(

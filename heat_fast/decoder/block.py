@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, is_dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,7 +33,7 @@ from heat_fast.decoder.attention import (
     Rows,
 )
 from heat_fast.decoder.linear import Linear
-from heat_fast.decoder.mlp import Mlp, MlpAdjoint, MlpState, MlpTangent
+from heat_fast.decoder.mlp import FeedForward
 from heat_fast.decoder.norm import AnyNorm, Identity, Norm, NormAdjoint, NormState, kept
 from heat_fast.kernels.branch_attention import RaggedRows
 
@@ -59,7 +60,7 @@ class BlockState:
     attention: AttentionState
     attended: NormState
     mlp_entry: NormState
-    mlp: MlpState
+    mlp: Any
     fed: NormState
     streams: Streams | None = None
 
@@ -90,7 +91,7 @@ class BlockTangent:
     attention: AttentionTangent
     attended: Tensor
     mlp_entry: Tensor
-    mlp: MlpTangent
+    mlp: Any
     fed: Tensor
 
     def cut(self, rows: Rows) -> BlockTangent:
@@ -122,7 +123,7 @@ class BlockAdjoint:
     attention: AttentionAdjoint
     post_attention: NormAdjoint
     mlp_norm: NormAdjoint
-    mlp: MlpAdjoint
+    mlp: Any
     post_mlp: NormAdjoint
 
     def cut(self, rows: Rows) -> BlockAdjoint:
@@ -149,7 +150,7 @@ class Block:
         norm: AnyNorm,
         attention: Attention,
         mlp_norm: AnyNorm,
-        mlp: Mlp,
+        mlp: FeedForward,
         *,
         parallel: bool = False,
         post_attention: Norm | None = None,
@@ -168,12 +169,8 @@ class Block:
     @property
     def linears(self) -> tuple[Linear, ...]:
         """All affine submodules."""
-        mlp = (self.mlp.gate, self.mlp.up, self.mlp.down)
-        return (
-            *self.attention.projection.linears,
-            self.attention.output,
-            *(linear for linear in mlp if linear is not None),
-        )
+        attention = self.attention
+        return *attention.projection.linears, attention.output, *self.mlp.linears
 
     def _here(self, x: Tensor) -> Tensor:
         """Move to this block's device: a device map may spread the blocks over several."""
@@ -203,7 +200,7 @@ class Block:
             attention=attention,
             attended=post_attention.select(0, 0),
             mlp_entry=mlp_entry.select(0, 0),
-            mlp=MlpState(mlp.gate[0], None if mlp.up is None else mlp.up[0]),
+            mlp=mlp.first(),
             fed=post_mlp.select(0, 0),
             streams=Streams(middle[0], y[0]) if keep_streams else None,
         )
@@ -229,7 +226,7 @@ class Block:
 
     def feed(
         self, x: Tensor, middle: Tensor, *, keep: bool = False
-    ) -> tuple[Tensor, NormState, MlpState, NormState]:
+    ) -> tuple[Tensor, NormState, Any, NormState]:
         """`y` from `x` and `x1`, `[.., d]`, with the states of the feed-forward layer (`keep`)."""
         normed, mlp_entry = self.mlp_norm.forward(x if self.parallel else middle, keep=keep)
         fed, mlp = self.mlp.forward(normed)

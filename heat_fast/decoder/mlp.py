@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,70 @@ from torch import Tensor, nn
 from heat_fast.decoder.linear import Linear
 from heat_fast.decoder.norm import wide
 from heat_fast.kernels.gated import gate_adjoint_tangent, gate_tangent
+
+Activation = nn.Module | Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class FeedForwardSizes:
+    """What one row meets in a feed-forward layer, in numbers.
+
+    `hidden`: pre-activations; `inner`: what is multiplied by `W_down`; `weights`: those that it is
+    multiplied by; `passed`: what goes into and out of products; `gathered`: copies of the row and
+    of what becomes of it, one for each of its experts; `experts`: the weights of all experts, of
+    which `chance` is a row's share.
+    """
+
+    hidden: int
+    inner: int
+    weights: int
+    passed: int
+    gathered: int = 0
+    experts: int = 0
+    chance: float = 1.0
+
+    def read(self, rows: int) -> int:
+        """The weights that a batch of rows reads, where experts are chosen evenly."""
+        spared = self.experts * (1 - self.chance) ** rows
+        return self.weights + round(self.experts * (1 - self.chance) - spared)
+
+
+class FeedForward(Protocol):
+    """A feed-forward layer in four readings; its records have `rows`, and its states `first`."""
+
+    activation: Activation
+
+    @property
+    def linears(self) -> tuple[Linear, ...]: ...
+
+    def sizes(self, row: Tensor) -> FeedForwardSizes: ...
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Any]: ...
+
+    def with_derivatives(self, state: Any) -> Any: ...
+
+    def tangent(self, state: Any, x_dot: Tensor) -> tuple[Tensor, Any]: ...
+
+    def adjoint(self, state: Any, y_bar: Tensor, width: int) -> tuple[Tensor, Any]: ...
+
+    def adjoint_tangent(
+        self, state: Any, tangent: Any, bar: Any, y_bar_dot: Tensor, width: int
+    ) -> Tensor: ...
+
+
+def derivatives(activation: Activation, gate: Tensor, order: int) -> tuple[Tensor, ...]:
+    """`(phi, phi', ..)` at `gate` up to `order`, element by element, in its dtype."""
+    with torch.enable_grad():
+        x = gate.detach().to(wide(gate.dtype)).requires_grad_()
+        values = [activation(x)]
+        for step in range(order):
+            total = values[-1].sum()
+            if not total.requires_grad:  # e.g. the second derivative of a ReLU
+                values.append(torch.zeros_like(x))
+                continue
+            (slope,) = torch.autograd.grad(total, x, create_graph=step + 1 < order)
+            values.append(slope)
+    return tuple(value.detach().to(gate.dtype) for value in values)
 
 
 @dataclass(frozen=True)
@@ -31,6 +96,10 @@ class MlpState:
     up: Tensor | None
     value: Tensor | None = None
     slope: Tensor | None = None
+
+    def first(self) -> MlpState:
+        """The state of the first of a batch."""
+        return MlpState(self.gate[0], None if self.up is None else self.up[0])
 
     def rows(self, rows: slice) -> MlpState:
         """The same state for some of its rows."""
@@ -77,7 +146,7 @@ class Mlp:
         gate: Linear,
         up: Linear | None,
         down: Linear,
-        activation: nn.Module | Callable[[Tensor], Tensor],
+        activation: Activation,
         *,
         fused: bool = False,
     ) -> None:
@@ -86,6 +155,20 @@ class Mlp:
         self.down = down
         self.activation = activation
         self.fused = fused
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        """All affine submodules."""
+        return tuple(layer for layer in (self.gate, self.up, self.down) if layer is not None)
+
+    def sizes(self, row: Tensor) -> FeedForwardSizes:
+        """What a row meets, and what of it is kept."""
+        gate, width = self.gate.out_features(row), row.shape[-1]
+        hidden = gate + (0 if self.up is None else self.up.out_features(row))
+        inner = gate // 2 if self.fused else gate
+        weights = (hidden + inner) * width
+        passed = hidden + inner + (2 if self.up is None else 3) * width
+        return FeedForwardSizes(hidden, inner, weights, passed)
 
     def _split(self, read: Callable[[Linear], Tensor]) -> tuple[Tensor, Tensor | None]:
         """Gate and up values from one reading (`forward` or `tangent`) of the input layers."""
@@ -102,20 +185,6 @@ class Mlp:
         y = self.down.forward(hidden if up is None else hidden * up)
         return y, MlpState(gate, up)
 
-    def derivatives(self, gate: Tensor, order: int) -> tuple[Tensor, ...]:
-        """`(phi, phi', ..)` at `gate` up to `order`, element by element, in its dtype."""
-        with torch.enable_grad():
-            x = gate.detach().to(wide(gate.dtype)).requires_grad_()
-            values = [self.activation(x)]
-            for step in range(order):
-                total = values[-1].sum()
-                if not total.requires_grad:  # e.g. the second derivative of a ReLU
-                    values.append(torch.zeros_like(x))
-                    continue
-                (slope,) = torch.autograd.grad(total, x, create_graph=step + 1 < order)
-                values.append(slope)
-        return tuple(value.detach().to(gate.dtype) for value in values)
-
     def with_derivatives(self, state: MlpState) -> MlpState:
         """The state with `phi` and `phi' o u` kept: worth their memory when many probes follow."""
         value, slope = self._slopes(state)
@@ -125,7 +194,7 @@ class Mlp:
         """`phi` and `phi' o u` (plain: `phi'`)."""
         if state.value is not None and state.slope is not None:
             return state.value, state.slope
-        value, slope = self.derivatives(state.gate, 1)
+        value, slope = derivatives(self.activation, state.gate, 1)
         return value, slope if state.up is None else slope * state.up
 
     def tangent(self, state: MlpState, x_dot: Tensor) -> tuple[Tensor, MlpTangent]:
@@ -138,7 +207,7 @@ class Mlp:
     def adjoint(self, state: MlpState, y_bar: Tensor, width: int) -> tuple[Tensor, MlpAdjoint]:
         """`x_`, by `h_ = y_ W_down`, `g_ = h_ u phi'`, `u_ = h_ phi`."""
         hidden = self.down.adjoint(y_bar, state.gate.shape[-1])
-        value, slope, bend = self.derivatives(state.gate, 2)
+        value, slope, bend = derivatives(self.activation, state.gate, 2)
         kept = MlpAdjoint(hidden * slope, hidden * bend)
         if state.up is None:
             return self._pull(kept.slope, None, width), kept

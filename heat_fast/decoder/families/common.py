@@ -26,10 +26,10 @@ def rms_norm(module: Any, *, weight_offset: float = 0.0, late_cast: bool = False
     )
 
 
-def rms_norm_of_heads(module: Any) -> NormOfHeads:
-    """An RMSNorm over all heads of a row at once, multiplied while in float32."""
+def rms_norm_of_heads(module: Any, *, late_cast: bool = False) -> NormOfHeads:
+    """An RMSNorm over all heads of a row at once."""
     norm, eps = _tuned(module)
-    return NormOfHeads(norm.weight, None, eps, centered=False, late_cast=True)
+    return NormOfHeads(norm.weight, None, eps, centered=False, late_cast=late_cast)
 
 
 def layer_norm(module: Any, scale: float = 1.0) -> Norm:

@@ -1,8 +1,8 @@
 """Llama, Mistral, Qwen2, Qwen3 and kin: RMSNorm, rotary halves, grouped queries, gated MLP.
 
 They differ in biases (read from the modules), sliding windows (Mistral: all layers; Qwen and
-Ministral: some), norms on the query and key heads (Qwen3) and layers that know no positions
-(SmolLM3).
+Ministral: some), norms on the query and key heads (Qwen3: each; OLMoE: all at once), layers that
+know no positions (SmolLM3) and experts (Mixtral, Qwen3-MoE, OLMoE).
 """
 
 from __future__ import annotations
@@ -13,17 +13,21 @@ from torch import nn
 
 from heat_fast.decoder.attention import Attention
 from heat_fast.decoder.block import Block
+from heat_fast.decoder.experts import experts_of
 from heat_fast.decoder.families.common import (
     gated_mlp,
     head,
     norm_weight,
     rms_norm,
+    rms_norm_of_heads,
     rotary_tables,
     separate_projection,
 )
 from heat_fast.decoder.linear import Linear
+from heat_fast.decoder.mlp import FeedForward
 from heat_fast.decoder.rotary import Rotary
 from heat_fast.decoder.view import Decoder, family, module_device
+from heat_fast.errors import UnsupportedModelError
 from heat_fast.kernels.branch_attention import Masking
 
 
@@ -35,11 +39,19 @@ from heat_fast.kernels.branch_attention import Masking
     "Qwen3ForCausalLM",
     "SeedOssForCausalLM",
     "SmolLM3ForCausalLM",
+    "MixtralForCausalLM",
+    "Qwen3MoeForCausalLM",
+    "OlmoeForCausalLM",
 )
 def build(model: nn.Module, length: int) -> Decoder:
     """View a Llama-like model."""
     causal: Any = model
     body, config = causal.model, causal.config
+    if getattr(config, "clip_qkv", None) is not None:
+        raise UnsupportedModelError(
+            f"this {type(model).__name__} clips queries, keys and values (clip_qkv="
+            f"{config.clip_qkv}): expected clip_qkv=None, as OLMoE-1B-7B has it. Use such a model."
+        )
     rotary = rotary_tables(body.rotary_emb, norm_weight(body.norm), length)
     layers = body.layers[: config.num_hidden_layers]
     return Decoder(
@@ -55,8 +67,9 @@ def _block(layer: Any, rotary: Rotary, config: Any) -> Block:
     attention = layer.self_attn
     # Most layers know their own window; Mistral's read the config's; Llama has none.
     window = getattr(attention, "sliding_window", None)
-    if config.model_type == "mistral":
+    if config.model_type in ("mistral", "mixtral"):
         window = config.sliding_window
+    norm = rms_norm_of_heads if config.model_type == "olmoe" else rms_norm
     return Block(
         norm=rms_norm(layer.input_layernorm),
         attention=Attention(
@@ -65,10 +78,17 @@ def _block(layer: Any, rotary: Rotary, config: Any) -> Block:
             rotary if getattr(attention, "use_rope", True) else None,
             Masking(attention.scaling, window),
             groups=attention.num_key_value_groups,
-            query_norm=rms_norm(attention.q_norm) if hasattr(attention, "q_norm") else None,
-            key_norm=rms_norm(attention.k_norm) if hasattr(attention, "k_norm") else None,
+            query_norm=norm(attention.q_norm) if hasattr(attention, "q_norm") else None,
+            key_norm=norm(attention.k_norm) if hasattr(attention, "k_norm") else None,
         ),
         mlp_norm=rms_norm(layer.post_attention_layernorm),
-        mlp=gated_mlp(layer.mlp),
+        mlp=_feed_forward(layer.mlp),
         device=module_device(layer),
     )
+
+
+def _feed_forward(layer: Any) -> FeedForward:
+    """An MLP, or experts; Mixtral's weights always sum to 1."""
+    if hasattr(layer, "experts"):
+        return experts_of(layer, layer.gate.top_k, getattr(layer.gate, "norm_topk_prob", True))
+    return gated_mlp(layer)

@@ -1,0 +1,100 @@
+"""Mixtures of experts: how rows are brought to their experts and back, and what is refused.
+
+That values and derivatives are right is in test_decoder.py and test_parity.py, as for any family.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+import families
+import heat_fast
+from assertions import assert_close
+from heat_fast.decoder.experts import Slots
+from heat_fast.errors import UnsupportedModelError
+
+IDS = families.prompt_ids("mixtral", 9)
+
+
+@st.composite
+def chosen(draw: Any) -> tuple[Tensor, int]:
+    """The experts of some rows, no two of a row alike, and how many there are."""
+    rows, experts = draw(st.integers(1, 9)), draw(st.integers(1, 6))
+    top = draw(st.integers(1, experts))
+    order = st.permutations(range(experts))
+    return torch.tensor([draw(order)[:top] for _ in range(rows)]), experts
+
+
+@given(chosen(), st.data())
+def test_slots_lead_to_the_experts_and_back(drawn: tuple[Tensor, int], data: Any) -> None:
+    experts, count = drawn
+    rows, top = experts.shape
+    start = data.draw(st.integers(0, rows - 1))
+    cut = slice(start, data.draw(st.integers(start + 1, rows)))
+    whole = Slots.of(experts, count)
+    part, taken = whole.cut(cut)
+    x = torch.randn(2, rows, 3, dtype=torch.float64)
+    for slots, these, inside in ((whole, experts, slice(None)), (part, experts[cut], cut)):
+        assert slots.expert.tolist() == sorted(these.flatten().tolist())
+        assert slots.counts == tuple(torch.bincount(these.flatten(), minlength=count).tolist())
+        gathered = slots.gather(x[:, inside])
+        assert torch.equal(slots.sum(gathered), x[:, inside].repeat(top, 1, 1, 1).sum(0))
+        weights = torch.randn(len(slots.row), dtype=torch.float64)
+        dense = slots.scatter(weights)
+        assert torch.equal(dense[slots.row, slots.expert], weights)
+        assert int((dense != 0).sum()) == weights.numel()
+        assert_close("totals", dense.sum(-1, keepdim=True), slots.total(weights), rtol=1e-12)
+    assert torch.equal(whole.expert[taken], part.expert)
+    assert torch.equal(whole.row[taken] - start, part.row)
+
+
+def test_transformers_fused_experts_give_the_same() -> None:
+    expected = heat_fast.attribute(families.build("mixtral"), None, IDS, 4, probes=1)
+    model = families.build("mixtral")
+    model.set_experts_implementation("grouped_mm")
+    found = heat_fast.attribute(model, None, IDS, 4, probes=1)
+    assert torch.equal(expected.scores, found.scores)
+    assert model.config._experts_implementation == "grouped_mm"
+
+
+def test_hooks_on_experts_are_noticed() -> None:
+    model = families.build("qwen3_moe")
+    ids = families.prompt_ids("qwen3_moe", 9)
+    layer: Any = model.model.layers[0].mlp
+    harmless = layer.gate.register_forward_hook(lambda *_: None)
+    heat_fast.attribute(model, None, ids, 4, probes=1)
+    harmless.remove()
+    layer.experts.register_forward_hook(lambda _module, _inputs, output: 2 * output)
+    with pytest.raises(UnsupportedModelError, match=r"layers\.0\.mlp\.experts"):
+        heat_fast.attribute(model, None, ids, 4, probes=1)
+
+
+@pytest.mark.parametrize("name", ["gate_up_proj", "down_proj"])
+def test_experts_that_do_not_lie_in_plain_tensors_are_refused(name: str) -> None:
+    model = families.build("olmoe")
+    experts: Any = model.model.layers[1].mlp.experts
+    delattr(experts, name)
+    experts.register_buffer(name, torch.zeros(4, 8, 8, dtype=torch.int8))
+    with pytest.raises(UnsupportedModelError, match=f"no plain {name} of 3 dimensions"):
+        heat_fast.attribute(model, None, families.prompt_ids("olmoe", 9), 4, probes=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "setting", "value"),
+    [
+        ("olmoe", "clip_qkv", 2.0),
+        ("stablelm", "qk_layernorm", True),
+        ("cohere", "use_qk_norm", True),
+    ],
+)
+def test_settings_that_are_not_served_are_named(name: str, setting: str, value: Any) -> None:
+    model = families.build(name)
+    setattr(model.config, setting, value)
+    with pytest.raises(UnsupportedModelError, match=setting):
+        heat_fast.attribute(model, None, families.prompt_ids(name, 9), 4, probes=1)
