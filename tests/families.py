@@ -265,6 +265,7 @@ def _phi(**changes: Any) -> transformers.PretrainedConfig:
         "num_hidden_layers": 3,
         "num_attention_heads": 6,
         "num_key_value_heads": 3,
+        "pad_token_id": 0,
         "max_position_embeddings": 64,
         "rope_parameters": {
             "rope_type": "default",
@@ -284,6 +285,7 @@ def _stablelm(**changes: Any) -> transformers.PretrainedConfig:
         "num_hidden_layers": 3,
         "num_attention_heads": 6,
         "num_key_value_heads": 2,
+        "pad_token_id": 0,
         "max_position_embeddings": 64,
         "use_qkv_bias": True,
         "rope_parameters": {

@@ -30,8 +30,9 @@ def build(model: nn.Module, length: int) -> Decoder:
     causal: Any = model
     body, config = causal.model, causal.config
     layers = body.layers[: config.num_hidden_layers]
-    # OLMo 3 mixes windowed and full layers, each with a rotary base of its own.
-    kinds = config.layer_types if config.model_type == "olmo3" else [None] * len(layers)
+    # OLMo 3 mixes windowed and full layers; transformers' later versions give each kind a table.
+    several = hasattr(body.rotary_emb, "layer_types")
+    kinds = config.layer_types if several else [None] * len(layers)
     like = norm_weight(body.norm)
     tables = {
         kind: rotary_tables(body.rotary_emb, like, length, *([kind] if kind else []))
