@@ -172,8 +172,8 @@ def test_a_search_for_tiles_climbs_to_the_fastest_and_leaves_the_table_as_it_was
     script: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(str(BENCH / "gpu"))
-    search = script("test_bench_tiles")
-    shipped = search.importlib.import_module("heat_fast.kernels.second_order_attention.tiles")
+    search, trials = script("test_bench_tiles"), script("tiles")
+    shipped = trials.importlib.import_module("heat_fast.kernels.second_order_attention.tiles")
     begin = shipped.Tile(16, 32, 1, 4, 2)
 
     def taken(tile: Any) -> float:  # 64 rows and 8 warps are best, 3 stages do not fit
@@ -181,15 +181,21 @@ def test_a_search_for_tiles_climbs_to_the_fastest_and_leaves_the_table_as_it_was
             return float("inf")
         return abs(tile.rows - 64) + abs(tile.warps - 8) + tile.columns + 100 * tile.probes + 1.0
 
-    best, seconds = search.climb(begin, taken)
+    prepared: list[Any] = []
+    best, seconds = search.climb(begin, prepared.extend, taken)
     assert best == shipped.Tile(64, 16, 1, 8, best.stages)
     assert seconds == 117.0
+    assert len(set(prepared)) == len(prepared)
+    assert best in prepared
 
-    before = dict(shipped.KEYS)
-    with search.placed(shipped.KEYS, search.torch.device("cpu")) as place:
-        place({128: begin})
-        assert shipped.of(shipped.KEYS, search.torch.device("cpu"), 80) == begin
-    assert before == shipped.KEYS
+    trial = trials.Trial(None, shipped.KEYS, 0, shipped.KEYS[80], 96)
+    with monkeypatch.context() as patch:
+        patch.delitem(shipped.KEYS, 0, raising=False)
+        trial.put(begin)
+        device = search.torch.device("cpu")
+        assert shipped.of(shipped.KEYS, device, 80) == begin
+        assert shipped.of(shipped.KEYS, device, 128) == shipped.KEYS[80][128]
+        del shipped.KEYS[0]
 
     row = {"operation": "flow", "table": "_FLOW", "model": "m", "length": 2048, "dtype": "bfloat16"}
     row |= {"shipped": {"rows": 16}, "best": {"rows": 64}, "shipped_seconds": 0.002}
