@@ -94,6 +94,8 @@ class Reference:
             # Experts: their fused products know no float64.
             double.set_experts_implementation("eager")
         self.model = double
+        # Of a model that reads images too, the part that is asked here.
+        self.text: Any = getattr(getattr(double, "model", None), "language_model", double)
         self.layers = layers
         self._precision = precision = _KeepFloat64()
         for module in double.modules():
@@ -146,8 +148,8 @@ class Reference:
 
     def blocks(self) -> Any:
         """The model's list of blocks: the only one of that many."""
-        count = self.model.config.num_hidden_layers
-        lists = [m for m in self.model.modules() if isinstance(m, torch.nn.ModuleList)]
+        count = self.model.config.get_text_config().num_hidden_layers
+        lists = [m for m in self.text.modules() if isinstance(m, torch.nn.ModuleList)]
         return next(entries for entries in lists if len(entries) == count)
 
     def attentions_and_values(self, embeddings: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -179,11 +181,11 @@ class Reference:
     def output_projections(self) -> list[Tensor]:
         """W_O of every layer as [heads * head size, d], so that a head's output is V W_O[head]."""
         found: list[Any] = []
-        for module in self.model.modules():
+        for module in self.text.modules():
             if "Attention" in type(module).__name__:
                 children = dict(module.named_children())
                 found += [children[name] for name in _OUTPUT_PROJECTIONS if name in children]
-        layers = self.model.config.num_hidden_layers
+        layers = self.model.config.get_text_config().num_hidden_layers
         if len(found) != layers:
             raise UnsupportedModelError(
                 f"found {len(found)} attention output projections in {type(self.model).__name__}, "

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 ConfigBuilder = Callable[[], transformers.PretrainedConfig]
@@ -495,6 +495,32 @@ def _olmoe() -> transformers.PretrainedConfig:
     )
 
 
+_NO_EYES: dict[str, Any] = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+
+
+def _gemma3() -> transformers.PretrainedConfig:
+    """The text part of a model that reads images."""
+    return transformers.Gemma3Config(
+        text_config=_gemma3_text().to_dict(), vision_config=_NO_EYES, mm_tokens_per_image=4
+    )
+
+
+def _mistral3() -> transformers.PretrainedConfig:
+    """The text part of a model that reads images, windows and all."""
+    return transformers.Mistral3Config(
+        text_config=_mistral().to_dict(),
+        vision_config={"model_type": "pixtral", **_NO_EYES},
+        image_token_index=70,
+    )
+
+
 def _gpt_neo() -> transformers.PretrainedConfig:
     """Unscaled attention, a window of 4 in the middle layer, a bias on out_proj alone."""
     return transformers.GPTNeoConfig(
@@ -546,6 +572,8 @@ CONFIGS: dict[str, ConfigBuilder] = {
     "mixtral": _mixtral,
     "qwen3_moe": _qwen3_moe,
     "olmoe": _olmoe,
+    "gemma3": _gemma3,
+    "mistral3": _mistral3,
 }
 """Configurations by name; the two long-rope names say which factors 5 to 48 tokens use."""
 
@@ -593,7 +621,8 @@ def build(
     only. The global random state is left alone.
     """
     with torch.random.fork_rng(devices=[]):
-        model = AutoModelForCausalLM.from_config(CONFIGS[name](), attn_implementation=attn)
+        kind = AutoModelForImageTextToText if name == "mistral3" else AutoModelForCausalLM
+        model = kind.from_config(CONFIGS[name](), attn_implementation=attn)
     if hasattr(model.config, "num_experts_per_tok"):
         model.set_experts_implementation("eager")  # the default knows no float64
     _randomise(model, seed)
@@ -605,7 +634,7 @@ def build(
 def prompt_ids(name: str, length: int, seed: int = 0) -> list[int]:
     """`length` random token ids of the family's vocabulary, none of them 0, 1 or 2."""
     generator = torch.Generator().manual_seed(1_000 + seed)
-    vocabulary = int(CONFIGS[name]().vocab_size)
+    vocabulary = int(CONFIGS[name]().get_text_config().vocab_size)
     return torch.randint(3, vocabulary, (length,), generator=generator).tolist()
 
 

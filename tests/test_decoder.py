@@ -127,6 +127,28 @@ def test_every_family_has_a_tiny_model_here() -> None:
     assert classes == set(supported_classes())
 
 
+@pytest.mark.parametrize(
+    ("name", "setting", "value"),
+    [
+        ("olmoe", "clip_qkv", 2.0),
+        ("stablelm", "qk_layernorm", True),
+        ("cohere", "use_qk_norm", True),
+    ],
+)
+def test_settings_that_are_not_served_are_named(name: str, setting: str, value: Any) -> None:
+    model = families.build(name)
+    setattr(model.config, setting, value)
+    with pytest.raises(UnsupportedModelError, match=setting):
+        view(model, 9)
+
+
+def test_the_text_part_of_a_model_with_eyes_has_to_be_known() -> None:
+    model = families.build("mistral3")
+    model.config.text_config.model_type = "ministral3"
+    with pytest.raises(UnsupportedModelError, match="text part of this Mistral3"):
+        view(model, 9)
+
+
 # --- published sizes ----------------------------------------------------------------------------
 
 

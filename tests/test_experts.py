@@ -83,18 +83,3 @@ def test_experts_that_do_not_lie_in_plain_tensors_are_refused(name: str) -> None
     experts.register_buffer(name, torch.zeros(4, 8, 8, dtype=torch.int8))
     with pytest.raises(UnsupportedModelError, match=f"no plain {name} of 3 dimensions"):
         heat_fast.attribute(model, None, families.prompt_ids("olmoe", 9), 4, probes=1)
-
-
-@pytest.mark.parametrize(
-    ("name", "setting", "value"),
-    [
-        ("olmoe", "clip_qkv", 2.0),
-        ("stablelm", "qk_layernorm", True),
-        ("cohere", "use_qk_norm", True),
-    ],
-)
-def test_settings_that_are_not_served_are_named(name: str, setting: str, value: Any) -> None:
-    model = families.build(name)
-    setattr(model.config, setting, value)
-    with pytest.raises(UnsupportedModelError, match=setting):
-        heat_fast.attribute(model, None, families.prompt_ids(name, 9), 4, probes=1)

@@ -78,8 +78,10 @@ def _load(name: str, device: Any, dtype: str) -> Loaded:
     """
     from transformers import (
         MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
         AutoConfig,
         AutoModelForCausalLM,
+        AutoModelForImageTextToText,
         AutoTokenizer,
     )
 
@@ -100,7 +102,11 @@ def _load(name: str, device: Any, dtype: str) -> Loaded:
             f"{name!r} is an encoder-decoder model ({config.model_type}): expected a decoder-only "
             "language model. Choose one such as Llama, Qwen2 or GPT-2."
         )
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        kind: Any = AutoModelForCausalLM
+    elif type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        kind = AutoModelForImageTextToText  # its text part, where it is known
+    else:
         raise UnsupportedModelError(
             f"{name!r} is a {config.model_type} model, which is not a causal language model: "
             "expected a decoder-only one. Choose one such as Llama, Qwen2 or GPT-2."
@@ -109,7 +115,7 @@ def _load(name: str, device: Any, dtype: str) -> Loaded:
         own = base == name or os.path.isfile(os.path.join(name, "tokenizer_config.json"))
         tokenizer = AutoTokenizer.from_pretrained(name if own else base, **options)
     with _loading(name, "weights"):
-        model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options)
+        model: Any = kind.from_pretrained(name, dtype=dtype, **options)
         return Loaded(model.to(device).eval(), tokenizer)
 
 

@@ -18,6 +18,13 @@ from heat_fast.decoder.view import module_device
 from heat_fast.errors import UnsupportedModelError
 
 
+def text_part(model: Any) -> tuple[Any, Any]:
+    """The body of a causal language model, or of the text part of one that reads images too, and
+    its config."""
+    body = model.model
+    return getattr(body, "language_model", body), model.config.get_text_config()
+
+
 def rms_norm(module: Any, *, weight_offset: float = 0.0, late_cast: bool = False) -> Norm:
     """An RMSNorm; Gemma's stores `w - 1`. With `late_cast` it is multiplied while in float32."""
     norm, eps = _tuned(module)

@@ -19,6 +19,7 @@ from heat_fast.decoder.families.common import (
     rms_norm,
     rotary_tables,
     separate_projection,
+    text_part,
 )
 from heat_fast.decoder.linear import Linear
 from heat_fast.decoder.norm import Norm
@@ -28,11 +29,11 @@ from heat_fast.errors import UnsupportedModelError
 from heat_fast.kernels.branch_attention import Masking
 
 
-@family("Gemma2ForCausalLM", "Gemma3ForCausalLM")
+@family("Gemma2ForCausalLM", "Gemma3ForCausalLM", "Gemma3ForConditionalGeneration")
 def build(model: nn.Module, length: int) -> Decoder:
-    """View a Gemma 2 or Gemma 3 text model."""
+    """View a Gemma 2 or Gemma 3 model, of one that reads images its text part."""
     causal: Any = model
-    body, config = causal.model, causal.config
+    body, config = text_part(causal)
     if getattr(config, "use_bidirectional_attention", False):
         raise UnsupportedModelError(
             "this Gemma attends in both directions; attribution needs a causal model. "

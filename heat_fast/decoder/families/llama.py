@@ -22,6 +22,7 @@ from heat_fast.decoder.families.common import (
     rms_norm_of_heads,
     rotary_tables,
     separate_projection,
+    text_part,
 )
 from heat_fast.decoder.linear import Linear
 from heat_fast.decoder.mlp import FeedForward
@@ -35,6 +36,7 @@ from heat_fast.kernels.branch_attention import Masking
     "LlamaForCausalLM",
     "MistralForCausalLM",
     "MinistralForCausalLM",
+    "Mistral3ForConditionalGeneration",
     "Qwen2ForCausalLM",
     "Qwen3ForCausalLM",
     "SeedOssForCausalLM",
@@ -44,9 +46,14 @@ from heat_fast.kernels.branch_attention import Masking
     "OlmoeForCausalLM",
 )
 def build(model: nn.Module, length: int) -> Decoder:
-    """View a Llama-like model."""
+    """View a Llama-like model, of one that reads images (Mistral Small 3) its text part."""
     causal: Any = model
-    body, config = causal.model, causal.config
+    body, config = text_part(causal)
+    if body is not causal.model and config.model_type != "mistral":
+        raise UnsupportedModelError(
+            f"the text part of this {type(model).__name__} is a {type(body).__name__}: expected a "
+            "MistralModel, as that of Mistral Small 3.1 and 3.2. Use such a model."
+        )
     if getattr(config, "clip_qkv", None) is not None:
         raise UnsupportedModelError(
             f"this {type(model).__name__} clips queries, keys and values (clip_qkv="
