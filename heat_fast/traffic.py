@@ -75,6 +75,7 @@ class Traffic:
         self._unswept = unswept
         self._feed_forward = [block.mlp.sizes(_row_of(block, decoder)) for block in decoder.blocks]
         self._head_weights = item * work.width * work.vocabulary
+        self._shares: dict[tuple[int, int, int], int] = {}
 
     def _through(self, body: int, rows: int, queries: int) -> int:
         """Some rows up or down: `body` bytes each under the last block, which makes `queries`."""
@@ -105,8 +106,12 @@ class Traffic:
 
     def _share_of_blocks(self, start: int, queries: int, first: int = 0) -> int:
         """A sequence's share of reading the weights of the blocks from `first` on."""
-        rows, batch = self._work.length - start, self._batch(start)
-        return self._share(sum(self._weights(batch * rows, batch * queries, first)), start)
+        place = start, queries, first
+        if place not in self._shares:  # many targets ask for the same
+            rows, batch = self._work.length - start, self._batch(start)
+            weights = sum(self._weights(batch * rows, batch * queries, first))
+            self._shares[place] = self._share(weights, start)
+        return self._shares[place]
 
     def branch(self, start: int) -> int:
         """A branch with its share of all weights and of the head's."""

@@ -35,7 +35,10 @@ ARCHITECTURES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 SHORTEST_LOOP = 16
 
 _WRITE = re.compile(r"\b(?:STG|UTMASTG|RED|ATOMG)\b")
-_BRANCH = re.compile(r"/\*([0-9a-f]{4,})\*/[^;]*\bBRA\b[^;]*\b0x([0-9a-f]+)\b")
+# A loop ends on a condition; the retries of a wait lie behind the end and jump back without one.
+_BRANCH = re.compile(
+    r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\d\s+BRA\b|BRA\.U\s+!?UP\d)[^;]*\b0x([0-9a-f]+)\b"
+)
 _MATRIX = re.compile(r"\b(?:[HIDQ]MMA|[HIQ]GMMA|UTC\w*MMA)\b")
 
 
@@ -190,8 +193,7 @@ def compiled(operation: str, variant: Variant, capability: int) -> Usage:
 def loop_lengths(instructions: str) -> tuple[int, ...]:
     """The instructions, of 16 bytes, that each branch backwards jumps over, in their order.
 
-    Loops of a few, in which a thread waits for others, are left out, as is a branch to itself, with
-    which code ends.
+    Loops of a few, in which a thread waits for others, are left out.
     """
     branches = ((int(at, 16), int(to, 16)) for at, to in _BRANCH.findall(instructions))
     lengths = ((at - to) // 16 + 1 for at, to in branches)

@@ -10,10 +10,12 @@ LISTING = """
         /*0210*/              BRA.U UP0, 0x00000110 ;              /* 0xfffffffc00000947 */
         /*0220*/              @P1 BRA 0x210 ;                      /* 0xfffffffc00000947 */
         /*0230*/              @P1 BRA 0x400 ;                      /* 0xfffffffc00000947 */
+        /*0400*/              EXIT ;                               /* 0x000000000000794d */
+        /*0500*/              BRA 0x100 ;                          /* 0xfffffffc00000947 */
         /*12340*/             BRA 0x12340;                         /* 0xfffffffc00000947 */
 """
 
 
 def test_loops_are_the_stretches_that_a_branch_jumps_back_over() -> None:
-    """Not a wait of two instructions, a jump ahead, or the last branch, which is to itself."""
+    """Not a wait of two instructions, a jump ahead, or what lies behind the end."""
     assert loop_lengths(LISTING) == (17, 17)

@@ -11,11 +11,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 import families
 import heat_fast
 from assertions import assert_close
+from heat_fast.decoder import view
 from heat_fast.decoder.experts import Slots
 from heat_fast.errors import UnsupportedModelError
 
@@ -75,11 +76,45 @@ def test_hooks_on_experts_are_noticed() -> None:
         heat_fast.attribute(model, None, ids, 4, probes=1)
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=str)
 @pytest.mark.parametrize("name", ["gate_up_proj", "down_proj"])
-def test_experts_that_do_not_lie_in_plain_tensors_are_refused(name: str) -> None:
+def test_experts_that_do_not_lie_in_plain_tensors_are_refused(
+    name: str, dtype: torch.dtype
+) -> None:
     model = families.build("olmoe")
     experts: Any = model.model.layers[1].mlp.experts
     delattr(experts, name)
-    experts.register_buffer(name, torch.zeros(4, 8, 8, dtype=torch.int8))
+    experts.register_buffer(name, torch.zeros(4, 8, 8).to(dtype))
     with pytest.raises(UnsupportedModelError, match=f"no plain {name} of 3 dimensions"):
         heat_fast.attribute(model, None, families.prompt_ids("olmoe", 9), 4, probes=1)
+
+
+class Adapter(nn.Module):
+    """In another module's place, as adapters are."""
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+
+
+@pytest.mark.parametrize("part", ["gate", "experts"])
+def test_adapters_of_routers_and_experts_are_refused(part: str) -> None:
+    model = families.build("qwen3_moe")
+    layer: Any = model.model.layers[0].mlp
+    setattr(layer, part, Adapter(getattr(layer, part)))
+    with pytest.raises(UnsupportedModelError, match=r"merge_and_unload"):
+        view(model, 9)
+
+
+def test_no_rows_go_to_no_experts() -> None:
+    experts = view(families.build("mixtral"), 9).blocks[0].mlp
+    assert experts.forward(torch.zeros(1, 0, 40))[0].shape == (1, 0, 40)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_ties_of_a_router_pass_for_rounding(seed: int) -> None:
+    """In half precision the view and the model may choose otherwise."""
+    model = families.build("olmoe", dtype=torch.float16, seed=seed)
+    model.set_experts_implementation("grouped_mm")
+    ids = families.prompt_ids("olmoe", 40, seed)
+    heat_fast.attribute(model, None, ids[:-8], ids[-8:], curvature="none")

@@ -84,6 +84,23 @@ def test_attribution(name: str, dtype: torch.dtype, kernels: str, targets: int) 
         assert_close(f"{name} {part}", actual[part], getattr(actual.result, part), rtol=1e-7)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@every_family
+def test_half_precision(name: str, dtype: torch.dtype) -> None:
+    """Every family in the dtypes that models are loaded in: off by some units of their rounding.
+
+    A router's near ties may fall otherwise in bfloat16, which is a leap.
+    """
+    expected = expected_of(name)
+    model = families.build(name, dtype=dtype)
+    actual = measure(model, ids_of(name), TARGETS[0], probes=PROBES, kernels="reference")
+    unit = torch.finfo(dtype).eps * (4 if name in ("mixtral", "qwen3_moe", "olmoe") else 1)
+    for part, units in {"gate": 4, "information": 8, "curvature": 32}.items():
+        exact, found = getattr(expected, part)[0].double(), actual[part][0].double()
+        off = float((exact - found).abs().sum() / exact.abs().sum())
+        assert off < units * unit, f"{name} {part} in {dtype}: off by {off:.1%} of its sum"
+
+
 @both_dtypes
 @every_family
 def test_input_path_gate(name: str, dtype: torch.dtype) -> None:

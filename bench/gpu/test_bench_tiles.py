@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, wait
 from dataclasses import asdict, fields, replace
+from math import inf
 from typing import Any
 
 import cases
@@ -63,7 +64,7 @@ def climb(
         prepare(fresh)
         found = {tile: taken(tile) for tile in fresh}
         fastest = min(found, key=found.__getitem__, default=None)
-        if fastest is None or found[fastest] * WORTH > least:
+        if fastest is None or not found[fastest] * WORTH <= least < inf:
             return best, least
         best, least = fastest, found[fastest]
 
@@ -102,7 +103,7 @@ def test_tiles(
         def taken(tile: Any) -> float:
             """Seconds with a tile; infinite where it cannot be, or the search has lasted long."""
             if over():
-                return float("inf")
+                return inf
             own.put(tile)
             try:
                 differs = difference(expected, own.case.kernel())
@@ -111,11 +112,12 @@ def test_tiles(
                 found = seconds(own.case.kernel, ROUNDS)
             except Exception as error:  # whatever the compiler, the device or the mathematics says
                 tried.append({**asdict(tile), "reason": f"{type(error).__name__}: {error}"[:200]})
-                return float("inf")
+                return inf
             tried.append({**asdict(tile), "seconds": found})
             return found
 
         best, least = climb(own.shipped, prepare, taken)
+        assert least < inf, f"the shipped tile could not be timed: {tried[0].get('reason')}"
         own.put(best)
         timed(own.case.kernel, rounds=ROUNDS, held=True)
     row.update(

@@ -29,6 +29,8 @@ from heat_fast.decoder.product import affine, product
 from heat_fast.errors import UnsupportedModelError
 from heat_fast.kernels.gated import gate_adjoint_tangent, gate_tangent
 
+_NUMBERS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
 
 @dataclass(frozen=True)
 class Slots:
@@ -47,6 +49,10 @@ class Slots:
         """From the experts `[S, k]`, of so many, that each row goes to."""
         expert, order = chosen.flatten().sort(stable=True)
         return Slots._sorted(order, expert, chosen.shape, experts)
+
+    def all_of(self, rows: slice) -> bool:
+        """Whether these are all rows."""
+        return len(range(*rows.indices(len(self.place)))) == len(self.place)
 
     def cut(self, rows: slice) -> tuple[Slots, Tensor]:
         """The slots of some rows, and which of these they are."""
@@ -108,7 +114,7 @@ class ExpertsState:
 
     def rows(self, rows: slice) -> ExpertsState:
         """The same state for some of its rows."""
-        if len(range(*rows.indices(len(self.share)))) == len(self.share):
+        if self.slots.all_of(rows):
             return self
         slots, taken = self.slots.cut(rows)
 
@@ -138,6 +144,8 @@ class ExpertsTangent:
 
     def rows(self, rows: slice) -> ExpertsTangent:
         """The same tangents for some of their rows."""
+        if self.slots.all_of(rows):
+            return self
         slots, taken = self.slots.cut(rows)
         return ExpertsTangent(
             slots,
@@ -164,6 +172,8 @@ class ExpertsAdjoint:
 
     def rows(self, rows: slice) -> ExpertsAdjoint:
         """The same adjoint for some of its rows."""
+        if self.slots.all_of(rows):
+            return self
         slots, taken = self.slots.cut(rows)
         parts = (part[taken] for part in (self.pulled, self.slope, self.bend, self.weight))
         return ExpertsAdjoint(slots, *parts)
@@ -216,7 +226,7 @@ class Experts:
             for part, matrix in zip(x.split(slots.counts, -2), matrices, strict=True)
             if part.shape[-2]
         ]
-        return torch.cat(parts, -2)
+        return torch.cat(parts, -2) if parts else x.new_empty(*x.shape[:-1], matrices.shape[-1])
 
     def _out(self, hidden: Tensor, slots: Slots) -> Tensor:
         return slots.sum(self._each(hidden, slots, self.down.mT))
@@ -313,32 +323,37 @@ class Experts:
         return self._pull(gate, up, logits, slots)
 
 
-def experts_of(layer: Any, top: int, renormalised: bool) -> Experts:
-    """A view of transformers' sparse block: its router `gate`, and `experts`."""
-    experts = layer.experts
-    router, gate_up, down = (
-        _plain(layer.gate, "weight", 2),
+def experts_of(layer: Any) -> Experts:
+    """A view of transformers' sparse block: its router `gate`, and `experts`.
+
+    Mixtral's router does not say whether a row's weights sum to 1: they do.
+    """
+    router, experts = layer.gate, layer.experts
+    return Experts(
+        _plain(router, "weight", 2),
         _plain(experts, "gate_up_proj", 3),
         _plain(experts, "down_proj", 3),
-    )
-    return Experts(
-        router,
-        gate_up,
-        down,
         experts.act_fn,
-        top=top,
-        renormalised=renormalised,
+        top=router.top_k,
+        renormalised=getattr(router, "norm_topk_prob", True),
     )
 
 
 def _plain(module: Any, name: str, dimensions: int) -> Tensor:
-    """A tensor of floating-point numbers of a module."""
+    """A tensor of a module whose numbers torch multiplies."""
+    if hasattr(module, "base_layer"):
+        raise UnsupportedModelError(
+            f"a {type(module).__name__} stands in place of a router or of experts: expected "
+            "transformers' own, whose derivatives are written out. If it is an adapter, merge it "
+            "into the model (PEFT: merge_and_unload())."
+        )
     weight = getattr(module, name, None)
-    plain = isinstance(weight, Tensor) and weight.is_floating_point() and not weight.is_meta
+    plain = isinstance(weight, Tensor) and weight.dtype in _NUMBERS and not weight.is_meta
     if isinstance(weight, Tensor) and plain and weight.dim() == dimensions:
         return weight
     raise UnsupportedModelError(
         f"a {type(module).__name__} has no plain {name} of {dimensions} dimensions: expected the "
-        "weights of its experts as transformers loads them, [E, 2 f, d] and [E, d, f]. Load the "
-        "model without quantising its experts, or upgrade transformers."
+        "weights of its experts as transformers loads them, [E, 2 f, d] and [E, d, f] in float64, "
+        "float32, bfloat16 or float16. Load the model without quantising its experts, or upgrade "
+        "transformers."
     )

@@ -31,11 +31,11 @@ def _partners(x: Tensor, interleaved: bool) -> Tensor:
 
 
 def rotate(x: Tensor, table: Table, sign: int) -> Tensor:
-    """Rotate `x [..., S, D]`."""
+    """Rotate `x [..., S, D]`, in float32 where the table is (OLMo); the result has x's dtype."""
     width = table.cos.shape[-1]
     turned = x[..., :width]
     partners = _partners(turned, table.interleaved)
-    turned = torch.addcmul(turned * table.cos, partners, table.sin, value=sign)
+    turned = torch.addcmul(turned * table.cos, partners, table.sin, value=sign).to(x.dtype)
     return turned if width == x.shape[-1] else torch.cat((turned, x[..., width:]), dim=-1)
 
 

@@ -95,7 +95,4 @@ def _block(layer: Any, rotary: Rotary, config: Any) -> Block:
 
 
 def _feed_forward(layer: Any) -> FeedForward:
-    """An MLP, or experts; Mixtral's weights always sum to 1."""
-    if hasattr(layer, "experts"):
-        return experts_of(layer, layer.gate.top_k, getattr(layer.gate, "norm_topk_prob", True))
-    return gated_mlp(layer)
+    return experts_of(layer) if hasattr(layer, "experts") else gated_mlp(layer)
