@@ -46,7 +46,7 @@ def ids_of(name: str) -> list[int]:
 
 
 def blocks_of(name: str) -> int:
-    return int(model_of(name).config.num_hidden_layers)
+    return int(model_of(name).config.get_text_config().num_hidden_layers)
 
 
 @pytest.mark.parametrize("missing", [1, 2])

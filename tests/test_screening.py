@@ -177,14 +177,16 @@ def test_frozen_rows_are_the_trunks(name: str, tolerance: float) -> None:
     assert_close(name, torch.stack([rows for rows, _ in literal]), actual, rtol=EXACT)
     frozen = branches.all_rows - branches.layer_rows
     # The last block's rows count twice: its feed-forward layer sees target rows only, as always.
-    assert frozen >= sum(count for _, count in literal) > 0
+    held = sum(count for _, count in literal)
+    assert frozen >= held
+    assert held > 0 or tolerance < 1, "that much freezes rows of any model"
     windowed = any(block.attention.masking.window for block in trunk.decoder.blocks)
     if tolerance == 1e9 and not windowed:
         first = sum(trunk.length - token for token in tokens)
         kept = len(tokens) * len(TARGETS)
         assert branches.layer_rows == first + 5 * kept
     assert frozen < branches.all_rows
-    if tolerance > 0.1:
+    if tolerance > (0.25 if windowed else 0.1):
         assert not torch.allclose(actual, ExactBranches(trunk, vector).last(tokens))
 
 
