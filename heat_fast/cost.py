@@ -189,6 +189,8 @@ def estimate(
     device = decoder.embeddings_weight.device
     budget = token_budget(kept, length, work.width, device, config.token_budget, decoder.concurrent)
     compiled = compiled_bytes(max(length, budget.rows), decoder.embeddings_weight)
+    if any(sizes.gathered for sizes in work.shapes):
+        compiled *= 2  # of experts' products, whose numbers of rows are their own
     seconds = None
     if calibrate:
         # A window is what surely fits into the model's context.
