@@ -189,7 +189,7 @@ def estimate(
     device = decoder.embeddings_weight.device
     budget = token_budget(kept, length, work.width, device, config.token_budget, decoder.concurrent)
     compiled = compiled_bytes(max(length, budget.rows), decoder.embeddings_weight)
-    if any(sizes.gathered for sizes in work.shapes):
+    if any(fed.experts for fed in work.feed_forward):
         compiled *= 2  # of experts' products, whose numbers of rows are their own
     seconds = None
     if calibrate:
@@ -243,8 +243,8 @@ def _peak_bytes(
         adjoint += wide * sizes.normed + item * (sizes.heads + 2 * sizes.inner)
         sweep += item * (sizes.normed + heads + sizes.hidden)
         block = wide * (2 * sizes.normed + 2 * heads + sizes.hidden + 2 * sizes.inner)
-        block += wide * sizes.gathered
         temporary, inner = max(temporary, block), max(inner, sizes.inner)
+    temporary += wide * max(fed.gathered for fed in work.feed_forward)
     workers, each = budget.workers, max(work.length, budget.rows)
     # Eight copies of the logits in a divergence, four of the targets' rows in the trunk. The GPU
     # kernel takes more of them at once, in one copy as the model makes them.

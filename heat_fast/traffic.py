@@ -10,9 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
 from heat_fast.decoder import Decoder
 from heat_fast.decoder.attention import SeparateProjection
 from heat_fast.decoder.block import Block
@@ -35,18 +32,12 @@ class _Row:
         return self.shared + self.queried
 
 
-def _row_of(block: Block, decoder: Decoder) -> Tensor:
-    """A row of the residual stream, where a block takes it."""
-    row = torch.zeros_like(decoder.embeddings_weight[:1])
-    return row.to(block.device or row.device)
-
-
-def _row(block: Block, sizes: Shape, width: int, item: int) -> _Row:
+def _row(block: Block, sizes: Shape, passed: int, width: int, item: int) -> _Row:
     separate = isinstance(block.attention.projection, SeparateProjection)
     projected = sizes.heads + 2 * sizes.key_heads + (3 if separate else 1) * width
     shared = 2 * (sizes.key_heads + width) if separate else projected
     output = sizes.heads + width
-    queried = projected - shared + output + sizes.passed
+    queried = projected - shared + output + passed
     return _Row(item * projected, item * shared, item * queried)
 
 
@@ -65,15 +56,14 @@ class Traffic:
         self._work, self._budget, self._item = work, Budget(rows), item
         shapes, unswept = work.shapes, len(work.shapes) - len(work.swept)
         self._rows = [
-            _row(block, sizes, work.width, item)
-            for block, sizes in zip(decoder.blocks, shapes, strict=True)
+            _row(block, sizes, fed.passed, work.width, item)
+            for block, sizes, fed in zip(decoder.blocks, shapes, work.feed_forward, strict=True)
         ]
         self._swept = self._rows[unswept:]
         # A row through all blocks under the last one, and through those of them that are swept.
         self._body = sum(row.all for row in self._rows[:-1])
         self._swept_body = sum(row.all for row in self._swept[:-1])
         self._unswept = unswept
-        self._feed_forward = [block.mlp.sizes(_row_of(block, decoder)) for block in decoder.blocks]
         self._head_weights = item * work.width * work.vocabulary
         self._shares: dict[tuple[int, int, int], int] = {}
 
@@ -87,10 +77,10 @@ class Traffic:
 
         All of them, save that few rows go to few experts.
         """
-        each = []
-        last = len(self._feed_forward) - 1
-        for layer, fed in enumerate(self._feed_forward[first:], first):
-            sizes = self._work.shapes[layer]
+        work, each = self._work, []
+        last = len(work.shapes) - 1
+        for layer in range(first, last + 1):
+            sizes, fed = work.shapes[layer], work.feed_forward[layer]
             dense = sizes.shared + sizes.queried - fed.weights
             each.append(self._item * (dense + fed.read(queries if layer == last else rows)))
         return each

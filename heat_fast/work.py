@@ -36,6 +36,7 @@ from heat_fast.decoder import Decoder
 from heat_fast.decoder.attention import FusedProjection, SeparateProjection
 from heat_fast.decoder.block import Block
 from heat_fast.decoder.head import shares_curvature
+from heat_fast.decoder.mlp import FeedForwardSizes
 from heat_fast.decoder.norm import Norm
 
 
@@ -51,14 +52,12 @@ class Shape:
     key_heads: int  # Hk * D
     hidden: int  # pre-activations: f, both halves if gated
     inner: int  # f
-    passed: int  # what goes into and out of the products of the feed-forward layer
-    gathered: int  # copies of a row for its experts
     normed: int  # what the norms make of a row, all norms together
 
 
-def shape(block: Block, row: Tensor) -> Shape:
-    """The sizes of a block that takes rows like `row [1, d]`."""
-    width, row = row.shape[-1], row.to(block.device or row.device)
+def shape(block: Block, row: Tensor, fed: FeedForwardSizes) -> Shape:
+    """The sizes of a block that takes rows like `row [1, d]`, and of its feed-forward layer."""
+    width = row.shape[-1]
     projection = block.attention.projection
     if isinstance(projection, SeparateProjection):
         query = projection.query.out_features(row)
@@ -67,7 +66,6 @@ def shape(block: Block, row: Tensor) -> Shape:
         assert isinstance(projection, FusedProjection)
         query = projection.heads * projection.head_dim
         keys = projection.key_heads * projection.head_dim
-    fed = block.mlp.sizes(row)
     attention = block.attention
     norms = (block.norm, block.mlp_norm, block.post_attention, block.post_mlp)
     normed = sum(width for norm in norms if isinstance(norm, Norm))
@@ -84,8 +82,6 @@ def shape(block: Block, row: Tensor) -> Shape:
         key_heads=keys,
         hidden=fed.hidden,
         inner=fed.inner,
-        passed=fed.passed,
-        gathered=fed.gathered,
         normed=normed,
     )
 
@@ -116,7 +112,13 @@ class Work:
         self.targets = targets
         self.lead = lead
         self.length = tokens + lead + targets - 1
-        self.shapes = [shape(block, row) for block in decoder.blocks]
+        rows = [row.to(block.device or row.device) for block in decoder.blocks]
+        blocks = list(zip(decoder.blocks, rows, strict=True))
+        self.feed_forward = [block.mlp.sizes(own) for block, own in blocks]
+        self.shapes = [
+            shape(block, own, fed)
+            for (block, own), fed in zip(blocks, self.feed_forward, strict=True)
+        ]
         head = decoder.head
         #: Rows of the head's weights.
         self.vocabulary = head.projection.out_features(row.to(head.device or row.device))

@@ -16,9 +16,11 @@ from torch import Tensor, nn
 import families
 import heat_fast
 from assertions import assert_close
+from heat_fast import faithful
 from heat_fast.decoder import view
 from heat_fast.decoder.experts import Slots
 from heat_fast.errors import UnsupportedModelError
+from heat_fast.trunk import run_trunk
 
 IDS = families.prompt_ids("mixtral", 9)
 
@@ -111,10 +113,32 @@ def test_no_rows_go_to_no_experts() -> None:
     assert experts.forward(torch.zeros(1, 0, 40))[0].shape == (1, 0, 40)
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_ties_of_a_router_pass_for_rounding(seed: int) -> None:
-    """In half precision the view and the model may choose otherwise."""
-    model = families.build("olmoe", dtype=torch.float16, seed=seed)
+@pytest.mark.parametrize(
+    ("name", "seed"), [("olmoe", 17), ("olmoe", 36), ("mixtral", 2), ("mixtral", 6)]
+)
+def test_ties_of_a_router_pass_for_rounding(name: str, seed: int) -> None:
+    """In half precision the view and the model may choose otherwise, and do in these (an EPYC)."""
+    model = families.build(name, dtype=torch.float16, seed=seed)
     model.set_experts_implementation("grouped_mm")
-    ids = families.prompt_ids("olmoe", 40, seed)
+    ids = families.prompt_ids(name, 40, seed)
     heat_fast.attribute(model, None, ids[:-8], ids[-8:], curvature="none")
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "times"),
+    [
+        ("mixtral", torch.float16, 16),
+        ("mixtral", torch.float32, 1),
+        ("mistral", torch.float16, 1),
+    ],
+)
+def test_only_routers_in_half_precision_are_allowed_more(
+    name: str, dtype: torch.dtype, times: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = families.build(name, dtype=dtype)
+    with torch.no_grad():
+        embeddings = model.get_input_embeddings()(torch.tensor(families.prompt_ids(name, 9)))
+        trunk = run_trunk(view(model, 9), embeddings, (4,))
+    allowed = faithful._rounding(trunk, trunk.log_probs)
+    monkeypatch.setattr(faithful, "ROUTED", 1)
+    assert allowed == times * faithful._rounding(trunk, trunk.log_probs)
