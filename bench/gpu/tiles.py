@@ -21,8 +21,8 @@ from heat_fast import gpu
 KERNELS = "heat_fast.kernels"
 #: By operation: where the tables of its tiles are.
 TABLES = {
-    "attention_flow": ("value_norm_rollout.triton", ["_FLOW"]),
-    "value_output_norms": ("value_norm_rollout.triton", ["_NORMS"]),
+    "attention_flow": ("value_norm_rollout.tiles", ["FLOW"]),
+    "value_output_norms": ("value_norm_rollout.tiles", ["NORMS"]),
     "second_order_attention": ("second_order_attention.tiles", ["TANGENT", "ROWS", "KEYS"]),
     "branch_attention": ("branch_attention.triton", ["_TILES"]),
     "masked_kl": ("masked_kl.triton", ["_TILES"]),

@@ -1,7 +1,7 @@
 """One short file per family of models; importing this package fills the registry.
 
 To add a family: write a file with a builder `(model, length) -> Decoder` under `@family(...)`, name
-it here, and add a tiny config that exercises its quirks to `tests/families.py`.
+it here, and add a tiny config that exercises its quirks to `tests/configurations.py`.
 """
 
 from __future__ import annotations
