@@ -163,12 +163,22 @@ def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
 
 
-@pytest.fixture(scope="session")
-def triton_device() -> torch.device:
-    """Where Triton's kernels run: the GPU, or the CPU in Triton's interpreter."""
+@pytest.fixture
+def triton_device() -> Iterator[torch.device]:
+    """Where Triton's kernels run: the GPU, or the CPU in Triton's interpreter.
+
+    In the interpreter every launch is watched for races and stray addresses; on a GPU
+    compute-sanitizer does so, where it is installed.
+    """
     if gpu.missing():
         pytest.skip(f"Triton's kernels cannot run: {gpu.missing()}")
-    return torch.device("cpu" if gpu.interpreted() else "cuda")
+    if not gpu.interpreted():
+        yield torch.device("cuda")
+        return
+    from sanitizer import sanitized
+
+    with sanitized():
+        yield torch.device("cpu")
 
 
 @pytest.fixture

@@ -71,7 +71,7 @@ def block_norms_kernel(
         u = tl.load(vectors + own[:, None] * RANK + rank[None, :], mask=inside, other=0.0)
         signs = signs_of(key, sample[:, None], token, own[None, :])
         inner = tl.dot(signs, u, inner, input_precision=PRECISION)
-    place = values + batch.to(tl.int64) * values_batch + token * values_token + rank
+    place = values + batch.to(tl.int64) * values_batch + token.to(tl.int64) * values_token + rank
     inner *= tl.load(place, mask=rank < RANK, other=0.0)[None, :]
     total = tl.zeros([PROBES], dtype=tl.float32)
     for low in range(0, width, ROWS):

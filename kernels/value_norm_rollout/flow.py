@@ -72,7 +72,7 @@ def flow_of_tile(
         served = (several < targets)[None, :]
         if EDGE:
             served = served & present[:, None]
-        places = rho + several[None, :] * rho_target + rows[:, None]
+        places = rho + several[None, :].to(tl.int64) * rho_target + rows[:, None]
         shares = tl.load(places, mask=served, other=0.0)
     if INNER == PADDED:
         inside = (inner < WIDTH)[None, :]
@@ -177,12 +177,12 @@ def attention_flow_kernel(
     rho += head // group * rho_head + head % group * rho_member
     flow += split.to(tl.int64) * flow_split + head * targets * length
     if TARGETS == 1:
-        rho += first_target * rho_target
+        rho += first_target.to(tl.int64) * rho_target
         total = tl.zeros([COLUMNS, ROWS], dtype=tl.float32)
     else:
         total = tl.zeros([ROWS, TARGETS], dtype=tl.float32)
 
-    k_tile = key + keys[:, None] * key_row + inner[None, :]
+    k_tile = key + keys[:, None].to(tl.int64) * key_row + inner[None, :]
     k = tl.zeros([ROWS, INNER], dtype=key.dtype.element_ty)
     if INNER == PADDED:
         k = tl.load(k_tile, mask=(keys < length)[:, None] & (inner < WIDTH)[None, :], other=0.0)
@@ -262,10 +262,12 @@ def attention_flow_kernel(
             PRECISION,
         )
     if TARGETS == 1:
-        tl.store(flow + first_target * length + keys, tl.sum(total, 0), mask=keys < length)
+        tl.store(
+            flow + first_target.to(tl.int64) * length + keys, tl.sum(total, 0), mask=keys < length
+        )
     else:
         tl.store(
-            flow + several[None, :] * length + keys[:, None],
+            flow + several[None, :].to(tl.int64) * length + keys[:, None],
             total,
             mask=(several < targets)[None, :] & (keys < length)[:, None],
         )

@@ -50,13 +50,17 @@ def value_norms_kernel(
     stop = tl.minimum(start + outputs_each, outputs)
 
     value += (head // group).to(tl.int64) * value_head
-    v_tile = value + tokens[:, None] * value_row + inner[None, :]
+    v_tile = value + tokens[:, None].to(tl.int64) * value_row + inner[None, :]
     own = (tokens < length)[:, None]
     if INNER == PADDED:
         v = tl.load(v_tile, mask=own & (inner < WIDTH)[None, :], other=0.0)
     columns = tl.arange(0, COLUMNS)
     weight += start.to(tl.int64) * weight_row + head.to(tl.int64) * WIDTH * weight_column
-    tile = weight + columns[:, None] * weight_row + inner[None, :] * weight_column
+    tile = (
+        weight
+        + columns[:, None].to(tl.int64) * weight_row
+        + inner[None, :].to(tl.int64) * weight_column
+    )
     total = tl.zeros([ROWS], dtype=tl.float32)
     for low in range(start, stop, COLUMNS):
         some = (low + columns < stop)[:, None]
@@ -68,7 +72,9 @@ def value_norms_kernel(
             for part in range(0, PADDED, INNER):
                 inside = (part + inner < WIDTH)[None, :]
                 v = tl.load(v_tile + part, mask=own & inside, other=0.0)
-                w = tl.load(tile + part * weight_column, mask=some & inside, other=0.0)
+                w = tl.load(
+                    tile + part * tl.cast(weight_column, tl.int64), mask=some & inside, other=0.0
+                )
                 moved = tl.dot(v, tl.trans(w), moved, input_precision=PRECISION)
         total += tl.sum(tl.abs(moved), 1)
         tile += COLUMNS * tl.cast(weight_row, tl.int64)
