@@ -38,7 +38,7 @@ def tangent_sweep(
     trunk: Trunk, directions: Tensor, start: int, inspect: Inspect | None = None
 ) -> TangentSweep:
     """Push directions `[B, M - start, d]` at positions `start..M-1` through the trunk's layers."""
-    x_dot = directions
+    x_dot = directions if trunk.first else trunk.decoder.scale(directions)
     tangents = []
     for layer in trunk.layers:
         block = trunk.decoder.blocks[layer]
@@ -74,4 +74,4 @@ def hessian_rows(
         )
         if inspect is not None:
             inspect(f"the tangent of the gradient at block {layer}", x_bar_dot)
-    return x_bar_dot
+    return x_bar_dot if trunk.first else decoder.scale(x_bar_dot)

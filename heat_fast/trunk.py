@@ -216,6 +216,8 @@ def _pull(
         require_finite(x_bar, f"the gradient at block {layer}")
         adjoints.append(adjoint)
         step(work)
+    if trunk.first == 0:
+        x_bar = trunk.decoder.scale(x_bar)
     return x_bar, tuple(reversed(adjoints))
 
 

@@ -419,6 +419,79 @@ def _cohere2() -> transformers.PretrainedConfig:
     )
 
 
+def _granite() -> transformers.PretrainedConfig:
+    """Factors on embeddings, layers, attention scores and logits; tied head."""
+    return transformers.GraniteConfig(
+        vocab_size=83,
+        hidden_size=48,
+        intermediate_size=57,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        embedding_multiplier=12.0,
+        residual_multiplier=0.22,
+        attention_multiplier=0.3,
+        logits_scaling=3.0,
+        **_common(),
+        tie_word_embeddings=True,
+    )
+
+
+def _glm() -> dict[str, Any]:
+    """Interleaved partial rotary, biases on q, k, v only, fused gate-up projection."""
+    return _common() | {
+        "vocab_size": 71,
+        "hidden_size": 48,
+        "intermediate_size": 57,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "attention_bias": True,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 100.0,
+            "partial_rotary_factor": 0.5,
+        },
+        "pad_token_id": 0,
+        "eos_token_id": 2,
+    }
+
+
+def _exaone4(**changes: Any) -> transformers.PretrainedConfig:
+    """Norms after the layers and on every query and key head; a full layer without positions."""
+    settings: dict[str, Any] = {
+        "vocab_size": 73,
+        "hidden_size": 48,
+        "intermediate_size": 57,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "sliding_window": 4,
+        "sliding_window_pattern": 2,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    return transformers.Exaone4Config(**(_common() | settings | changes))
+
+
+def _ernie4_5() -> transformers.PretrainedConfig:
+    """Interleaved rotary in float32, biases everywhere."""
+    return transformers.Ernie4_5Config(
+        vocab_size=79,
+        hidden_size=48,
+        intermediate_size=57,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=8,
+        use_bias=True,
+        **_common(),
+        tie_word_embeddings=True,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+
+
 def _mixtral() -> transformers.PretrainedConfig:
     """Two of four experts for every row, whose weights sum to 1; a window in every layer."""
     return transformers.MixtralConfig(
@@ -543,6 +616,14 @@ CONFIGS: dict[str, ConfigBuilder] = {
     "olmo3": _olmo3,
     "cohere": _cohere,
     "cohere2": _cohere2,
+    "granite": _granite,
+    "glm": lambda: transformers.GlmConfig(**_glm()),
+    "glm4": lambda: transformers.Glm4Config(**_glm()),
+    "exaone4": _exaone4,
+    "exaone4_full": lambda: _exaone4(
+        sliding_window=None, sliding_window_pattern=None, layer_types=["full_attention"] * 3
+    ),
+    "ernie4_5": _ernie4_5,
     "mixtral": _mixtral,
     "qwen3_moe": _qwen3_moe,
     "olmoe": _olmoe,

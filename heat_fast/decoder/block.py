@@ -34,7 +34,7 @@ from heat_fast.decoder.attention import (
 )
 from heat_fast.decoder.linear import Linear
 from heat_fast.decoder.mlp import FeedForward
-from heat_fast.decoder.norm import AnyNorm, Identity, Norm, NormAdjoint, NormState, kept
+from heat_fast.decoder.norm import AnyNorm, Identity, NormAdjoint, NormState, kept
 from heat_fast.kernels.branch_attention import RaggedRows
 
 
@@ -153,8 +153,8 @@ class Block:
         mlp: FeedForward,
         *,
         parallel: bool = False,
-        post_attention: Norm | None = None,
-        post_mlp: Norm | None = None,
+        post_attention: AnyNorm | None = None,
+        post_mlp: AnyNorm | None = None,
         device: torch.device | None = None,
     ) -> None:
         self.norm = norm

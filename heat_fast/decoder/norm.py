@@ -195,6 +195,31 @@ class Identity:
         return y_bar_dot
 
 
+class Factor(Identity):
+    """A number in a norm's place: some families weigh what a layer adds (Granite)."""
+
+    def __init__(self, value: float) -> None:
+        self.value = value
+
+    def forward(self, x: Tensor, *, keep: bool = True) -> tuple[Tensor, NormState]:
+        """`y = f x`."""
+        return self.value * x, _NO_STATE
+
+    def tangent(self, state: NormState, x_dot: Tensor) -> Tensor:
+        """`y. = f x.`."""
+        return self.value * x_dot
+
+    def adjoint(self, state: NormState, y_bar: Tensor) -> tuple[Tensor, NormAdjoint]:
+        """`x_ = f y_`."""
+        return self.value * y_bar, _NO_ADJOINT
+
+    def adjoint_tangent(
+        self, state: NormState, x_dot: Tensor, bar: NormAdjoint, y_bar_dot: Tensor
+    ) -> Tensor:
+        """`x_. = f y_.`."""
+        return self.value * y_bar_dot
+
+
 AnyNorm = Norm | Identity
 
 
@@ -208,6 +233,7 @@ def kept(norm: AnyNorm, x_dot: Tensor) -> Tensor:
 
 __all__ = [
     "AnyNorm",
+    "Factor",
     "Identity",
     "Norm",
     "NormAdjoint",

@@ -19,8 +19,9 @@ from heat_fast.errors import UnsupportedModelError
 class Decoder:
     """A causal LM as its input, its blocks and its head, over the model's own submodules.
 
-    The residual stream starts as `x = X + positions`: `X [T, d]` are the input embeddings (what
-    Hugging Face calls `inputs_embeds`), `positions [T, d]` the learned position embeddings or None.
+    The residual stream starts as `x = s X + positions`: `X [T, d]` are the input embeddings (what
+    Hugging Face calls `inputs_embeds`), `s` a factor of the model's (Granite; else 1), `positions
+    [T, d]` the learned position embeddings or None.
     A view is made for a context of `length` tokens, because rotary tables may depend on it.
     """
 
@@ -29,6 +30,7 @@ class Decoder:
     blocks: tuple[Block, ...]
     head: Head
     positions: Tensor | None
+    embedding_scale: float = 1.0
 
     @property
     def embeddings_weight(self) -> Tensor:
@@ -70,11 +72,16 @@ class Decoder:
             for activation in activations
         )
 
+    def scale(self, x: Tensor) -> Tensor:
+        """`s x`: embeddings as the stream takes them; also the tangent and the adjoint of that."""
+        return x if self.embedding_scale == 1.0 else x * self.embedding_scale
+
     def enter(self, embeddings: Tensor, at: int | Tensor) -> Tensor:
         """The residual stream `[.., S, d]` of embeddings.
 
         `at`: the position of their first row, or the positions `[S]` of all.
         """
+        embeddings = self.scale(embeddings)
         if self.positions is None:
             return embeddings
         rows = at if isinstance(at, Tensor) else slice(at, at + embeddings.shape[-2])

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from heat_fast.decoder.families import (
     cohere,
+    exaone4,
     gemma,
+    glm,
     gpt2,
     gpt_neo,
     gpt_neox,
     gptj,
+    granite,
     llama,
     olmo,
     opt,
@@ -24,11 +27,14 @@ from heat_fast.decoder.families import (
 
 __all__ = [
     "cohere",
+    "exaone4",
     "gemma",
+    "glm",
     "gpt2",
     "gpt_neo",
     "gpt_neox",
     "gptj",
+    "granite",
     "llama",
     "olmo",
     "opt",

@@ -25,12 +25,16 @@ def text_part(model: Any) -> tuple[Any, Any]:
     return getattr(body, "language_model", body), model.config.get_text_config()
 
 
-def rms_norm(module: Any, *, weight_offset: float = 0.0, late_cast: bool = False) -> Norm:
-    """An RMSNorm; Gemma's stores `w - 1`. With `late_cast` it is multiplied while in float32."""
+def rms_norm(
+    module: Any, *, weight_offset: float = 0.0, late_cast: bool = False, scale: float = 1.0
+) -> Norm:
+    """An RMSNorm, times `scale`; Gemma's stores `w - 1`.
+
+    With `late_cast` it is multiplied while in float32.
+    """
     norm, eps = _tuned(module)
-    return Norm(
-        norm.weight, None, eps, centered=False, weight_offset=weight_offset, late_cast=late_cast
-    )
+    weight = norm.weight if scale == 1.0 else norm.weight * scale
+    return Norm(weight, None, eps, centered=False, weight_offset=weight_offset, late_cast=late_cast)
 
 
 def rms_norm_of_heads(module: Any, *, late_cast: bool = False) -> NormOfHeads:
@@ -93,21 +97,37 @@ def gated_mlp(mlp: Any) -> Mlp:
     return Mlp(Linear(mlp.gate_proj), Linear(mlp.up_proj), Linear(mlp.down_proj), mlp.act_fn)
 
 
+def fused_mlp(mlp: Any) -> Mlp:
+    """The layers `gate_up_proj`, gate first, and `down_proj`."""
+    layers = Linear(mlp.gate_up_proj), None, Linear(mlp.down_proj)
+    return Mlp(*layers, mlp.activation_fn, fused=True)
+
+
 def head(norm: AnyNorm, projection: nn.Module, softcap: float | None = None) -> Head:
     """The final norm and the vocabulary projection, where the latter computes."""
     return Head(norm, Linear(projection), softcap, device=module_device(projection))
 
 
 def rotary_tables(
-    module: nn.Module, like: Tensor, length: int, *layer_type: str, interleaved: bool = False
+    module: nn.Module,
+    like: Tensor,
+    length: int,
+    *layer_type: str,
+    interleaved: bool = False,
+    spread: bool = False,
 ) -> Rotary:
     """The model's own rotary tables for positions `0..length-1`.
+
+    With `spread` the module lays its columns in halves and the model turns interleaved pairs.
 
     The module is copied first: scaled variants store frequencies for the last length seen.
     """
     positions = torch.arange(length, device=like.device)[None]
-    cos, sin = copy.deepcopy(module)(like[None, :1], positions, *layer_type)
-    return Rotary(cos[0], sin[0], interleaved=interleaved)
+    tables = copy.deepcopy(module)(like[None, :1], positions, *layer_type)
+    if spread:
+        tables = (each[..., : each.shape[-1] // 2].repeat_interleave(2, -1) for each in tables)
+    cos, sin = tables
+    return Rotary(cos[0], sin[0], interleaved=interleaved or spread)
 
 
 def learned_positions(table: nn.Module, length: int, offset: int = 0) -> Tensor:

@@ -2,7 +2,8 @@
 
 They differ in biases (read from the modules), sliding windows (Mistral: all layers; Qwen and
 Ministral: some), norms on the query and key heads (Qwen3: each; OLMoE: all at once), layers that
-know no positions (SmolLM3) and experts (Mixtral, Qwen3-MoE, OLMoE).
+know no positions (SmolLM3), the pairs that rotary turns (ERNIE 4.5: neighbours) and experts
+(Mixtral, Qwen3-MoE, OLMoE).
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ from heat_fast.kernels.branch_attention import Masking
     "Qwen3ForCausalLM",
     "SeedOssForCausalLM",
     "SmolLM3ForCausalLM",
+    "Ernie4_5ForCausalLM",
     "MixtralForCausalLM",
     "Qwen3MoeForCausalLM",
     "OlmoeForCausalLM",
@@ -59,7 +61,8 @@ def build(model: nn.Module, length: int) -> Decoder:
             f"this {type(model).__name__} clips queries, keys and values (clip_qkv="
             f"{config.clip_qkv}): expected clip_qkv=None, as OLMoE-1B-7B has it. Use such a model."
         )
-    rotary = rotary_tables(body.rotary_emb, norm_weight(body.norm), length)
+    like, spread = norm_weight(body.norm), config.model_type == "ernie4_5"
+    rotary = rotary_tables(body.rotary_emb, like, length, spread=spread)
     layers = body.layers[: config.num_hidden_layers]
     return Decoder(
         model=model,

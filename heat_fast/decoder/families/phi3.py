@@ -8,9 +8,14 @@ from torch import nn
 
 from heat_fast.decoder.attention import Attention, FusedProjection
 from heat_fast.decoder.block import Block
-from heat_fast.decoder.families.common import head, norm_weight, rms_norm, rotary_tables
+from heat_fast.decoder.families.common import (
+    fused_mlp,
+    head,
+    norm_weight,
+    rms_norm,
+    rotary_tables,
+)
 from heat_fast.decoder.linear import Linear
-from heat_fast.decoder.mlp import Mlp
 from heat_fast.decoder.rotary import Rotary
 from heat_fast.decoder.view import Decoder, family, module_device
 from heat_fast.kernels.branch_attention import Masking
@@ -50,12 +55,6 @@ def _block(layer: Any, rotary: Rotary, config: Any) -> Block:
             groups=attention.num_key_value_groups,
         ),
         mlp_norm=rms_norm(layer.post_attention_layernorm),
-        mlp=Mlp(
-            Linear(layer.mlp.gate_up_proj),
-            None,
-            Linear(layer.mlp.down_proj),
-            layer.mlp.activation_fn,
-            fused=True,
-        ),
+        mlp=fused_mlp(layer.mlp),
         device=module_device(layer),
     )
