@@ -12,6 +12,8 @@ Two readings of `Phi`, for target position p:
 
     Phi[l,h,i] = (e_p' A^_l ... A^_1)_i,               A^ = (I + A[l,h]) / 2
 
+What a sink takes of a row of A (gpt-oss) goes to no token.
+
 Both are row-vector products taken from the top block down; no `T x T` map is kept. The first keeps
 one row per target, the second one per target, block and head, for a few heads at a time. With
 `layers` set, both sums and products are over the last blocks alone.

@@ -492,6 +492,27 @@ def _ernie4_5() -> transformers.PretrainedConfig:
     )
 
 
+def _gpt_oss() -> transformers.PretrainedConfig:
+    """Sinks, windowed layers, biases everywhere, bounded experts; head size unrelated to width."""
+    return transformers.GptOssConfig(
+        vocab_size=79,
+        hidden_size=40,
+        intermediate_size=33,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_local_experts=4,
+        num_experts_per_tok=3,
+        swiglu_limit=0.4,
+        sliding_window=4,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        **_common(),
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+
+
 def _mixtral() -> transformers.PretrainedConfig:
     """Two of four experts for every row, whose weights sum to 1; a window in every layer."""
     return transformers.MixtralConfig(
@@ -627,6 +648,7 @@ CONFIGS: dict[str, ConfigBuilder] = {
     "mixtral": _mixtral,
     "qwen3_moe": _qwen3_moe,
     "olmoe": _olmoe,
+    "gpt_oss": _gpt_oss,
     "gemma3": _gemma3,
     "mistral3": _mistral3,
 }

@@ -51,6 +51,11 @@ def _randomise(model: PreTrainedModel, seed: int) -> None:
                 parameter.add_(0.25 * noise)
 
 
+def is_routed(name: str) -> bool:
+    """Whether a router chooses among experts."""
+    return hasattr(CONFIGS[name](), "num_experts_per_tok")
+
+
 def build(
     name: str, dtype: torch.dtype = torch.float32, seed: int = 0, attn: str = "eager"
 ) -> PreTrainedModel:
@@ -62,7 +67,7 @@ def build(
     with torch.random.fork_rng(devices=[]):
         kind = AutoModelForImageTextToText if name == "mistral3" else AutoModelForCausalLM
         model = kind.from_config(CONFIGS[name](), attn_implementation=attn)
-    if hasattr(model.config, "num_experts_per_tok"):
+    if is_routed(name):
         model.set_experts_implementation("eager")  # the default knows no float64
     _randomise(model, seed)
     for parameter in model.parameters():

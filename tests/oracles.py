@@ -78,15 +78,23 @@ def softmax_weights(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
-    """`A [Hk, G, Q, T]` of `query [Hk, G, Q, D]` at the last Q of T positions, `key [Hk, T, D]`."""
+    """`A [Hk, G, Q, T]` of `query [Hk, G, Q, D]` at the last Q of T positions, `key [Hk, T, D]`.
+
+    `sinks [Hk, G]`: logits of a further column, which is left out of the result.
+    """
     scores = scale * torch.einsum("hgqd,htd->hgqt", query, key)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     length = key.shape[1]
     back = torch.arange(length)[:, None] - torch.arange(length)
     visible = (back >= 0) & (back < (length if window is None else window))
-    return scores.masked_fill(~visible[-query.shape[2] :], float("-inf")).softmax(-1)
+    scores = scores.masked_fill(~visible[-query.shape[2] :], float("-inf"))
+    if sinks is None:
+        return scores.softmax(-1)
+    column = sinks[..., None, None].expand(*scores.shape[:-1], 1)
+    return torch.cat((scores, column), -1).softmax(-1)[..., :-1]
 
 
 def softmax_attention(query: Tensor, key: Tensor, value: Tensor, *masking: Any) -> Tensor:

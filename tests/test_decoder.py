@@ -91,7 +91,7 @@ def test_attentions_and_value_norms(name: str, dtype: torch.dtype) -> None:
         rtol = tolerance(dtype)
         assert_close(f"{label} attentions", expected, rebuilt.flatten(0, 1), rtol=rtol)
         settings = masking.scale, masking.window, masking.softcap
-        plain = softmax_weights(kept.query, kept.key, *settings)
+        plain = softmax_weights(kept.query, kept.key, *settings, block.attention.sinks)
         assert_close(f"{label} plain softmax", expected, plain.flatten(0, 1), rtol=rtol)
 
         heads, group, _, width = kept.query.shape

@@ -94,7 +94,7 @@ def test_half_precision(name: str, dtype: torch.dtype) -> None:
     expected = expected_of(name)
     model = families.build(name, dtype=dtype)
     actual = measure(model, ids_of(name), TARGETS[0], probes=PROBES, kernels="reference")
-    unit = torch.finfo(dtype).eps * (4 if name in ("mixtral", "qwen3_moe", "olmoe") else 1)
+    unit = torch.finfo(dtype).eps * (4 if families.is_routed(name) else 1)
     for part, units in {"gate": 4, "information": 8, "curvature": 32}.items():
         exact, found = getattr(expected, part)[0].double(), actual[part][0].double()
         off = float((exact - found).abs().sum() / exact.abs().sum())

@@ -25,14 +25,14 @@ from heat_fast.decoder.linear import Linear
 from heat_fast.decoder.mlp import Mlp
 from heat_fast.decoder.norm import Identity, Norm
 from heat_fast.decoder.rotary import Rotary
-from heat_fast.kernels.branch_attention import Masking, branch_attention
+from heat_fast.kernels.branch_attention import Masking, branch_attention, sink
 from heat_fast.kernels.second_order_attention import (
     Primal,
     attention_adjoint,
     attention_adjoint_tangent,
     attention_tangent,
 )
-from oracles import Readings, double_backward, softmax_attention
+from oracles import Readings, double_backward, softmax_attention, softmax_weights
 
 # Both implementations of everything that has two.
 pytestmark = pytest.mark.usefixtures("kernels")
@@ -289,6 +289,40 @@ def test_attention_core(
     wanted = [expected.adjoint_tangent[0]]
     wanted += [part[:, :, start:] for part in expected.adjoint_tangent[1:]]
     for name, want, got in zip("qkv", wanted, found, strict=True):
+        near(f"adjoint_tangent {name}", want, got.transpose(0, 1))
+
+
+@pytest.mark.parametrize("kernels", ["native", "reference"], indirect=True)
+@pytest.mark.parametrize("masking", MASKINGS.values(), ids=MASKINGS)
+def test_attention_core_with_a_sink(masking: Masking, kernels: str) -> None:
+    """A column of learned logits in the softmax, which has no value."""
+    heads, group, rows, size = 2, 3, 7, 5
+    query = torch.randn(heads, group, rows, size)
+    key, value = torch.randn(2, heads, rows, size)
+    logits = torch.randn(heads, group)
+    moved = [torch.randn(PROBES, *tensor.shape) for tensor in (query, key, value)]
+    bar, bar_moved = torch.randn_like(query), torch.randn(PROBES, *query.shape)
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        shares = softmax_weights(q, k, *masking_settings(masking), logits)
+        return torch.einsum("hgqt,htd->hgqd", shares, v)
+
+    expected = double_backward(attention, [query, key, value], moved, bar, bar_moved)
+    core = branch_attention(
+        query[:, None], key[:, None], value[:, None], key[:, :0], value[:, :0], masking
+    )
+    output, normaliser, sunk = (part[:, 0] for part in sink(*core, logits))
+    near("forward", expected.value, output)
+    primal = Primal(query, key, value, normaliser, output, 0, masking, sunk)
+    for name, want, got in zip(
+        "qkv", expected.adjoint, attention_adjoint(primal, bar), strict=True
+    ):
+        near(f"adjoint {name}", want, got)
+    dotted = [tensor.transpose(0, 1) for tensor in moved]
+    output_dot = attention_tangent(primal, *dotted)
+    near("tangent", expected.tangent, output_dot.transpose(0, 1))
+    found = attention_adjoint_tangent(primal, *dotted, output_dot, bar, bar_moved.transpose(0, 1))
+    for name, want, got in zip("qkv", expected.adjoint_tangent, found, strict=True):
         near(f"adjoint_tangent {name}", want, got.transpose(0, 1))
 
 

@@ -29,6 +29,8 @@ TARGET = 11
 EXACT = 1e-10
 FLOAT32 = 1e-4
 
+#: Families whose attention gives a share to no token.
+SINKS = ("gpt_oss",)
 every_family = pytest.mark.parametrize("name", families.FAMILIES)
 
 
@@ -62,7 +64,11 @@ def test_attentions_are_the_models_own(name: str) -> None:
     expected = torch.stack([layer[0] for layer in output.attentions])
     weights, _ = reference.attentions_and_values(embeddings)
     assert_close(f"{name} attentions", expected, weights, rtol=FLOAT32)
-    assert_close(f"{name} row sums", torch.ones(weights.shape[:-1]), weights.sum(-1), rtol=EXACT)
+    rows = weights.sum(-1)
+    if name in SINKS:
+        assert float(rows.min()) > 0 and float(rows.max()) < 1
+    else:
+        assert_close(f"{name} row sums", torch.ones(rows.shape), rows, rtol=EXACT)
     assert float(weights.triu(1).abs().max()) == 0.0
 
 
@@ -98,7 +104,10 @@ def test_gate_is_a_simplex_and_flow_is_conserved(name: str, rollout: str) -> Non
     assert_close(f"{name} gate sum", 1.0, gate.sum(), rtol=EXACT)
     # Each factor of either product has rows that sum to one, so every head's flow does too.
     flow = reference.rollout(embeddings, rollout)
-    assert_close(f"{name} flow", torch.ones(flow.shape[:2]), flow.sum(-1), rtol=EXACT)
+    if name in SINKS:
+        assert float(flow.sum(-1).max()) < 1
+    else:
+        assert_close(f"{name} flow", torch.ones(flow.shape[:2]), flow.sum(-1), rtol=EXACT)
 
 
 def test_value_path_equals_one_vector_walked_down_the_layers() -> None:

@@ -92,7 +92,7 @@ def test_ragged_attention_is_softmax_attention(
     query = torch.randn(heads, groups, attending, size, dtype=torch.float64)
     key, value = torch.randn(2, heads, keys, size, dtype=torch.float64)
     trunk_key, trunk_value = torch.randn(2, heads, length, size, dtype=torch.float64)
-    output = ragged_attention(query, key, value, trunk_key, trunk_value, rows, masking)
+    output, _ = ragged_attention(query, key, value, trunk_key, trunk_value, rows, masking)
     for index in range(attending):
         who, where = places[count - attending + index]
         own_key, own_value = trunk_key.clone(), trunk_value.clone()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from assertions import assert_close
-from heat_fast.kernels.branch_attention import Masking, branch_attention
+from heat_fast.kernels.branch_attention import Masking, branch_attention, sink
 from heat_fast.kernels.second_order_attention import (
     Primal,
     attention_adjoint_tangent,
@@ -47,11 +47,17 @@ NAMES = ("output tangent", "query", "key", "value")
 
 
 def draw(
-    seed: int, shape: tuple[int, ...], masking: Masking, dtype: torch.dtype, adjoint: float = 1.0
+    seed: int,
+    shape: tuple[int, ...],
+    masking: Masking,
+    dtype: torch.dtype,
+    adjoint: float = 1.0,
+    *,
+    sinks: bool = False,
 ) -> tuple[Primal, list[Tensor]]:
     """A primal and tangents rounded to `dtype`, in float64; its log-sum-exp and output are true.
 
-    The adjoints are drawn `adjoint` times as large.
+    The adjoints are drawn `adjoint` times as large. With `sinks` every head has one.
     """
     heads, probes, group, queries, stop, start, width = shape
     generator = torch.Generator().manual_seed(seed)
@@ -74,6 +80,11 @@ def draw(
         masking,
         impl="reference",
     )
+    sunk = None
+    if sinks:
+        logits = 1 + torch.randn(heads, group, generator=generator, dtype=torch.float64)
+        output, normaliser, share = sink(output, normaliser, logits)
+        sunk = share[:, 0].float().double()
     primal = Primal(
         query,
         key,
@@ -82,6 +93,7 @@ def draw(
         output[:, 0].to(dtype).double(),
         start,
         masking,
+        sunk,
     )
     tangents = [
         normal(heads, probes, group, queries, width),
@@ -100,7 +112,10 @@ def cast(primal: Primal, dtype: torch.dtype, device: torch.device) -> Primal:
         for name in ("query", "key", "value", "output")
     }
     sums = torch.float64 if dtype == torch.float64 else torch.float32
-    return dataclasses.replace(primal, normaliser=primal.normaliser.to(device, sums), **parts)
+    for name in ("normaliser", "sunk"):
+        part = getattr(primal, name)
+        parts[name] = part if part is None else part.to(device, sums)
+    return dataclasses.replace(primal, **parts)
 
 
 def run(
@@ -165,8 +180,10 @@ def compare(
     dtype: torch.dtype,
     device: torch.device,
     adjoint: float = 1.0,
+    *,
+    sinks: bool = False,
 ) -> None:
-    primal, moved = draw(seed, shape, masking, dtype, adjoint)
+    primal, moved = draw(seed, shape, masking, dtype, adjoint, sinks=sinks)
     exact = run("reference", primal, moved, torch.float64, torch.device("cpu"))
     low = low_precision(primal, moved, dtype, adjoint)
     found = run("triton", primal, moved, dtype, device)
@@ -280,6 +297,26 @@ def test_every_head_width(
 ) -> None:
     """As shipped."""
     compare(seed, (1, 2, 2, 9, 17, 5, width), Masking(width**-0.5), dtype, triton_device)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize(
+    ("way", "dtype"),
+    [*(("only_fused", dtype) for dtype in FUSED_DTYPES), ("small_stages", torch.float32)],
+    ids=str,
+)
+@pytest.mark.parametrize("masking", ["full", "window_softcap"])
+def test_a_sink_takes_its_share(
+    masking: str,
+    way: str,
+    dtype: torch.dtype,
+    request: pytest.FixtureRequest,
+    triton_device: torch.device,
+) -> None:
+    """The rows of P sum to less than 1."""
+    request.getfixturevalue(way)
+    for shape in ((1, 3, 2, 63, 130, 67, 40), (2, 1, 3, 9, 9, 0, 64)):
+        compare(sum(shape), shape, MASKINGS[masking], dtype, triton_device, sinks=True)
 
 
 def test_what_serves_what() -> None:

@@ -23,6 +23,7 @@ from heat_fast.kernels.branch_attention import (
     RaggedRows,
     branch_attention,
     ragged_attention,
+    sink,
 )
 from heat_fast.kernels.rotary import Table, place
 from heat_fast.kernels.second_order_attention import (
@@ -173,7 +174,7 @@ class AttentionState:
 
     `query`, `output [Hk, G, Q, D]`, `key`, `value [Hk, S, D]`, `normaliser [Hk, G, Q]`; queries
     begin at position `first_query` (0, or the last few rows in the last block). `query_norm`,
-    `key_norm` are the head norms' states.
+    `key_norm` are the head norms' states. `sunk [Hk, G, Q]`: the sink's share, None without one.
     """
 
     query: Tensor
@@ -184,6 +185,7 @@ class AttentionState:
     query_norm: NormState
     key_norm: NormState
     first_query: int
+    sunk: Tensor | None = None
 
     def queries(self, rows: Rows) -> slice:
         """Where the query rows of a sweep lie among the kept ones."""
@@ -200,6 +202,7 @@ class AttentionState:
             output=self.output[:, :, queries],
             start=rows.start,
             masking=masking,
+            sunk=None if self.sunk is None else self.sunk[:, :, queries],
         )
 
     def norms(self, rows: Rows) -> tuple[NormState, NormState]:
@@ -260,6 +263,7 @@ class Attention:
         groups: int,
         query_norm: AnyNorm | None = None,
         key_norm: AnyNorm | None = None,
+        sinks: Tensor | None = None,
     ) -> None:
         self.projection = projection
         self.output = output
@@ -269,6 +273,13 @@ class Attention:
         self.query_norm: AnyNorm = query_norm or Identity()
         self.key_norm: AnyNorm = key_norm or Identity()
         self.normed = query_norm is not None or key_norm is not None
+        self.sinks = None if sinks is None else sinks.detach().unflatten(0, (-1, groups))
+
+    def _sink(self, output: Tensor, normaliser: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What the softmax core gives, with the heads' sinks beside their scores."""
+        if self.sinks is None:
+            return output, normaliser, None
+        return sink(output, normaliser, self.sinks)
 
     # Between flat features [B, S, H, D] and head-major [Hk, B, (G,) S, D]. Heads are turned on the
     # way, unless they pass a norm first.
@@ -359,8 +370,10 @@ class Attention:
         else:
             below_key = prefix.key[:, : rows.start]
             below_value = prefix.value[:, : rows.start]
-        output, normaliser = branch_attention(
-            heads.query, heads.key, heads.value, below_key, below_value, self.masking
+        output, normaliser, sunk = self._sink(
+            *branch_attention(
+                heads.query, heads.key, heads.value, below_key, below_value, self.masking
+            )
         )
         y = self.output.forward(self._merge_query(output).flatten(2))
         return y, AttentionState(
@@ -372,6 +385,7 @@ class Attention:
             query_norm=query_norm.select(0, 1),
             key_norm=key_norm.select(0, 1),
             first_query=rows.first_query,
+            sunk=None if sunk is None else sunk[:, 0],
         )
 
     def forward_replaced(
@@ -395,16 +409,17 @@ class Attention:
         key[:, batch, index] = moved.key[:, 0]
         value[:, batch, index] = moved.value[:, 0]
         below = slice(0, rows.start)
-        output, _ = branch_attention(
+        found = branch_attention(
             query, key, value, trunk.key[:, below], trunk.value[:, below], self.masking
         )
+        output, _, _ = self._sink(*found)
         return self.output.forward(self._merge_query(output).flatten(2))
 
     def forward_ragged(self, x: Tensor, rows: RaggedRows, trunk: AttentionState) -> Tensor:
         """`y [Q, d]` from normed rows `x [R, d]` of branches that are the trunk elsewhere."""
         first = len(rows.position) - rows.queries
         heads, _, _ = self._project(x[None], rows.queries, rows.position[first:], rows.position)
-        output = ragged_attention(
+        found = ragged_attention(
             heads.query[:, 0],
             heads.key[:, 0, : rows.keys],
             heads.value[:, 0, : rows.keys],
@@ -413,6 +428,7 @@ class Attention:
             rows,
             self.masking,
         )
+        output, _, _ = self._sink(*found)
         return self.output.forward(self._merge_query(output[:, None]).flatten(2))[0]
 
     def tangent(

@@ -3,6 +3,9 @@
     z = x W_r',  p = softmax(z),  T the k experts of the largest p,  w = p_T or p_T / sum p_T
     y = sum_{e in T} w_e h_e W_down,e',   h_e = phi(g_e) o u_e,   [g_e | u_e] = x W_e'
 
+or, with biases and within a bound c (gpt-oss), h_e = phi(min(g_e, c)) o (1 + clip(u_e, -c, c)); u
+stands for 1 + clip(u, -c, c) then.
+
 Which experts a row goes to is piecewise constant: derivatives are those of the piece that the trunk
 is on, a branch chooses for itself. Of both kinds of weights
 
@@ -97,7 +100,8 @@ def _inverse(order: Tensor) -> Tensor:
 class ExpertsState:
     """The primal: `gate`, `up [n, f]` by slot, `weight [n]` (w) and `share [S, E]` (q).
 
-    `value` (phi) and `slope` (phi' o u) are kept where many probes will share them.
+    `value` (phi) and `slope` (phi' o u) are kept where many probes will share them. `inside`: 1
+    where `up` is not bounded, 0 where it is; None where nothing bounds it.
     """
 
     slots: Slots
@@ -107,6 +111,7 @@ class ExpertsState:
     share: Tensor
     value: Tensor | None = None
     slope: Tensor | None = None
+    inside: Tensor | None = None
 
     def first(self) -> ExpertsState:
         """The state of a batch of one, whose rows are all there are."""
@@ -129,7 +134,12 @@ class ExpertsState:
             self.share[rows],
             cut(self.value),
             cut(self.slope),
+            cut(self.inside),
         )
+
+    def free(self, up: Tensor) -> Tensor:
+        """A tangent or an adjoint of `up`, zero where it is bounded."""
+        return up if self.inside is None else up * self.inside
 
 
 @dataclass(frozen=True)
@@ -182,8 +192,9 @@ class ExpertsAdjoint:
 class Experts:
     """A router and gated experts, whose weights are the model's own.
 
-    `router [E, d]`; `gate_up [E, 2 f, d]`, gates first; `down [E, d, f]`; `top`: k; `renormalised`:
-    whether the weights of a row's experts sum to 1.
+    `router [E, d]`; `gate_up [E, 2 f, d]`, gates first or `interleaved` with their factors; `down
+    [E, d, f]`; `top`: k; `renormalised`: whether the weights of a row's experts sum to 1; `biases`:
+    of the three, `[E]`, `[E, 2 f]`, `[E, d]`; `bound`: c, which the activation keeps to as well.
     """
 
     linears: tuple[Linear, ...] = ()
@@ -197,6 +208,9 @@ class Experts:
         *,
         top: int,
         renormalised: bool,
+        interleaved: bool = False,
+        biases: tuple[Tensor, Tensor, Tensor] | None = None,
+        bound: float | None = None,
     ) -> None:
         self.router = router.detach()
         self.gate_up = gate_up.detach()
@@ -204,6 +218,9 @@ class Experts:
         self.activation = activation
         self.top = top
         self.renormalised = renormalised
+        self.interleaved = interleaved
+        self.biases = None if biases is None else tuple(bias.detach() for bias in biases)
+        self.bound = bound
 
     def sizes(self, row: Tensor) -> FeedForwardSizes:
         """What a row meets, and what of it is kept."""
@@ -212,7 +229,7 @@ class Experts:
         return FeedForwardSizes(
             hidden=2 * inner,
             inner=inner,
-            weights=(experts + 3 * inner) * width,
+            weights=(experts * (1 if self.biases is None else 2) + 3 * inner) * width,
             passed=width + experts + self.top * 2 * width + 3 * inner,
             gathered=2 * self.top * width,
             experts=self.gate_up.numel() + self.down.numel(),
@@ -228,19 +245,41 @@ class Experts:
         ]
         return torch.cat(parts, -2) if parts else x.new_empty(*x.shape[:-1], matrices.shape[-1])
 
-    def _out(self, hidden: Tensor, slots: Slots) -> Tensor:
-        return slots.sum(self._each(hidden, slots, self.down.mT))
+    def _in(self, x: Tensor, slots: Slots, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Gates and factors `[.., n, f]` of rows `[.., S, d]`."""
+        features = self._each(slots.gather(x), slots, self.gate_up.mT)
+        if bias is not None:
+            features = features + bias[slots.expert]
+        if self.interleaved:
+            return features[..., ::2], features[..., 1::2]
+        gate, up = features.chunk(2, -1)
+        return gate, up
+
+    def _out(self, hidden: Tensor, weight: Tensor, slots: Slots) -> Tensor:
+        """`sum_e h_e W_down' + w_e b_down`, `h_e` weighed already; `weight [.., n]`."""
+        y = slots.sum(self._each(hidden, slots, self.down.mT))
+        if self.biases is not None:
+            y = y + product(slots.scatter(weight), self.biases[2])
+        return y
+
+    def _along(self, y_bar: Tensor, slots: Slots) -> Tensor | float:
+        """What the biases add to the adjoint of the weights: `<y_, b_down>`, `[.., n]`."""
+        if self.biases is None:
+            return 0.0
+        return product(y_bar, self.biases[2].mT)[..., slots.row, slots.expert]
 
     def _pull(self, gate: Tensor, up: Tensor, logits: Tensor, slots: Slots) -> Tensor:
         """Adjoint of the experts' and the router's input, `[.., S, d]`."""
-        features = torch.cat((gate, up), -1)
+        parts = (gate, up)
+        features = torch.stack(parts, -1).flatten(-2) if self.interleaved else torch.cat(parts, -1)
         x_bar = slots.sum(self._each(features, slots, self.gate_up))
         return x_bar + product(logits.to(x_bar.dtype), self.router)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ExpertsState]:
         """`y [.., S, d]`, and the primal of all rows in one list."""
         flat = x.reshape(-1, x.shape[-1])
-        logits = affine(flat, self.router, None)
+        router_bias, bias, _ = self.biases or (None, None, None)
+        logits = affine(flat, self.router, router_bias)
         share = logits.to(wide(logits.dtype)).softmax(-1)
         weight, chosen = share.topk(self.top, dim=-1)
         if self.renormalised:
@@ -248,9 +287,14 @@ class Experts:
             share = torch.zeros_like(share).scatter_(-1, chosen, weight)
         slots = Slots.of(chosen, len(self.router))
         by_slot = share[slots.row, slots.expert].to(x.dtype)
-        gate, up = self._each(slots.gather(flat), slots, self.gate_up.mT).chunk(2, -1)
+        gate, up = self._in(flat, slots, bias)
+        inside = None
+        if self.bound is not None:
+            inside = (up.abs() <= self.bound).to(up.dtype)
+            up = 1 + up.clamp(-self.bound, self.bound)
         hidden = self.activation(gate) * up * by_slot[:, None]
-        return self._out(hidden, slots).view(x.shape), ExpertsState(slots, gate, up, by_slot, share)
+        y = self._out(hidden, by_slot, slots).view(x.shape)
+        return y, ExpertsState(slots, gate, up, by_slot, share, inside=inside)
 
     def with_derivatives(self, state: ExpertsState) -> ExpertsState:
         """The state with `phi` and `phi' o u` kept: worth their memory when many probes follow."""
@@ -270,12 +314,13 @@ class Experts:
         logits = product(x_dot, self.router.mT).to(share.dtype)
         moved = logits - (share * logits).sum(-1, keepdim=True)
         weight = state.weight * moved[:, slots.row, slots.expert].to(x_dot.dtype)
-        gate, up = self._each(slots.gather(x_dot), slots, self.gate_up.mT).chunk(2, -1)
-        gate, up = gate.contiguous(), up.contiguous()
+        gate, up = self._in(x_dot, slots)
+        gate, up = gate.contiguous(), state.free(up).contiguous()
         value, slope = self._slopes(state)
         hidden = gate_tangent(value, slope, gate, up) * state.weight[:, None]
         hidden = hidden + weight[..., None] * (value * state.up)
-        return self._out(hidden, slots), ExpertsTangent(slots, gate, up, weight, share * moved)
+        y = self._out(hidden, weight, slots)
+        return y, ExpertsTangent(slots, gate, up, weight, share * moved)
 
     def adjoint(
         self, state: ExpertsState, y_bar: Tensor, width: int
@@ -287,12 +332,13 @@ class Experts:
         slots = state.slots
         pulled = self._each(slots.gather(y_bar), slots, self.down)
         value, slope, bend = derivatives(self.activation, state.gate, 2)
-        weight = (pulled * value * state.up).sum(-1)
+        weight = (pulled * value * state.up).sum(-1) + self._along(y_bar, slots)
         hidden = pulled * state.weight[:, None]
         kept = ExpertsAdjoint(slots, pulled, hidden * slope, hidden * bend * state.up, weight)
         along = (weight * state.weight).to(state.share.dtype)
         logits = slots.scatter(along) - state.share * slots.total(along)
-        return self._pull(kept.slope * state.up, hidden * value, logits, slots), kept
+        up = state.free(hidden * value)
+        return self._pull(kept.slope * state.up, up, logits, slots), kept
 
     def adjoint_tangent(
         self,
@@ -312,6 +358,7 @@ class Experts:
         value, slope = self._slopes(state)
         hidden_dot = gate_tangent(value, slope, tangent.gate, tangent.up)
         weight = (pulled * (value * state.up)).sum(-1) + (bar.pulled * hidden_dot).sum(-1)
+        weight = weight + self._along(y_bar_dot, slots)
         hidden_bar = pulled * state.weight[:, None] + tangent.weight[..., None] * bar.pulled
         gate, up = gate_adjoint_tangent(
             value, slope, bar.bend, bar.slope, tangent.gate, tangent.up, hidden_bar
@@ -320,7 +367,7 @@ class Experts:
         moved = (weight * state.weight + bar.weight * tangent.weight).to(share.dtype)
         logits = slots.scatter(moved) - share * slots.total(moved)
         logits = logits - tangent.share * slots.total(along)
-        return self._pull(gate, up, logits, slots)
+        return self._pull(gate, state.free(up), logits, slots)
 
 
 def experts_of(layer: Any) -> Experts:
@@ -330,16 +377,16 @@ def experts_of(layer: Any) -> Experts:
     """
     router, experts = layer.gate, layer.experts
     return Experts(
-        _plain(router, "weight", 2),
-        _plain(experts, "gate_up_proj", 3),
-        _plain(experts, "down_proj", 3),
+        plain(router, "weight", 2),
+        plain(experts, "gate_up_proj", 3),
+        plain(experts, "down_proj", 3),
         experts.act_fn,
         top=router.top_k,
         renormalised=getattr(router, "norm_topk_prob", True),
     )
 
 
-def _plain(module: Any, name: str, dimensions: int) -> Tensor:
+def plain(module: Any, name: str, dimensions: int) -> Tensor:
     """A tensor of a module whose numbers torch multiplies."""
     if hasattr(module, "base_layer"):
         raise UnsupportedModelError(

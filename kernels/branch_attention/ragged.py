@@ -37,13 +37,14 @@ def ragged_attention(
     trunk_value: Tensor,
     rows: RaggedRows,
     masking: Masking,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Attend from the last `Q` rows to their branch: its `K` own keys, elsewhere the trunk's.
 
     `query [Hk, G, Q, D]`, `key` and `value [Hk, K, D]` stand at `rows`; `trunk_key` and
-    `trunk_value [Hk, M, D]` at positions `0..M-1`. Returns `[Hk, G, Q, D]` in the query's dtype.
-    All arithmetic is done in at least float32, tile by tile of the queries. A tile meets the own
-    keys of the branches from its first to its last, so rows are best sorted by branch.
+    `trunk_value [Hk, M, D]` at positions `0..M-1`. Returns `[Hk, G, Q, D]` in the query's dtype and
+    the rows' log-sum-exp `[Hk, G, Q]`. All arithmetic is done in at least float32, tile by tile of
+    the queries. A tile meets the own keys of the branches from its first to its last, so rows are
+    best sorted by branch.
     """
     heads, group, queries, _ = query.shape
     length = trunk_key.shape[1]
@@ -56,6 +57,7 @@ def ragged_attention(
     replaced[own_branch, own_position] = True
 
     output = torch.empty_like(query)
+    normaliser = torch.empty(query.shape[:-1], dtype=sums, device=query.device)
     tile, step = tile_shape(heads, 2 * group * length, queries, query.device)
     # The bounds of all tiles at once: on a GPU reading a number waits for all that was launched.
     bounds = torch.stack([torch.stack(each.aminmax()) for each in position.split(tile)]).tolist()
@@ -78,7 +80,8 @@ def ragged_attention(
             result = below @ trunk_value[part, seen].to(sums)
             result += scores @ value[part][:, own].to(sums)
             output[part, :, at] = (result / total).unflatten(1, (group, -1))
-    return output
+            normaliser[part, :, at] = (peak + total.log())[..., 0].unflatten(1, (group, -1))
+    return output, normaliser
 
 
 def _scores(query: Tensor, key: Tensor, hidden: Tensor, masking: Masking) -> Tensor:

@@ -13,6 +13,7 @@ from heat_fast.kernels.second_order_attention.primitives import (
     mix,
     products,
     seen_keys,
+    settle,
     softmax_weights,
     statistics,
     store,
@@ -129,6 +130,7 @@ def adjoint_tangent_rows_kernel(
     pulled,
     shift_dot,
     mean,
+    sunk,
     heads,
     batch,
     group,
@@ -145,6 +147,7 @@ def adjoint_tangent_rows_kernel(
     PROBES: tl.constexpr,
     WINDOWED: tl.constexpr,
     CAPPED: tl.constexpr,
+    SUNK: tl.constexpr,
 ):
     """`Q_.` of a tile of rows, for a group of probes; hands over `mean` (m) of every row."""
     groups = (batch + PROBES - 1) // PROBES
@@ -248,6 +251,8 @@ def adjoint_tangent_rows_kernel(
             rest = rests
             total = totals
 
+    if SUNK:
+        rest = settle(rest, centre, statistics(sunk, at_row, left, ROWS, 0.0), PROBES)
     rows = tl.arange(0, ROWS)
     for p in tl.static_range(PROBES):
         some = tl.where(p < probes, left, 0)

@@ -12,6 +12,7 @@ first token of a context often does), and put it right at the end, as `P` and `d
 
     sum_j P. X + P X. = sum_j (P o (S. - n)) X + P X. - (m - n) sum_j P X
 
+`m - n` is `rowsum(P o (S. - n))`, less `n` times what a row of `P` lacks of 1 (a sink's share).
 The kernel of the keys is handed `m`, `D` and `D.` of every row.
 
 The kernels are in `tangent.py` and `adjoint.py`, what they share in `primitives.py`, the sizes that
@@ -41,6 +42,9 @@ from heat_fast.kernels.second_order_attention.adjoint import (
 from heat_fast.kernels.second_order_attention.reference import Primal
 from heat_fast.kernels.second_order_attention.tangent import attention_tangent_kernel
 
+#: What of `compiled_options` is compiled with a sink as well: gpt-oss.
+SUNK = ("bf16", 64, True)
+
 #: The widest head whose rows and their sums fit into registers.
 WIDEST = 128
 
@@ -55,8 +59,12 @@ def _trunk(primal: Primal) -> list[Tensor]:
     return [_rows_first(primal.query), primal.key.contiguous(), primal.value.contiguous()]
 
 
-def _normaliser(primal: Primal) -> Tensor:
-    return primal.normaliser.transpose(-1, -2).contiguous()
+def _statistics(primal: Primal) -> tuple[Tensor, Tensor, bool]:
+    """Normaliser and share of the sink, `[Hk, Q, G]`, and whether there is one to be read."""
+    normaliser = primal.normaliser.transpose(-1, -2).contiguous()
+    if primal.sunk is None:
+        return normaliser, normaliser, False
+    return normaliser, primal.sunk.transpose(-1, -2).contiguous(), True
 
 
 def _sizes(primal: Primal, batch: int) -> tuple[float, ...]:
@@ -96,6 +104,7 @@ def attention_tangent(primal: Primal, query: Tensor, key: Tensor, value: Tensor)
     heads, batch, group, queries, width = query.shape
     result = heads_like(query, width)
     tile = tiles.of(tiles.TANGENT, query.device, width)
+    normaliser, sunk, is_sunk = _statistics(primal)
     blocks = triton.cdiv(queries * group, tile.rows) * triton.cdiv(batch, tile.probes)
     with gpu.on(query):
         attention_tangent_kernel[(blocks * heads,)](
@@ -105,9 +114,11 @@ def attention_tangent(primal: Primal, query: Tensor, key: Tensor, value: Tensor)
             key.contiguous(),
             value.contiguous(),
             result,
-            _normaliser(primal),
+            normaliser,
+            sunk,
             *result.stride()[:-1],
             *_sizes(primal, batch),
+            SUNK=is_sunk,
             **_launch(primal, tile),
         )
     return result
@@ -126,7 +137,7 @@ def attention_adjoint_tangent(
     """As the reference, summed in float32; results of the given dtype."""
     heads, batch, group, queries, width = query.shape
     count = queries * group
-    trunk, normaliser = _trunk(primal), _normaliser(primal)
+    trunk, (normaliser, sunk, is_sunk) = _trunk(primal), _statistics(primal)
     primal_output, query, output, output_bar, output_bar_dot = (
         _rows_first(x) for x in (primal.output, query, output, output_bar, output_bar_dot)
     )
@@ -175,7 +186,9 @@ def attention_adjoint_tangent(
             pulled,
             shift_dot,
             mean,
+            sunk,
             *sizes,
+            SUNK=is_sunk,
             **_launch(primal, tile),
         )
         tile = tiles.of(tiles.KEYS, query.device, width)
@@ -209,15 +222,19 @@ def variants(capability: int) -> Iterator[Variant]:
         (adjoint_tangent_rows_kernel, tiles.ROWS),
         (adjoint_tangent_keys_kernel, tiles.KEYS),
     )
+    served = [(option, False) for option in options()] + [(SUNK, True)]
     for kernel, table in kernels:
         names = kernel.arg_names
         numbers = names.index("heads")
-        floats = ("normaliser", "shift", "pulled", "shift_dot", "mean")
-        for dtype, width, masked in options():
+        floats = ("normaliser", "shift", "pulled", "shift_dot", "mean", "sunk")
+        for (dtype, width, masked), sunk in served:
+            if sunk and "SUNK" not in names:
+                continue
             tile = tiles.of(table, capability, width)
+            label = f"{dtype} D {width}{', masked' if masked else ''}{', sink' if sunk else ''}"
             yield Variant(
                 kernel,
-                f"{dtype} D {width}{', masked' if masked else ''}",
+                label,
                 {
                     **dict.fromkeys(names[:numbers], f"*{dtype}"),
                     **{name: "*fp32" for name in floats if name in names},
@@ -226,7 +243,8 @@ def variants(capability: int) -> Iterator[Variant]:
                     "scale": "fp32",
                     "softcap": "fp32",
                 },
-                _constants(width, tile, masked, masked),
+                _constants(width, tile, masked, masked)
+                | ({"SUNK": sunk} if "SUNK" in names else {}),
                 tile.warps,
                 tile.stages,
                 {"maxnreg": REGISTERS},

@@ -36,6 +36,15 @@ def zeros(PROBES: tl.constexpr, ROWS: tl.constexpr):
 
 
 @triton.jit
+def settle(rest, centre, sunk, PROBES: tl.constexpr):
+    """`m - n` of every row, of `rest = rowsum(P o (S. - n))`, where a sink has the share `sunk`."""
+    settled = ()
+    for p in tl.static_range(PROBES):
+        settled = settled + (rest[p] - centre[p] * sunk,)
+    return settled
+
+
+@triton.jit
 def zero_rows(PROBES: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.constexpr):
     """Rows of sums for each of the probes."""
     sums = ()

@@ -13,6 +13,9 @@
 A soft-cap `s = cap tanh(u/cap)`, `u` the raw score, multiplies by `w = 1 - tanh^2`: `S. = w U.`,
 `dU = w dS`, `dU. = w dS. + w. dS` with `w. = -2 tanh w U. / cap`.
 
+A sink, a logit of the head's that takes its share of every softmax row and has no value, is in the
+normaliser: the rows of `P` then sum to less than 1, and all of the above holds as it stands.
+
 `P`, `dP`, `dS` belong to the primal: they are formed once and shared by a batch of `B` probes.
 Key and value tangents vanish below position `start` (a causal model does not move before the
 perturbed token), so the sums over keys split into a shared prefix and the probes' own rows; all
@@ -43,7 +46,8 @@ class Primal:
 
     `query`, `output`: `[Hk, G, Q, D]`; `key`, `value`: `[Hk, stop, D]`; `normaliser` (log-sum-exp):
     `[Hk, G, Q]`. The queries stand at the last `Q` positions before `stop`; tangents of keys and
-    values begin at `start`, which is not above the first query.
+    values begin at `start`, which is not above the first query. `sunk [Hk, G, Q]`: what the rows of
+    P lack of 1, the share of a sink that is in the normaliser; None without one.
     """
 
     query: Tensor
@@ -53,6 +57,7 @@ class Primal:
     output: Tensor
     start: int
     masking: Masking
+    sunk: Tensor | None = None
 
     def tiles(self, batch: int) -> Iterator[tuple[slice, slice]]:
         """Slices of key-value heads and of queries whose scores for `batch` probes stay in cache.

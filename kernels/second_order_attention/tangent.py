@@ -13,6 +13,7 @@ from heat_fast.kernels.second_order_attention.primitives import (
     mix,
     products,
     seen_keys,
+    settle,
     softmax_weights,
     statistics,
     zero_rows,
@@ -31,6 +32,7 @@ def attention_tangent_kernel(
     value_dot,
     result,
     normaliser,
+    sunk,
     result_head,
     result_probe,
     result_member,
@@ -51,6 +53,7 @@ def attention_tangent_kernel(
     PROBES: tl.constexpr,
     WINDOWED: tl.constexpr,
     CAPPED: tl.constexpr,
+    SUNK: tl.constexpr,
 ):
     """`O.` of a tile of rows `(query, member of the group)`, for a group of probes."""
     # Probes that share tiles run side by side; late queries, which see the most keys, come first.
@@ -136,6 +139,8 @@ def attention_tangent_kernel(
             rest = rests
             total = totals
 
+    if SUNK:
+        rest = settle(rest, centre, statistics(sunk, at_row, left, ROWS, 0.0), PROBES)
     place = (rows // group).to(tl.int64) * result_row + (rows % group) * result_member
     o = load(output, at_row, left, ROWS, WIDTH, PADDED).to(tl.float32)
     inner = tl.arange(0, PADDED)

@@ -36,7 +36,8 @@ def build(model: nn.Module, length: int) -> Decoder:
             "this Cohere model has a norm of its own for every query and key head "
             "(use_qk_norm=True, as Command R+): expected none. Use Command R, R7B or A."
         )
-    rotary = rotary_tables(body.rotary_emb, norm_weight(body.norm), length, interleaved=True)
+    like = norm_weight(body.norm)
+    rotary = rotary_tables(body.rotary_emb, like, length, interleaved=True, columns="neighbours")
     layers = body.layers[: config.num_hidden_layers]
     return Decoder(
         model=model,

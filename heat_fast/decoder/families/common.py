@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -114,20 +114,25 @@ def rotary_tables(
     length: int,
     *layer_type: str,
     interleaved: bool = False,
-    spread: bool = False,
+    columns: Literal["halves", "neighbours", "pairs"] = "halves",
 ) -> Rotary:
     """The model's own rotary tables for positions `0..length-1`.
 
-    With `spread` the module lays its columns in halves and the model turns interleaved pairs.
-
+    `columns`: where a pair has its two columns in the module's tables, or that it has one.
     The module is copied first: scaled variants store frequencies for the last length seen.
     """
     positions = torch.arange(length, device=like.device)[None]
-    tables = copy.deepcopy(module)(like[None, :1], positions, *layer_type)
-    if spread:
-        tables = (each[..., : each.shape[-1] // 2].repeat_interleave(2, -1) for each in tables)
-    cos, sin = tables
-    return Rotary(cos[0], sin[0], interleaved=interleaved or spread)
+
+    def lay(table: Tensor) -> Tensor:
+        width = table.shape[-1]
+        pairs = {"halves": table[..., : width // 2], "neighbours": table[..., ::2], "pairs": table}
+        column = pairs[columns]
+        return column.repeat_interleave(2, -1) if interleaved else torch.cat((column, column), -1)
+
+    cos, sin = (
+        lay(each[0]) for each in copy.deepcopy(module)(like[None, :1], positions, *layer_type)
+    )
+    return Rotary(cos, sin, interleaved=interleaved)
 
 
 def learned_positions(table: nn.Module, length: int, offset: int = 0) -> Tensor:

@@ -28,7 +28,7 @@ def build(model: nn.Module, length: int) -> Decoder:
     """View a GLM-4 model."""
     causal: Any = model
     body, config = causal.model, causal.config
-    rotary = rotary_tables(body.rotary_emb, norm_weight(body.norm), length, spread=True)
+    rotary = rotary_tables(body.rotary_emb, norm_weight(body.norm), length, interleaved=True)
     layers = body.layers[: config.num_hidden_layers]
     return Decoder(
         model=model,

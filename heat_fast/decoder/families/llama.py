@@ -61,8 +61,8 @@ def build(model: nn.Module, length: int) -> Decoder:
             f"this {type(model).__name__} clips queries, keys and values (clip_qkv="
             f"{config.clip_qkv}): expected clip_qkv=None, as OLMoE-1B-7B has it. Use such a model."
         )
-    like, spread = norm_weight(body.norm), config.model_type == "ernie4_5"
-    rotary = rotary_tables(body.rotary_emb, like, length, spread=spread)
+    like, interleaved = norm_weight(body.norm), config.model_type == "ernie4_5"
+    rotary = rotary_tables(body.rotary_emb, like, length, interleaved=interleaved)
     layers = body.layers[: config.num_hidden_layers]
     return Decoder(
         model=model,
