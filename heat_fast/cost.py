@@ -21,7 +21,7 @@ from heat_fast.decoder import Decoder, view
 from heat_fast.decoder.head import shares_curvature
 from heat_fast.decoder.product import compiled_bytes
 from heat_fast.errors import InputError
-from heat_fast.forward import check_model, context_length
+from heat_fast.forward import check_model, context_length, on_cpu
 from heat_fast.information import GPU_LOGIT_ELEMENTS, LOGIT_ELEMENTS
 from heat_fast.lowrank import HELD_OUT, factor_sizes, matrix_bytes
 from heat_fast.planner import Budget, runs_alone, slices, token_budget
@@ -138,6 +138,7 @@ def _low_rank_work(work: Pieces, targets: range, products: int, config: HeatConf
     return total + len(targets) * (work.factorisation(columns, rank, config.passes) + norms)
 
 
+@on_cpu()
 def estimate(
     model: Any,
     n_tokens: int,

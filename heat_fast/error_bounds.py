@@ -34,7 +34,7 @@ from torch import Tensor
 
 from heat_fast.config import HeatConfig
 from heat_fast.errors import InputError
-from heat_fast.forward import log_probs, unchanged
+from heat_fast.forward import log_probs, on_cpu, unchanged
 from heat_fast.information import replacement
 from heat_fast.result import Attribution
 from heat_fast.windows import Plan, plan_windows
@@ -81,6 +81,7 @@ class Bounds:
         }
 
 
+@on_cpu()
 def bounds(model: Any, approximate: Attribution, exact: Attribution, *, sample: int = 8) -> Bounds:
     """Measure where an approximate attribution loses its accuracy.
 

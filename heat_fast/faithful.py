@@ -16,6 +16,10 @@ from heat_fast.errors import UnsupportedModelError
 from heat_fast.forward import log_probs
 from heat_fast.trunk import Trunk
 
+_SINGLE = float(torch.finfo(torch.float32).eps)
+#: How float32 factors may be rounded, by torch's setting: not at all, to tf32 or to bfloat16.
+_PRODUCTS = {"highest": _SINGLE, "high": 2.0**-10, "medium": 2.0**-7}
+
 #: How much more log-probabilities below float32 may differ where a router chooses.
 ROUTED = 16
 
@@ -28,32 +32,55 @@ def check_faithful(model: Any, trunk: Trunk) -> None:
     one run of the trunk.
     """
     own = log_probs(model, trunk.embeddings, len(trunk.targets)).to(trunk.log_probs)
-    # Unlikely tokens do not matter.
-    weight = torch.maximum(own.exp(), trunk.log_probs.exp())
-    difference = float((weight * (own - trunk.log_probs).abs()).max())
-    allowed = _rounding(trunk, own)
+    allowed, difference = _rounding(trunk, own), _difference(trunk, own)
     if not difference <= allowed:
         raise UnsupportedModelError(
             f"the view of {type(model).__name__} does not compute what the model computes: "
             f"log-probabilities differ by {difference:.2g} nats, expected at most {allowed:.2g}. "
-            "A hook, a patched forward, a custom attention or a learned prompt changes the model; "
-            "remove it, or merge it into the weights."
+            "A hook, a patched forward, a custom attention or a learned prompt changes the model "
+            "(remove it, or merge it into the weights), or a layer rounds a row by its neighbours, "
+            "as torch's dynamic quantisation does (load the model without it)."
         )
+
+
+def _difference(trunk: Trunk, own: Tensor) -> float:
+    """The largest difference of two log-probabilities, in nats.
+
+    In full precision that of any token; very small probabilities are compared by the digits of
+    their logarithm, as a head's bias may rule tokens out. Below it, and with layers that are not
+    plain (quantised ones may round a row by its neighbours), the tail of a vocabulary always holds
+    some large difference: unlikely tokens count by their probability, the targets in full.
+    """
+    view = trunk.log_probs
+    apart = (own - view).abs()
+    if trunk.decoder.plain and _eps(trunk) <= _SINGLE:
+        return float((apart / (own.abs() / 16).clamp_min(1.0)).max())
+    weight = torch.maximum(own.exp(), view.exp())
+    rows = torch.arange(len(trunk.targets), device=weight.device)
+    weight[rows, torch.as_tensor(trunk.targets, device=weight.device)] = 1.0
+    return float((weight * apart).max())
+
+
+def _eps(trunk: Trunk) -> float:
+    """The rounding of a factor of the model's products."""
+    dtype = trunk.embeddings.dtype
+    if dtype == torch.float32:
+        return _PRODUCTS[torch.get_float32_matmul_precision()]
+    return float(torch.finfo(dtype).eps)
 
 
 def _rounding(trunk: Trunk, own: Tensor) -> float:
     """How far the log-probabilities of two orders of summation may be apart, in nats.
 
     In float32 and 64 (where norms and softmax are in float32) far above rounding, and far below
-    what a change to the model does. Below float32 a logit itself is known to `eps` of its size
-    only, a tenth of a nat at 25 in bfloat16, and layers that are not plain may round more. Experts
-    that a router finds nearly equal are chosen otherwise, which is a leap: several times the rest
-    even in three layers of random weights.
+    what a change to the model does. Below float32, or where torch may round its products, a logit
+    itself is known to `eps` of its size only, a tenth of a nat at 25 in bfloat16, and layers that
+    are not plain may round more. Experts that a router finds nearly equal are chosen otherwise,
+    which is a leap: several times the rest even in three layers of random weights.
     """
-    single = float(torch.finfo(torch.float32).eps)
-    eps = float(torch.finfo(trunk.embeddings.dtype).eps)
-    if eps <= single:
-        return 8 * math.sqrt(single)
+    eps = _eps(trunk)
+    if eps <= _SINGLE:
+        return 8 * math.sqrt(_SINGLE)
     logit = float((own.amax(-1) + trunk.normaliser).abs().max())
     layers = 0.0 if trunk.decoder.plain else 8 * math.sqrt(eps)
     routed = any(isinstance(block.mlp, Experts) for block in trunk.decoder.blocks)

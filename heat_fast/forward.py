@@ -29,12 +29,17 @@ def check_in_memory(model: Any) -> torch.device:
     weight: Tensor = embed.weight
     place = getattr(getattr(embed, "_hf_hook", None), "execution_device", None)
     device = torch.device(place) if place is not None else weight.device
-    if device.type == "meta":
-        raise UnsupportedModelError(
-            f"the weights of {type(model).__name__} are on the meta device, without values: "
-            "expected a model in memory. Load it with from_pretrained, without offloading."
-        )
+    if weight.is_meta or device.type == "meta":
+        raise not_in_memory(type(model).__name__)
     return device
+
+
+def not_in_memory(what: str) -> UnsupportedModelError:
+    """The error for weights that have no values, or lie on a disk."""
+    return UnsupportedModelError(
+        f"weights of {what} are on the meta device, without values: expected a model in memory. "
+        "Load it with from_pretrained, without offloading."
+    )
 
 
 def context_length(model: Any) -> int | None:
@@ -78,13 +83,21 @@ def padded_log_probs(model: Any, contexts: Sequence[Tensor], count: int) -> Tens
 
 
 @contextmanager
+def on_cpu() -> Iterator[None]:
+    """Tensors that are made without a device are the CPU's, whatever `torch.set_default_device`
+    says."""
+    elsewhere = torch.get_default_device().type != "cpu"
+    with torch.device("cpu") if elsewhere else nullcontext():
+        yield
+
+
+@contextmanager
 def unchanged(model: nn.Module) -> Iterator[None]:
     """Switch dropout off (an adapter's, say); afterwards restore every module's mode and tables.
 
     Long-context variants of the rotary embedding rewrite their tables in the model's own forward.
     Where calls overlap, in threads or one within another, the first finds the model as its owner
-    left it, and the last restores that. Tensors that are made without a device are the CPU's
-    inside, whatever `torch.set_default_device` says.
+    left it, and the last restores that. Inside it is as `on_cpu`.
     """
     with _LOCK:
         if model not in _BORROWED:
@@ -92,9 +105,8 @@ def unchanged(model: nn.Module) -> Iterator[None]:
         users, restore = _BORROWED[model]
         _BORROWED[model] = users + 1, restore
         model.eval()
-    elsewhere = torch.get_default_device().type != "cpu"
     try:
-        with torch.device("cpu") if elsewhere else nullcontext():
+        with on_cpu():
             yield
     finally:
         with _LOCK:

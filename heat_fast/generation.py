@@ -140,7 +140,8 @@ def generate(
     encoded = encode_prompt(prompt, attributor.tokenizer, vocabularies(model)[0])
     _check_room(len(encoded), max_new_tokens, context_length(model))
     ids = torch.tensor([encoded.token_ids], device=device)
-    given = {"do_sample": False, **arguments}
+    # The model's own generation config may ask for a record of the run in place of the ids.
+    given = {"do_sample": False, "return_dict_in_generate": False, **arguments}
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices), unchanged(model), torch.no_grad():
         torch.manual_seed(seed)

@@ -32,9 +32,15 @@ class Journal:
     """
 
     def __init__(self, path: Path, place: str | None = None) -> None:
-        self.path = path
+        if path.exists() and not path.is_file():
+            raise OutputError(
+                f"cannot go on with {str(path)!r}: it is a pipe, a device or a directory. Expected "
+                "a file, whose lines tell what is done. Choose another place."
+            )
+        # What a link stands for: an empty journal is removed in the end, and a link is not ours.
+        self.path = Path(os.path.realpath(path))
         try:
-            self.file = _locked(path)
+            self.file = _locked(self.path)
         except BlockingIOError as error:
             raise OutputError(
                 f"{place or repr(str(path))} is in use, being written by another process: expected "
@@ -42,7 +48,7 @@ class Journal:
             ) from error
         except OSError as error:
             raise OutputError(
-                f"cannot write {str(path)!r}: {error.strerror}. Expected a writable file path. "
+                f"cannot write {str(path)!r}: {error.strerror or error}. Expected a writable path. "
                 "Choose another place."
             ) from error
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from heat_fast.checks import is_whole
 from heat_fast.errors import InputError
+from heat_fast.readable import joined
 
 __all__ = [
     "Range",
@@ -186,12 +187,8 @@ def target_range(tokens: Sequence[str], where: TargetSpan) -> Range:
         return 0, len(tokens)
     if not isinstance(where, str):
         return check_range(where, len(tokens), "target tokens")
-    text = "".join(tokens)
+    text, pairs = joined(tokens)
     characters = occurrence_of(text, where, None, "the target")
-    ends: list[int] = []
-    for token in tokens:
-        ends.append((ends[-1] if ends else 0) + len(token))
-    pairs = zip([0, *ends[:-1]], ends, strict=True)
     owned = [
         index
         for index, pair in enumerate(pairs)

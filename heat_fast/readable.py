@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
+# Bytes below 0x80 are characters of their own.
+_SHOWN_BYTE = re.compile(r"<0x([89A-F][0-9A-F])>")
 _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -25,6 +29,28 @@ def special_flags(token_ids: Sequence[int], tokenizer: Any) -> tuple[bool, ...]:
     """Which ids are special tokens; `tokenizer` may be None."""
     special = frozenset() if tokenizer is None else _special_ids(tokenizer)
     return tuple(token_id in special for token_id in token_ids)
+
+
+def joined(tokens: Sequence[str]) -> tuple[str, list[tuple[int, int]]]:
+    """The text of readable tokens, and the characters of each; bytes become characters again.
+
+    A token that is a part of a character has that character, as its neighbours have.
+    """
+    pieces = [_SHOWN_BYTE.sub(_byte, token) for token in tokens]
+    raw = [piece.encode("utf-8", errors="surrogateescape") for piece in pieces]
+    text = b"".join(raw).decode("utf-8", errors="surrogateescape")
+    sizes = [len(each.encode("utf-8", errors="surrogateescape")) for each in text]
+    starts = [0, *accumulate(sizes)]
+    ends = list(accumulate(len(each) for each in raw))
+    pairs = [
+        (bisect_right(starts, end - len(each)) - 1, bisect_left(starts, end))
+        for end, each in zip(ends, raw, strict=True)
+    ]
+    return text, pairs
+
+
+def _byte(match: re.Match[str]) -> str:
+    return chr(0xDC00 + int(match.group(1), 16))
 
 
 def _special_ids(tokenizer: Any) -> frozenset[int]:

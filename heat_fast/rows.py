@@ -80,11 +80,27 @@ def _json_rows(path: str | os.PathLike[str]) -> Iterator[Row]:
             except ValueError as error:
                 yield Row(number, digest, error=f"the line is not JSON: {error}")
                 continue
-            if isinstance(fields, dict):
-                yield Row(number, digest, fields)
-            else:
+            if not isinstance(fields, dict):
                 kind = type(fields).__name__
                 yield Row(number, digest, error=f"the line is a {kind}: expected an object.")
+                continue
+            broken = next((name for name in fields if not _is_unicode({name: fields[name]})), None)
+            if broken is None:
+                yield Row(number, digest, fields)
+            else:
+                error = (
+                    f"{broken!r} is not valid Unicode: expected no lone surrogates (half a "
+                    "character, as \\ud83d). Mend the row."
+                )
+                yield Row(number, digest, error=error)
+
+
+def _is_unicode(value: Any) -> bool:
+    try:
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _open_parquet(path: str | os.PathLike[str]) -> Any:

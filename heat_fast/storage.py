@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any, Final, NoReturn
+from typing import Any, Final, Literal, NoReturn
 
 import torch
 from torch import Tensor
@@ -83,18 +83,29 @@ def load(path: str | os.PathLike[str]) -> Attribution:
         raise InputError(
             f"there is no file {str(place)!r}: expected a result written by save(). Check the path."
         )
-    if _is_json(place):
+    kind = kind_of(place)
+    if kind == "parquet":
+        raise InputError(
+            f"{str(place)!r} is a Parquet file, which holds many results: expected one result. "
+            "Read it with heat_fast.read_parquet()."
+        )
+    if kind == "json":
         return _parse(place.read_bytes(), repr(str(place)))
     return _load_safetensors(place)
 
 
-def _is_json(place: Path) -> bool:
-    """Whether it begins as a JSON object.
+def kind_of(path: str | os.PathLike[str]) -> Literal["json", "safetensors", "parquet"] | None:
+    """What a file is by its first bytes, whatever its name; None for anything else.
 
     A safetensors file begins with the length of its header, a multiple of 8, which "{" is not.
     """
-    with place.open("rb") as file:
-        return file.read(1) == b"{"
+    with Path(path).open("rb") as file:
+        begin = file.read(9)
+    if begin.startswith(b"{"):
+        return "json"
+    if begin.startswith(b"PAR1"):
+        return "parquet"
+    return "safetensors" if begin[8:] == b"{" else None
 
 
 def _load_safetensors(place: Path) -> Attribution:
@@ -143,7 +154,9 @@ def _from_dict(data: Any, where: str) -> Attribution:
     _check_header(data, where)
     names = [name for name in (*ARRAYS, STDERR) if name in data]
     try:
-        arrays = {name: torch.tensor(data[name], dtype=torch.float32) for name in names}
+        arrays = {
+            name: torch.tensor(data[name], dtype=torch.float32, device="cpu") for name in names
+        }
     except (TypeError, ValueError, RuntimeError) as error:
         _damaged(where, str(error), error)
     return build(data, arrays, where)

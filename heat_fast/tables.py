@@ -258,7 +258,7 @@ def _result(row: dict[str, Any], where: str) -> Attribution:
     for name in _FLOATS:
         values = row.pop(name, None)
         if values is not None:
-            array = torch.tensor(values, dtype=torch.float32)
+            array = torch.tensor(values, dtype=torch.float32, device="cpu")
             whole = name != "target_log_probs" and array.numel() == shape[0] * shape[1]
             arrays[name] = array.view(shape) if whole else array
     try:

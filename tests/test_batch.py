@@ -73,6 +73,7 @@ BAD: Rows = [
     ({"messages": [{"role": "user", "content": "a"}]}, "no chat template"),
     ({"prompt": {"a": 1}}, "expected a tokenizer's output"),
     ({"prompt": 7}, "of type int"),
+    ({"prompt": "a", "id": "\ud83d"}, "'id' is not valid Unicode"),
 ]
 
 

@@ -222,7 +222,13 @@ def test_counts_may_be_automatic_and_normalize_may_be_none(
 
 @pytest.mark.parametrize(
     ("data", "prompt"),
-    [(b"a b\n", "a b"), (b"a b\r\n", "a b"), (b"a b\n\n", "a b\n"), ("é".encode(), "é")],
+    [
+        (b"a b\n", "a b"),
+        (b"a b\r\n", "a b"),
+        (b"a b\n\n", "a b\n"),
+        ("é".encode(), "é"),
+        (b"\xef\xbb\xbfa", "a"),
+    ],
 )
 def test_prompt_from_file_and_standard_input(
     run: Run, engine: Callable[[Any], Recorder], tmp_path: Path, data: bytes, prompt: str

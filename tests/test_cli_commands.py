@@ -121,6 +121,24 @@ def test_counts_below_one_are_refused(name: str) -> None:
     assert run(name, "--targets", "-1").exit_code == 2
 
 
+@pytest.mark.parametrize("name", ["one.parquet", "one.jsonl"])
+def test_a_result_is_read_whatever_its_name(name: str, folder: Path) -> None:
+    Path("one.safetensors").rename(name)
+    assert worked("show", name, "--json", "-") == Path("one.json").read_text() + "\n"
+
+
+def test_one_line_of_json_is_read_whatever_its_name(folder: Path) -> None:
+    Path("one.json").rename("one.pq")
+    worked("show", "one.pq")
+
+
+def test_many_results_are_no_single_one(folder: Path) -> None:
+    pytest.importorskip("pyarrow")
+    heat_fast.write_parquet([make()], "one.parquet")
+    with pytest.raises(InputError, match=r"holds many results.*read_parquet"):
+        heat_fast.load("one.parquet")
+
+
 # --- show -----------------------------------------------------------------------------------------
 
 

@@ -265,6 +265,18 @@ def test_what_the_model_generates_is_explained(demo: Any) -> None:
     assert result.metadata["generation"] == {"max_new_tokens": 3, "seed": 0}
 
 
+def test_a_generation_config_may_ask_for_a_record(demo: Any) -> None:
+    prompt, config = demo.examples[0].prompt, demo.model.generation_config
+    config.return_dict_in_generate = True
+    try:
+        result = heat_fast.generate_and_attribute(
+            demo.model, demo.tokenizer, prompt, max_new_tokens=1, variant="gs"
+        )
+    finally:
+        config.return_dict_in_generate = False
+    assert result.target_tokens == (" Fenston",)
+
+
 def test_parts_of_the_prompt_are_found_before_a_response_is_made(
     demo: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import os
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -65,3 +66,24 @@ def test_a_file_that_was_removed_while_it_was_opened_is_opened_again(
         journal.append("1\n")
     assert path.read_text() == "1\n"
     assert len(calls) == 2
+
+
+def test_a_pipe_cannot_be_gone_on_with(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(OutputError, match=r"it is a pipe, a device or a directory"):
+        Journal(pipe)
+    assert pipe.is_fifo()
+
+
+def test_an_empty_journal_leaves_a_link_to_it(tmp_path: Path) -> None:
+    """As /dev/stdout is one, to whatever standard output is."""
+    link, place = tmp_path / "link", tmp_path / "place"
+    place.touch()
+    link.symlink_to(place)
+    with closing(Journal(link)):
+        pass
+    assert link.is_symlink() and not place.exists()
+    with closing(Journal(link)) as journal:
+        journal.append('{"row": 1}\n')
+    assert link.is_symlink() and place.read_text() == '{"row": 1}\n'

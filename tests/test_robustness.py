@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
+from torch.utils.flop_counter import FlopCounterMode
 
 import families
 import heat_fast
@@ -218,6 +220,127 @@ def test_torchs_default_device_does_not_matter(settings: dict[str, Any]) -> None
         found = attribute(model, **settings)
         assert torch.empty(0).device.type == "meta"
     assert torch.equal(found.scores, expected.scores)
+
+
+def test_torchs_default_device_does_not_matter_to_others() -> None:
+    model = families.build("llama")
+    expected, again = attribute(model), attribute(model, estimator="low_rank")
+    with torch.device("meta"):
+        read = heat_fast.from_dict(expected.to_dict())
+        cost = estimate(model, 9)
+        drawn = heat_fast.baselines.get("random")(model, None, IDS, 5)
+        bounds = heat_fast.bounds(model, again, expected, sample=2)
+    assert torch.equal(read.scores, expected.scores)
+    assert cost.seconds is not None
+    assert torch.equal(drawn.scores, heat_fast.baselines.get("random")(model, None, IDS, 5).scores)
+    assert bounds.error.device.type == "cpu"
+
+
+@pytest.mark.parametrize("name", ["random", "context_cite", "causal_tracing"])
+def test_torchs_default_dtype_does_not_matter_to_what_is_drawn(name: str) -> None:
+    model, method = families.build("llama"), heat_fast.baselines.get(name)
+    expected = method(model, None, IDS, 5)
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = method(model, None, IDS, 5)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    torch.testing.assert_close(found.scores, expected.scores)
+
+
+def test_torchs_counter_of_flops_is_borne() -> None:
+    model = families.build("llama")
+    expected = attribute(model)
+    with FlopCounterMode(display=False) as counter:
+        found = attribute(model)
+    torch.testing.assert_close(found.scores, expected.scores)
+    assert counter.get_total_flops() > 0
+
+
+TAMPERED: dict[str, Callable[[Any], Callable[[], object]]] = {
+    "logits": lambda model: tempered(model, lambda output: output.logits.mul_(0.7)),
+    "layer": lambda model: tempered(model.model.layers[1], lambda output: output.add_(0.1)),
+    "everywhere": lambda model: (
+        register_module_forward_hook(
+            lambda module, _, output: 1.05 * output if isinstance(module, nn.Linear) else None
+        ).remove
+    ),
+}
+
+
+def tempered(module: Any, change: Callable[[Any], object]) -> Callable[[], object]:
+    """A forward put in a module's place that changes what it returns; returns what undoes it."""
+    own = module.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        output = own(*args, **kwargs)
+        change(output)
+        return output
+
+    module.forward = forward
+    return lambda: delattr(module, "forward")
+
+
+@pytest.mark.parametrize("target", [None, " Grimwick"])
+@pytest.mark.parametrize("how", TAMPERED)
+def test_what_changes_a_confident_model_is_refused(how: str, target: str | None, demo: Any) -> None:
+    """One token has all the probability, with and without the change."""
+    prompt = demo.examples[0].prompt
+    undo = TAMPERED[how](demo.model)
+    try:
+        with pytest.raises(UnsupportedModelError, match="does not compute what the model"):
+            heat_fast.attribute(demo.model, demo.tokenizer, prompt, target, variant="gs")
+    finally:
+        undo()
+    heat_fast.attribute(demo.model, demo.tokenizer, prompt, target, variant="gs")
+
+
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+def test_products_that_torch_may_round_are_allowed_to(precision: str) -> None:
+    model, before = families.build("llama"), torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        attribute(model, variant="gs")
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_a_head_may_rule_tokens_out() -> None:
+    model = families.build("gptj")
+    model.lm_head.bias.data[[3, 7]] = -1e30
+    result = heat_fast.attribute(model, None, [5, 6, 8], 9, variant="gs")
+    assert result.scores.isfinite().all()
+
+
+def test_a_model_that_is_partly_elsewhere_is_refused() -> None:
+    model = families.build("llama")
+    model.model.layers[1].to("meta")
+    with pytest.raises(UnsupportedModelError, match="on the meta device"):
+        attribute(model)
+
+
+def test_a_submodule_of_another_kind_is_refused() -> None:
+    model = families.build("llama")
+    model.model.layers[1].mlp = nn.Identity()
+    with pytest.raises(UnsupportedModelError, match=r"'gate_proj'.*submodule that was replaced"):
+        attribute(model)
+
+
+def test_a_kernel_that_depends_on_its_handle_alone() -> None:
+    """Autograd knows of no way back to the input, only to a parameter (packed int8 weights)."""
+    model, plain = families.build("llama"), families.build("llama")
+
+    class Packed(nn.Module):
+        def __init__(self, layer: nn.Linear) -> None:
+            super().__init__()
+            self.packed, self.handle = [layer], nn.Parameter(torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.packed[0](x).detach() + self.handle
+
+    layer: Any = model.model.layers[1].mlp
+    layer.down_proj = Packed(layer.down_proj)
+    torch.testing.assert_close(attribute(model).scores, attribute(plain).scores)
 
 
 def test_a_hook_on_a_linear_layer_is_honoured() -> None:

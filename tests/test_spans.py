@@ -344,6 +344,23 @@ def test_span_to_span_is_the_sum_of_the_aggregated_scores() -> None:
 
 
 @pytest.mark.parametrize(
+    ("where", "tokens"),
+    [
+        ("\N{GRINNING FACE}", (2, 5)),
+        ("\N{GRINNING FACE}!", (2, 6)),
+        ("Fen \N{GRINNING FACE}!", (0, 6)),
+        ("\u6771\u4eac", (6, 9)),
+        ("\u4eac", (8, 9)),
+    ],
+)
+def test_characters_of_several_tokens(where: str, tokens: tuple[int, int]) -> None:
+    """A token belongs where its first character lies, of which it may be a part."""
+    readable = (" Fen", " ", "<0xF0><0x9F>", "<0x98>", "<0x80>", "!")
+    readable += ("<0xE6><0x9D>", "<0xB1><0xE4><0xBA>", "<0xAC>")
+    assert target_range(readable, where) == tokens
+
+
+@pytest.mark.parametrize(
     ("where", "message"),
     [
         ((0, 3), "no range of the 2 target tokens"),

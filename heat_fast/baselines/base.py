@@ -15,7 +15,7 @@ from heat_fast.baselines.case import Case
 from heat_fast.checks import nearest
 from heat_fast.errors import ConfigError
 from heat_fast.fields import check_settings, integer, setting
-from heat_fast.forward import check_in_memory, undisturbed
+from heat_fast.forward import check_in_memory, on_cpu, undisturbed
 from heat_fast.kernels.dispatch import using
 from heat_fast.provenance import provenance
 from heat_fast.readable import readable_tokens
@@ -47,6 +47,7 @@ class Baseline(ABC):
     def scores(self, case: Case) -> Tensor | dict[str, Tensor]:
         """The scores `[T, N]`, or named `[T, N]` arrays of the result with `target_scores`."""
 
+    @on_cpu()
     def __call__(self, model: Any, tokenizer: Any, prompt: Any, target: Any = None) -> Attribution:
         """Attribute one prompt; arguments are those of `heat_fast.attribute`.
 

@@ -67,6 +67,7 @@ class SelfEntailedChains(Baseline):
                 attention_mask=torch.ones_like(given),
                 max_new_tokens=self.length,
                 num_return_sequences=self.chains,
+                return_dict_in_generate=False,
                 **{**PLAIN_SAMPLING, "temperature": float(self.temperature)},
                 pad_token_id=0 if pad is None else pad,
             )

@@ -25,7 +25,9 @@ class Random(Baseline):
 
     def scores(self, case: Case) -> Tensor:
         """See `Baseline.scores`."""
-        return torch.rand(len(case.targets), case.tokens, generator=self._generator())
+        return torch.rand(
+            len(case.targets), case.tokens, generator=self._generator(), dtype=torch.float32
+        )
 
 
 @register("leave_one_out")
@@ -81,7 +83,12 @@ class ContextCite(Baseline):
         """See `Baseline.scores`."""
         fit = _lasso()
         groups = self._sources(case)
-        kept = torch.rand(self.ablations, len(groups), generator=self._generator()) < self.keep
+        kept = (
+            torch.rand(
+                self.ablations, len(groups), generator=self._generator(), dtype=torch.float32
+            )
+            < self.keep
+        )
         removable = {token for group in groups for token in group}
         fixed = set(range(case.tokens)) - removable
         subsets = []
@@ -144,7 +151,7 @@ class ReAGent(Baseline):
         x, count, generator = case.embeddings, case.tokens, self._generator()
         embed = case.model.get_input_embeddings()
         size = max(1, round(self.share * count))
-        order = torch.rand(self.steps, count, generator=generator).argsort(-1)
+        order = torch.rand(self.steps, count, generator=generator, dtype=torch.float32).argsort(-1)
         replaced = torch.zeros(self.steps, count, dtype=torch.bool)
         replaced.scatter_(1, order[:, :size], True)
         draws = _draw(case, self.steps, generator)
@@ -187,7 +194,7 @@ class CausalTracing(Baseline):
         scores = torch.zeros(len(case.targets), count, dtype=torch.double)
         for _ in range(self.samples):
             corrupted = x.clone()
-            drawn = torch.randn(count, x.shape[-1], generator=generator)
+            drawn = torch.randn(count, x.shape[-1], generator=generator, dtype=torch.float32)
             corrupted[:count] += spread * drawn.to(x)
             streams, last = case.streams(corrupted)
             before = case.pick(last).exp()

@@ -149,8 +149,8 @@ class ProgressiveInference(Baseline):
             reached = case.prefixes(x[None], case.targets)[0].exp().T
             return _steps(reached, 1 / vocabulary)
         generator = self._generator()
-        share = torch.rand(self.passes, 1, generator=generator)
-        kept = torch.rand(self.passes, count, generator=generator) < share
+        share = torch.rand(self.passes, 1, generator=generator, dtype=torch.float32)
+        kept = torch.rand(self.passes, count, generator=generator, dtype=torch.float32) < share
         kept = torch.cat((torch.ones(1, count, dtype=torch.bool), kept))
         vector = replacement(case.model.get_input_embeddings(), "zero", None, x)
         masked = torch.where(kept[..., None].to(x.device), x, vector)

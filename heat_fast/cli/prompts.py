@@ -66,7 +66,7 @@ def read_text(path: str) -> str:
     """The text of a file, or of standard input."""
     try:
         data = sys.stdin.buffer.read() if path == STANDARD_STREAM else Path(path).read_bytes()
-        return data.decode("utf-8")
+        return data.decode("utf-8-sig")  # an editor's mark of UTF-8 is no part of the text
     except UnicodeDecodeError as error:
         raise UsageError(
             f"{_name(path)} is not UTF-8 ({error.reason} at byte {error.start}): expected UTF-8 "

@@ -40,8 +40,13 @@ def read_result(path: str, name: str | None = None) -> Attribution:
 
 
 def holds_many(path: str) -> bool:
-    """Whether a file is one of many results, by its name."""
-    return is_parquet(path) or Path(path).suffix.lower() in (".jsonl", ".ndjson")
+    """Whether a file is one of many results: by its name, unless its first bytes tell otherwise."""
+    from heat_fast.storage import kind_of
+
+    kind = kind_of(path) if Path(path).is_file() else None
+    if is_parquet(path):
+        return kind not in ("json", "safetensors")
+    return Path(path).suffix.lower() in (".jsonl", ".ndjson") and kind != "safetensors"
 
 
 def _many(path: str) -> Iterator[Attribution]:

@@ -132,8 +132,10 @@ class Linear:
             x = y_bar.new_zeros(*y_bar.shape[:-1], in_features, requires_grad=True)
             y = self.module(x)
             if y.requires_grad:
-                (x_bar,) = torch.autograd.grad(y, x, y_bar)
-                return x_bar.detach()
+                # None where the output depends on something else alone, such as a kernel's handle.
+                (x_bar,) = torch.autograd.grad(y, x, y_bar, allow_unused=True)
+                if x_bar is not None:
+                    return x_bar.detach()
         # A forward-only kernel (some quantised layers): its matrix has to stand in.
         self._differentiable = False
         return self.adjoint(y_bar, in_features)

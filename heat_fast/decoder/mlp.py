@@ -74,6 +74,7 @@ def derivatives(activation: Activation, gate: Tensor, order: int) -> tuple[Tenso
     """`(phi, phi', ..)` at `gate` up to `order`, element by element, in its dtype."""
     with torch.enable_grad():
         x = gate.detach().to(wide(gate.dtype)).requires_grad_()
+        x = x.view_as(x)  # torch's counters of FLOPs hook modules, and bear no leaves in them
         values = [activation(x)]
         for step in range(order):
             total = values[-1].sum()

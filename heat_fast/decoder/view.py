@@ -192,8 +192,15 @@ def view(model: nn.Module, length: int) -> Decoder:
         True
     """
     name = check_supported(model)
-    with torch.no_grad():
-        return _FAMILIES[name](_base_model(model), length)
+    try:
+        with torch.no_grad():
+            return _FAMILIES[name](_base_model(model), length)
+    except AttributeError as error:
+        raise UnsupportedModelError(
+            f"this {type(model).__name__} is not made of transformers' own submodules ({error}): "
+            "expected those of its class, whose derivatives are written out. Put a submodule that "
+            "was replaced back, or use a version of transformers from 5.0 on."
+        ) from error
 
 
 def module_device(module: nn.Module) -> torch.device | None:

@@ -79,7 +79,9 @@ def sensitivity(
         ids = asker.plain(Case(token_ids, target, None), where).token_ids
         for sample in range(samples):
             shape = len(ids), asker.embed.weight.shape[-1]
-            drawn = torch.randn(shape, generator=generator(seed, number, sample))
+            drawn = torch.randn(
+                shape, generator=generator(seed, number, sample), dtype=torch.float32
+            )
             with _noisy(asker.embed, ids, noise * drawn):
                 scores = attribute(model, token_ids, target)
             row = check_vector(scores, where, tokens=len(ids))

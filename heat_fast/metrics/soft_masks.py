@@ -125,7 +125,12 @@ def random_cases(cases: Sequence[Case], *, seed: int = 0) -> list[Case]:
     3
     """
     return [
-        replace(case, scores=torch.rand(len(case.token_ids), generator=generator(seed, number)))
+        replace(
+            case,
+            scores=torch.rand(
+                len(case.token_ids), generator=generator(seed, number), dtype=torch.float32
+            ),
+        )
         for number, case in enumerate(cases)
     ]
 

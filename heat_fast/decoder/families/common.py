@@ -16,6 +16,7 @@ from heat_fast.decoder.norm import AnyNorm, Norm, NormOfHeads
 from heat_fast.decoder.rotary import Rotary
 from heat_fast.decoder.view import module_device
 from heat_fast.errors import UnsupportedModelError
+from heat_fast.forward import not_in_memory
 
 
 def text_part(model: Any) -> tuple[Any, Any]:
@@ -81,6 +82,8 @@ def _tuned(module: Any) -> tuple[Any, float]:
             "norm, whose derivatives are written out. If it is an adapter, merge it into the model "
             "(PEFT: merge_and_unload()); else put the norm back."
         )
+    if norm.weight is not None and norm.weight.is_meta:
+        raise not_in_memory(f"a {type(norm).__name__}")
     return norm, float(eps)
 
 
@@ -130,7 +133,8 @@ def rotary_tables(
         return column.repeat_interleave(2, -1) if interleaved else torch.cat((column, column), -1)
 
     cos, sin = (
-        lay(each[0]) for each in copy.deepcopy(module)(like[None, :1], positions, *layer_type)
+        lay(each[0])
+        for each in copy.deepcopy(module)(like.detach()[None, :1], positions, *layer_type)
     )
     return Rotary(cos, sin, interleaved=interleaved)
 
