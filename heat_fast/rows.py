@@ -88,11 +88,11 @@ def _json_rows(path: str | os.PathLike[str]) -> Iterator[Row]:
             if broken is None:
                 yield Row(number, digest, fields)
             else:
-                error = (
+                reason = (
                     f"{broken!r} is not valid Unicode: expected no lone surrogates (half a "
                     "character, as \\ud83d). Mend the row."
                 )
-                yield Row(number, digest, error=error)
+                yield Row(number, digest, error=reason)
 
 
 def _is_unicode(value: Any) -> bool:
