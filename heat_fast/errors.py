@@ -34,6 +34,14 @@ class ConfigError(HeatError, ValueError):
 class UnsupportedModelError(HeatError, TypeError):
     """A model whose architecture this package has no decoder view for."""
 
+    @classmethod
+    def of_meta(cls, what: str) -> UnsupportedModelError:
+        """The error about weights that have no values here, as where they are offloaded."""
+        return cls(
+            f"weights of {what} are on the meta device, without values: expected a model in "
+            "memory. Load it with from_pretrained, without offloading."
+        )
+
 
 class NumericalError(HeatError, ArithmeticError):
     """A computation gave a value that is not finite; the message names where it came from."""

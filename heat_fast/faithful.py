@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from heat_fast.decoder.experts import Experts
+from heat_fast.decoder.linear import Linear
 from heat_fast.errors import UnsupportedModelError
 from heat_fast.forward import log_probs
 from heat_fast.trunk import Trunk
 
 _SINGLE = float(torch.finfo(torch.float32).eps)
-#: How float32 factors may be rounded, by torch's setting: not at all, to tf32 or to bfloat16.
-_PRODUCTS = {"highest": _SINGLE, "high": 2.0**-10, "medium": 2.0**-7}
+#: How float32 factors of a product may be rounded, by torch's setting; not at all by default.
+_PRODUCTS = {"tf32": 2.0**-10, "bf16": 2.0**-7}
 
 #: How much more log-probabilities below float32 may differ where a router chooses.
 ROUTED = 16
@@ -47,26 +48,46 @@ def _difference(trunk: Trunk, own: Tensor) -> float:
     """The largest difference of two log-probabilities, in nats.
 
     In full precision that of any token; very small probabilities are compared by the digits of
-    their logarithm, as a head's bias may rule tokens out. Below it, and with layers that are not
-    plain (quantised ones may round a row by its neighbours), the tail of a vocabulary always holds
-    some large difference: unlikely tokens count by their probability, the targets in full.
+    their logarithm, as a head's bias may rule tokens out. Below it, where the tail of a vocabulary
+    always holds some large difference, unlikely tokens count by their probability; the targets in
+    full, unless a router's leaps may move them.
     """
     view = trunk.log_probs
     apart = (own - view).abs()
-    if trunk.decoder.plain and _eps(trunk) <= _SINGLE:
+    if _eps(trunk) <= _SINGLE:
         return float((apart / (own.abs() / 16).clamp_min(1.0)).max())
     weight = torch.maximum(own.exp(), view.exp())
-    rows = torch.arange(len(trunk.targets), device=weight.device)
-    weight[rows, torch.as_tensor(trunk.targets, device=weight.device)] = 1.0
+    if not _is_routed(trunk):
+        rows = torch.arange(len(trunk.targets), device=weight.device)
+        weight[rows, torch.as_tensor(trunk.targets, device=weight.device)] = 1.0
     return float((weight * apart).max())
 
 
 def _eps(trunk: Trunk) -> float:
-    """The rounding of a factor of the model's products."""
-    dtype = trunk.embeddings.dtype
-    if dtype == torch.float32:
-        return _PRODUCTS[torch.get_float32_matmul_precision()]
-    return float(torch.finfo(dtype).eps)
+    """The coarsest rounding on the way: of the stream, of products, of layers that are not plain.
+
+    Of a layer that holds anything but float32 and 64 (packed weights, factors in half precision)
+    nothing is known: it is taken to round as bfloat16 does.
+    """
+    stream = trunk.embeddings
+    eps = float(torch.finfo(stream.dtype).eps)
+    if stream.dtype == torch.float32:
+        backend: Any = torch.backends.cuda if stream.is_cuda else torch.backends.mkldnn
+        chosen = backend.matmul.fp32_precision
+        general: Any = torch.backends
+        chosen = general.fp32_precision if chosen == "none" else chosen
+        eps = max(eps, _PRODUCTS.get(chosen, eps))
+    if all(_is_exact(linear) for linear in trunk.decoder.linears):
+        return eps
+    return max(eps, float(torch.finfo(torch.bfloat16).eps))
+
+
+def _is_exact(linear: Linear) -> bool:
+    """Whether a layer multiplies in the precision of its input, as far as can be told."""
+    if linear.weight is not None:
+        return True
+    held = [*linear.module.parameters(), *linear.module.buffers()]
+    return bool(held) and all(part.dtype in (torch.float32, torch.float64) for part in held)
 
 
 def _rounding(trunk: Trunk, own: Tensor) -> float:
@@ -83,8 +104,11 @@ def _rounding(trunk: Trunk, own: Tensor) -> float:
         return 8 * math.sqrt(_SINGLE)
     logit = float((own.amax(-1) + trunk.normaliser).abs().max())
     layers = 0.0 if trunk.decoder.plain else 8 * math.sqrt(eps)
-    routed = any(isinstance(block.mlp, Experts) for block in trunk.decoder.blocks)
-    return max(16 * eps * max(1.0, logit / 4), layers) * (ROUTED if routed else 1)
+    return max(16 * eps * max(1.0, logit / 4), layers) * (ROUTED if _is_routed(trunk) else 1)
+
+
+def _is_routed(trunk: Trunk) -> bool:
+    return any(isinstance(block.mlp, Experts) for block in trunk.decoder.blocks)
 
 
 def check_hooks(model: Any, trunk: Trunk) -> None:

@@ -30,16 +30,8 @@ def check_in_memory(model: Any) -> torch.device:
     place = getattr(getattr(embed, "_hf_hook", None), "execution_device", None)
     device = torch.device(place) if place is not None else weight.device
     if weight.is_meta or device.type == "meta":
-        raise not_in_memory(type(model).__name__)
+        raise UnsupportedModelError.of_meta(type(model).__name__)
     return device
-
-
-def not_in_memory(what: str) -> UnsupportedModelError:
-    """The error for weights that have no values, or lie on a disk."""
-    return UnsupportedModelError(
-        f"weights of {what} are on the meta device, without values: expected a model in memory. "
-        "Load it with from_pretrained, without offloading."
-    )
 
 
 def context_length(model: Any) -> int | None:

@@ -36,8 +36,7 @@ def joined(tokens: Sequence[str]) -> tuple[str, list[tuple[int, int]]]:
 
     A token that is a part of a character has that character, as its neighbours have.
     """
-    pieces = [_SHOWN_BYTE.sub(_byte, token) for token in tokens]
-    raw = [piece.encode("utf-8", errors="surrogateescape") for piece in pieces]
+    raw = [_raw(token) for token in tokens]
     text = b"".join(raw).decode("utf-8", errors="surrogateescape")
     sizes = [len(each.encode("utf-8", errors="surrogateescape")) for each in text]
     starts = [0, *accumulate(sizes)]
@@ -49,8 +48,13 @@ def joined(tokens: Sequence[str]) -> tuple[str, list[tuple[int, int]]]:
     return text, pairs
 
 
-def _byte(match: re.Match[str]) -> str:
-    return chr(0xDC00 + int(match.group(1), 16))
+def _raw(token: str) -> bytes:
+    """The bytes of a readable token."""
+    text, *rest = _SHOWN_BYTE.split(token)
+    raw = text.encode("utf-8", errors="surrogatepass")
+    for byte, text in zip(rest[::2], rest[1::2], strict=True):
+        raw += bytes.fromhex(byte) + text.encode("utf-8", errors="surrogatepass")
+    return raw
 
 
 def _special_ids(tokenizer: Any) -> frozenset[int]:

@@ -4,12 +4,14 @@ The interpreter runs one program after another, so a kernel in which two program
 comes out right there and wrong on a GPU, where their order is anybody's. What is kept here of every
 launch are the addresses: which program wrote and which read them.
 
-- A load or a store must fall into the memory of a tensor that the kernel was given.
+- A load or a store must fall between the first and the last number of a tensor that the kernel was
+  given (into gaps between its rows, too).
 - What a program writes, no other program may write or read in the same launch.
 - What a program wrote, it may not read again, nor write over what it read: its threads wait for
   each other only at barriers, and a load and a store need not share out a tile in the same way.
 - The lanes of one store that meet at an address must store the same number.
 
+Addresses are those of the numbers: two that overlap without beginning alike are not noticed.
 Atomics are none of these; no kernel here has any, and one that came would be refused.
 """
 
@@ -67,11 +69,10 @@ class _Launch:
 
     def __init__(self, name: str, arguments: dict[str, Any]) -> None:
         self.name = name
-        # Where the memory of each begins and ends; views of the same memory share it.
         self.tensors = {
-            argument: (tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes())
-            for argument, tensor in arguments.items()
-            if isinstance(tensor, torch.Tensor) and tensor.numel()
+            argument: (tensor.data_ptr(), _extent(tensor))
+            for argument, tensor in _tensors(arguments)
+            if tensor.numel()
         }
         self.written, self.read = _Accesses(), _Accesses()
         self.program = -1
@@ -131,6 +132,21 @@ class _Launch:
                 )
 
 
+def _tensors(arguments: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors among arguments, and within tuples of them, by name."""
+    for name, argument in arguments.items():
+        if isinstance(argument, torch.Tensor):
+            yield name, argument
+        elif isinstance(argument, tuple):
+            yield from _tensors({f"{name}[{at}]": each for at, each in enumerate(argument)})
+
+
+def _extent(tensor: torch.Tensor) -> int:
+    """Bytes from the beginning of a tensor's first number to the end of its last."""
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    return (sum((size - 1) * stride for size, stride in steps) + 1) * tensor.element_size()
+
+
 @contextmanager
 def sanitized() -> Iterator[list[str]]:
     """Check every launch within; yields the names of the kernels launched so far.
@@ -154,18 +170,18 @@ def sanitized() -> Iterator[list[str]]:
     launches: list[_Launch] = []
     names: list[str] = []
 
-    def load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+    def load(self: Any, pointers: Any, mask: Any, *rest: Any, **options: Any) -> Any:
         met, size = _met(pointers, mask)
         launches[-1].load(met, size)
-        return saved[builder, "create_masked_load"](self, pointers, mask, *rest)
+        return saved[builder, "create_masked_load"](self, pointers, mask, *rest, **options)
 
-    def store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+    def store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any, **options: Any) -> Any:
         met, size = _met(pointers, mask)
         values = numpy.broadcast_to(value.data, pointers.data.shape)[_where(pointers, mask)]
         launches[-1].store(met, values, size)
-        return saved[builder, "create_masked_store"](self, pointers, value, mask, *rest)
+        return saved[builder, "create_masked_store"](self, pointers, value, mask, *rest, **options)
 
-    def atomic(self: Any, *_: Any) -> Any:
+    def atomic(self: Any, *_: Any, **__: Any) -> Any:
         raise Unsafe(f"{launches[-1].name}: an atomic, whose order is anybody's")
 
     def set_grid_idx(self: Any, x: int, y: int, z: int) -> None:

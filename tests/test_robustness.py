@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -17,11 +19,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import families
 import heat_fast
-from heat_fast import Attributor, HeatConfig, estimate
+from heat_fast import Attributor, HeatConfig, estimate, faithful
+from heat_fast.decoder import view
 from heat_fast.errors import ConfigError, InputError, UnsupportedModelError
 from heat_fast.forward import log_probs, unchanged
 from heat_fast.kernels.branch_attention import Masking, branch_attention
 from heat_fast.kernels.second_order_attention import Primal
+from heat_fast.trunk import Trunk, run_trunk
 
 IDS = families.prompt_ids("llama", 9)
 
@@ -295,14 +299,77 @@ def test_what_changes_a_confident_model_is_refused(how: str, target: str | None,
     heat_fast.attribute(demo.model, demo.tokenizer, prompt, target, variant="gs")
 
 
-@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
-def test_products_that_torch_may_round_are_allowed_to(precision: str) -> None:
-    model, before = families.build("llama"), torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision)
-    try:
-        attribute(model, variant="gs")
-    finally:
-        torch.set_float32_matmul_precision(before)
+#: How torch is told that it may round the factors of float32 products: of both generations of its
+#: settings, of which the older cannot be read once the newer was used.
+PRECISIONS = [
+    "torch.set_float32_matmul_precision('high')",
+    "torch.set_float32_matmul_precision('medium')",
+    "torch.backends.cuda.matmul.allow_tf32 = True",
+    "torch.backends.fp32_precision = 'tf32'",
+    "torch.backends.cuda.matmul.fp32_precision = 'tf32'",
+    "torch.backends.mkldnn.matmul.fp32_precision = 'bf16'",
+]
+
+
+@pytest.mark.parametrize("setting", PRECISIONS)
+def test_products_that_torch_may_round_are_allowed_to(setting: str) -> None:
+    """In a process of its own: torch has no way back from some of these."""
+    run(
+        f"{setting}; import heat_fast; demo = heat_fast.load_demo_model(); "
+        "heat_fast.attribute(demo.model, demo.tokenizer, 'The mountain of', variant='gs')"
+    )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the embedded model is on the CPU")
+def test_what_a_gpu_may_round_is_nothing_to_a_cpu() -> None:
+    run(
+        "torch.backends.cuda.matmul.allow_tf32 = True; import heat_fast; "
+        "from heat_fast import faithful; from heat_fast.trunk import run_trunk; "
+        "demo = heat_fast.load_demo_model(); view = heat_fast.decoder.view(demo.model, 3); "
+        "rows = demo.model.get_input_embeddings().weight[:3].detach(); "
+        "assert faithful._eps(run_trunk(view, rows, (1,))) == torch.finfo(torch.float32).eps"
+    )
+
+
+def run(code: str) -> None:
+    """Run some lines after `import torch` in another process."""
+    command = [sys.executable, "-c", f"import torch; {code}"]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
+
+
+@pytest.mark.parametrize("half", [True, False])
+def test_layers_that_compute_in_half_precision_are_allowed_to(half: bool) -> None:
+    """Between float32 norms, as quantised layers do; those in float32 are held to it."""
+    model: Any = families.build("llama")
+
+    class Rounded(nn.Module):
+        def __init__(self, layer: nn.Linear) -> None:
+            super().__init__()
+            self.packed = nn.Parameter(layer.weight.data.to(torch.bfloat16 if half else None))
+
+        def forward(self, x: Tensor) -> Tensor:
+            weight = self.packed.to(torch.bfloat16)
+            return nn.functional.linear(x.to(torch.bfloat16), weight).to(x.dtype)
+
+    for layer in model.model.layers:
+        layer.mlp.down_proj = Rounded(layer.mlp.down_proj)
+    trunk = trunk_of(model)
+    assert (faithful._eps(trunk) > 1e-3) is half
+
+
+def test_a_hook_on_a_linear_layer_keeps_the_comparison_exact() -> None:
+    model: Any = families.build("llama")
+    model.model.layers[1].mlp.down_proj.register_forward_hook(lambda m, i, y: 2 * y)
+    trunk = trunk_of(model)
+    assert not trunk.decoder.plain
+    assert faithful._eps(trunk) == torch.finfo(torch.float32).eps
+
+
+def trunk_of(model: Any) -> Trunk:
+    rows = model.get_input_embeddings().weight[torch.tensor(IDS)].detach()
+    with torch.no_grad():
+        return run_trunk(view(model, len(IDS)), rows, (5,))
 
 
 def test_a_head_may_rule_tokens_out() -> None:

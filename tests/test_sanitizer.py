@@ -97,6 +97,45 @@ def test_planted_faults_are_found(kernel: Any, programs: int, found: str) -> Non
         launch(kernel, programs)  # no longer watched
 
 
+def test_what_lies_behind_a_view_is_not_the_kernels() -> None:
+    memory = torch.zeros(20)
+    with sanitized():
+        doubled_kernel[(2,)](torch.arange(10.0), memory, 5, BLOCK=4)
+        with pytest.raises(triton.runtime.errors.InterpreterError, match="a store outside"):
+            doubled_kernel[(2,)](torch.arange(10.0), memory[:5], 6, BLOCK=4)
+        doubled_kernel[(2,)](torch.arange(10.0)[::2], memory, 5, BLOCK=4)
+
+
+@triton.jit
+def of_a_pair_kernel(pair, y, length, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    tl.store(y + at, tl.load(pair[0] + at) + tl.load(pair[1] + at), mask=at < length)
+
+
+def test_tensors_in_tuples_are_given_too() -> None:
+    x, y = torch.arange(4.0), torch.zeros(4)
+    with sanitized():
+        of_a_pair_kernel[(1,)]((x, x), y, 4, BLOCK=4)
+    assert y.tolist() == [0.0, 2.0, 4.0, 6.0]
+
+
+@triton.jit
+def described_kernel(x, y, length, BLOCK: tl.constexpr):
+    source = tl.make_tensor_descriptor(x, [length], [1], [BLOCK])
+    target = tl.make_tensor_descriptor(y, [length], [1], [BLOCK])
+    at = tl.program_id(0) * BLOCK
+    target.store([at], source.load([at]))
+
+
+def test_descriptors_are_watched() -> None:
+    x, y = torch.arange(10.0), torch.zeros(10)
+    with sanitized():
+        described_kernel[(3,)](x, y, 10, BLOCK=4)
+        with pytest.raises(triton.runtime.errors.InterpreterError, match="a load outside"):
+            described_kernel[(3,)](x[:9], y, 10, BLOCK=4)
+    assert torch.equal(x, y)
+
+
 def test_a_sound_kernel_passes() -> None:
     with sanitized() as launched:
         launch(doubled_kernel)

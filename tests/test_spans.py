@@ -360,6 +360,11 @@ def test_characters_of_several_tokens(where: str, tokens: tuple[int, int]) -> No
     assert target_range(readable, where) == tokens
 
 
+def test_half_a_character_is_no_obstacle() -> None:
+    assert target_range(("\ud83d", "b", "<0x41>"), "b") == (1, 2)
+    assert target_range(("\ud83d", "b", "<0x41>"), "<0x41>") == (2, 3)
+
+
 @pytest.mark.parametrize(
     ("where", "message"),
     [

@@ -100,8 +100,8 @@ def _inverse(order: Tensor) -> Tensor:
 class ExpertsState:
     """The primal: `gate`, `up [n, f]` by slot, `weight [n]` (w) and `share [S, E]` (q).
 
-    `value` (phi) and `slope` (phi' o u) are kept where many probes will share them. `inside`: 1
-    where `up` is not bounded, 0 where it is; None where nothing bounds it.
+    `value` (phi) and `slope` (phi' o u) are kept where many probes will share them. `inside`:
+    whether `up` is within its bound; None where it has none.
     """
 
     slots: Slots
@@ -250,8 +250,8 @@ class Experts:
         features = self._each(slots.gather(x), slots, self.gate_up.mT)
         if bias is not None:
             features = features + bias[slots.expert]
-        if self.interleaved:
-            return features[..., ::2], features[..., 1::2]
+        if self.interleaved:  # copies: a view would keep what it is a part of
+            return features[..., ::2].contiguous(), features[..., 1::2].contiguous()
         gate, up = features.chunk(2, -1)
         return gate, up
 
@@ -290,7 +290,7 @@ class Experts:
         gate, up = self._in(flat, slots, bias)
         inside = None
         if self.bound is not None:
-            inside = (up.abs() <= self.bound).to(up.dtype)
+            inside = up.abs() <= self.bound
             up = 1 + up.clamp(-self.bound, self.bound)
         hidden = self.activation(gate) * up * by_slot[:, None]
         y = self._out(hidden, by_slot, slots).view(x.shape)
@@ -377,16 +377,16 @@ def experts_of(layer: Any) -> Experts:
     """
     router, experts = layer.gate, layer.experts
     return Experts(
-        plain(router, "weight", 2),
-        plain(experts, "gate_up_proj", 3),
-        plain(experts, "down_proj", 3),
+        plain_tensor(router, "weight", 2),
+        plain_tensor(experts, "gate_up_proj", 3),
+        plain_tensor(experts, "down_proj", 3),
         experts.act_fn,
         top=router.top_k,
         renormalised=getattr(router, "norm_topk_prob", True),
     )
 
 
-def plain(module: Any, name: str, dimensions: int) -> Tensor:
+def plain_tensor(module: Any, name: str, dimensions: int) -> Tensor:
     """A tensor of a module whose numbers torch multiplies."""
     if hasattr(module, "base_layer"):
         raise UnsupportedModelError(
@@ -395,8 +395,8 @@ def plain(module: Any, name: str, dimensions: int) -> Tensor:
             "into the model (PEFT: merge_and_unload())."
         )
     weight = getattr(module, name, None)
-    plain = isinstance(weight, Tensor) and weight.dtype in _NUMBERS and not weight.is_meta
-    if isinstance(weight, Tensor) and plain and weight.dim() == dimensions:
+    usable = isinstance(weight, Tensor) and weight.dtype in _NUMBERS and not weight.is_meta
+    if isinstance(weight, Tensor) and usable and weight.dim() == dimensions:
         return weight
     raise UnsupportedModelError(
         f"a {type(module).__name__} has no plain {name} of {dimensions} dimensions: expected the "

@@ -128,6 +128,11 @@ def softmax_tangent_kernel(
             tl.store(bent_dot + at_probe + columns, dot.to(bent_dot.dtype.element_ty), mask=inside)
 
 
+def whole_rows(matrix: Tensor) -> Tensor:
+    """A matrix and what lies behind its rows, up to their stride."""
+    return matrix.as_strided((*matrix.shape[:-1], matrix.stride(-2)), matrix.stride())
+
+
 def block(keys: int) -> tuple[int, int]:
     """Rows and columns of a program's block: whole rows, where they are short."""
     columns = min(BLOCK, max(64, triton.next_power_of_2(keys)))
@@ -268,18 +273,18 @@ class Tile:
             results += [self.matrix(dtype=dtype), self.matrix(probes, dtype=dtype)]
         masking = self.primal.masking
         # Where there is no adjoint its matrices are never touched.
-        bent, bent_dot = results[2:] or results
+        matrices = [
+            scores,
+            raw,
+            scores if pulled is None else pulled,
+            raw if dotted is None else dotted,
+            *results,
+            *([] if adjoint else results),
+        ]
         rows, columns = block(keys)
         with gpu.on(raw):
             softmax_tangent_kernel[(triton.cdiv(heads * probes * count, rows),)](
-                scores,
-                raw,
-                scores if pulled is None else pulled,
-                raw if dotted is None else dotted,
-                results[0],
-                results[1],
-                bent,
-                bent_dot,
+                *(whole_rows(matrix) for matrix in matrices),
                 self.normaliser,
                 self.normaliser if shift is None else shift,
                 self.normaliser if shift_dot is None else shift_dot,

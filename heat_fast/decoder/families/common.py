@@ -16,7 +16,6 @@ from heat_fast.decoder.norm import AnyNorm, Norm, NormOfHeads
 from heat_fast.decoder.rotary import Rotary
 from heat_fast.decoder.view import module_device
 from heat_fast.errors import UnsupportedModelError
-from heat_fast.forward import not_in_memory
 
 
 def text_part(model: Any) -> tuple[Any, Any]:
@@ -83,7 +82,7 @@ def _tuned(module: Any) -> tuple[Any, float]:
             "(PEFT: merge_and_unload()); else put the norm back."
         )
     if norm.weight is not None and norm.weight.is_meta:
-        raise not_in_memory(f"a {type(norm).__name__}")
+        raise UnsupportedModelError.of_meta(f"a {type(norm).__name__}")
     return norm, float(eps)
 
 

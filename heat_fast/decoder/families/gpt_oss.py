@@ -10,10 +10,9 @@ from torch import Tensor, nn
 
 from heat_fast.decoder.attention import Attention
 from heat_fast.decoder.block import Block
-from heat_fast.decoder.experts import Experts, plain
+from heat_fast.decoder.experts import Experts, plain_tensor
 from heat_fast.decoder.families.common import (
     head,
-    norm_weight,
     rms_norm,
     rotary_tables,
     separate_projection,
@@ -30,7 +29,9 @@ def build(model: nn.Module, length: int) -> Decoder:
     """View a gpt-oss model."""
     causal: Any = model
     body, config = causal.model, causal.config
-    rotary = rotary_tables(body.rotary_emb, norm_weight(body.norm), length, columns="pairs")
+    # Its norms may be float32 in a float16 model, its tables not.
+    like = body.embed_tokens.weight
+    rotary = rotary_tables(body.rotary_emb, like, length, columns="pairs")
     layers = body.layers[: config.num_hidden_layers]
     return Decoder(
         model=model,
@@ -65,14 +66,14 @@ def _block(layer: Any, rotary: Rotary) -> Block:
 
 def _experts(router: Any, experts: Any) -> Experts:
     biases = (
-        plain(router, "bias", 1),
-        plain(experts, "gate_up_proj_bias", 2),
-        plain(experts, "down_proj_bias", 2),
+        plain_tensor(router, "bias", 1),
+        plain_tensor(experts, "gate_up_proj_bias", 2),
+        plain_tensor(experts, "down_proj_bias", 2),
     )
     return Experts(
-        plain(router, "weight", 2),
-        plain(experts, "gate_up_proj", 3).mT,
-        plain(experts, "down_proj", 3).mT,
+        plain_tensor(router, "weight", 2),
+        plain_tensor(experts, "gate_up_proj", 3).mT,
+        plain_tensor(experts, "down_proj", 3).mT,
         _bounded_swish(experts.alpha, experts.limit),
         top=router.top_k,
         renormalised=True,

@@ -1,4 +1,4 @@
-"""Granite 3 and 4 (dense): as Llama, with a factor on embeddings, layers, scores and logits."""
+"""Granite 3 (dense): as Llama, with a factor on embeddings, layers, scores and logits."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def build(model: nn.Module, length: int) -> Decoder:
 
 def _block(layer: Any, rotary: Rotary) -> Block:
     attention = layer.self_attn
-    weight = Factor(layer.residual_multiplier)
+    factor = Factor(layer.residual_multiplier)
     return Block(
         norm=rms_norm(layer.input_layernorm),
         attention=Attention(
@@ -55,7 +55,7 @@ def _block(layer: Any, rotary: Rotary) -> Block:
         ),
         mlp_norm=rms_norm(layer.post_attention_layernorm),
         mlp=gated_mlp(layer.mlp),
-        post_attention=weight,
-        post_mlp=weight,
+        post_attention=factor,
+        post_mlp=factor,
         device=module_device(layer),
     )
