@@ -24,13 +24,20 @@ def check_model(model: Any) -> None:
 
 
 def check_in_memory(model: Any) -> torch.device:
-    """Where the model's embeddings are; `UnsupportedModelError` where they have no values."""
+    """Where the model's embeddings are; `UnsupportedModelError` where they have no values.
+
+    Nor may norms lie elsewhere, which are not called; linear layers are, and may fetch theirs.
+    """
     embed = model.get_input_embeddings()
     weight: Tensor = embed.weight
     place = getattr(getattr(embed, "_hf_hook", None), "execution_device", None)
     device = torch.device(place) if place is not None else weight.device
     if weight.is_meta or device.type == "meta":
         raise UnsupportedModelError.of_meta(type(model).__name__)
+    for name, module in model.named_modules():
+        own = module.parameters(recurse=False)
+        if type(module).__name__.endswith("Norm") and any(each.is_meta for each in own):
+            raise UnsupportedModelError.of_meta(name)
     return device
 
 

@@ -81,8 +81,6 @@ def _tuned(module: Any) -> tuple[Any, float]:
             "norm, whose derivatives are written out. If it is an adapter, merge it into the model "
             "(PEFT: merge_and_unload()); else put the norm back."
         )
-    if norm.weight is not None and norm.weight.is_meta:
-        raise UnsupportedModelError.of_meta(f"a {type(norm).__name__}")
     return norm, float(eps)
 
 
