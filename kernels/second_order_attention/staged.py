@@ -149,25 +149,33 @@ def multiply(left: Tensor, right: Tensor, total: Tensor, *, add: bool) -> Tensor
     return total.baddbmm_(left.float(), right.float(), beta=int(add))
 
 
-def tiles(primal: Primal, batch: int) -> Iterator[tuple[slice, slice, slice]]:
-    """Slices of key-value heads, probes and queries whose matrices fit into `WORKSPACE`."""
+def tiles(primal: Primal, batch: int) -> Iterator[tuple[slice, slice, list[slice]]]:
+    """Slices of key-value heads and probes, and of queries, whose matrices fit into `WORKSPACE`.
+
+    Probes come first: what they share is made once for those of a tile.
+    """
     heads, group, queries, _ = primal.query.shape
     # In matrices of all probes; what they share is as large as those of one more.
     most = WORKSPACE // (8 + 2 * primal.query.element_size())
     width = group * primal.key.shape[1]
     wanted = max(LEAST_ROWS // group, queries // 8, FEW // max(1, heads * batch * width))
     rows = max(1, min(queries, wanted, most // (2 * width)))
-    some_heads = max(1, min(heads, most // (2 * width * rows)))
-    some_probes = max(1, min(batch, most // (width * rows * some_heads) - 1))
+    some_probes = max(1, min(batch, most // (width * rows) - 1))
+    some_heads = max(1, min(heads, most // (width * rows * (some_probes + 1))))
     # The last rows see the most keys: memory that was enough for them serves the others again.
-    for low in reversed(range(0, queries, rows)):
-        for head in range(0, heads, some_heads):
-            for probe in range(0, batch, some_probes):
-                yield (
-                    slice(head, min(head + some_heads, heads)),
-                    slice(probe, min(probe + some_probes, batch)),
-                    slice(low, min(low + rows, queries)),
-                )
+    stretches = [slice(low, min(low + rows, queries)) for low in range(0, queries, rows)][::-1]
+    for head in range(0, heads, some_heads):
+        for probe in range(0, batch, some_probes):
+            yield (
+                slice(head, min(head + some_heads, heads)),
+                slice(probe, min(probe + some_probes, batch)),
+                stretches,
+            )
+
+
+def each(x: Tensor, probes: int) -> Tensor:
+    """Rows `[H, R, D]` once for every probe, `[HP, R, D]`: one product is taken for several."""
+    return x[:, None].expand(-1, probes, -1, -1).flatten(0, 1)
 
 
 @dataclass(frozen=True)
@@ -208,14 +216,14 @@ class Tile:
             max(0, primal.start // ALIGNED * ALIGNED - low),
         )
 
-    def rows(self, x: Tensor, probes: slice) -> Tensor:
-        """`[Hk, B, G, Q, D] -> [H, P, GR, D]`."""
-        return x[self.heads, probes, :, self.queries].flatten(2, 3)
+    def rows(self, x: Tensor) -> Tensor:
+        """Of its heads' rows `[H, P, G, Q, D]` those of this tile, `[H, P, GR, D]`."""
+        return x[..., self.queries, :].flatten(2, 3)
 
-    def moving(self, x: Tensor, probes: slice) -> Tensor:
-        """Of the `aligned` rows `[Hk, B, S, D]` those that this tile sees, `[H, P, K - own, D]`."""
+    def moving(self, x: Tensor) -> Tensor:
+        """Of its heads' `aligned` rows `[H, P, S, D]` those that it sees, `[H, P, K - own, D]`."""
         begin = self.low + self.own - self.primal.start // ALIGNED * ALIGNED
-        return x[self.heads, probes, begin : begin + self.key.shape[1] - self.own]
+        return x[:, :, begin : begin + self.key.shape[1] - self.own]
 
     def matrix(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """New memory for `[H, *shape, GR, K]`, its rows aligned."""
@@ -231,11 +239,11 @@ class Tile:
 
     def products(self, moved: Tensor, fixed: Tensor, other: Tensor, other_moved: Tensor) -> Tensor:
         """`moved X' + fixed X.'`, `[H, P, GR, K]`, where X moves from column `own` on."""
-        results = self.matrix(moved.shape[1])
+        probes = moved.shape[1]
+        results = self.matrix(probes)
         multiply(moved.flatten(1, 2), other.mT, results.flatten(1, 2), add=False)
-        for probe in range(moved.shape[1]):
-            own = results[:, probe, :, self.own :]
-            multiply(fixed, other_moved[:, probe].mT, own, add=True)
+        own = results.flatten(0, 1)[..., self.own :]
+        multiply(each(fixed, probes), other_moved.flatten(0, 1).mT, own, add=True)
         return results
 
     def mix(self, moved: Tensor, fixed: Tensor, other: Tensor, other_moved: Tensor) -> Tensor:
@@ -251,10 +259,12 @@ class Tile:
         self, total: Tensor, moved: Tensor, fixed: Tensor, other: Tensor, other_moved: Tensor
     ) -> None:
         """`total += moved' X + fixed' X.`, `[H, P, K - own, D]`, of the keys that move."""
-        for probe in range(moved.shape[1]):
+        probes = moved.shape[1]
+        own = moved.flatten(0, 1)[..., self.own :]
+        for probe in range(probes):
             into = total[:, probe]
-            multiply(moved[:, probe, :, self.own :].mT, other, into, add=True)
             multiply(fixed[..., self.own :].mT, other_moved[:, probe], into, add=True)
+        multiply(own.mT, each(other, probes), total.flatten(0, 1), add=True)
 
     def softmax_tangent(
         self,
@@ -312,21 +322,24 @@ class Tile:
 
 def aligned(x: Tensor, start: int) -> Tensor:
     """Rows `[.., S, D]` of positions from `start` on, led by zeros from a multiple of `ALIGNED`."""
-    return torch.nn.functional.pad(x, (0, 0, start % ALIGNED, 0))
+    lead = start % ALIGNED
+    return torch.nn.functional.pad(x, (0, 0, lead, 0)) if lead else x
 
 
 def attention_tangent(primal: Primal, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """As the reference."""
     result = torch.empty_like(query)
     key, value = aligned(key, primal.start), aligned(value, primal.start)
-    for heads, probes, queries in tiles(primal, query.shape[1]):
-        tile = Tile.of(primal, heads, queries)
-        key_dot, value_dot = tile.moving(key, probes), tile.moving(value, probes)
-        raw = tile.products(tile.rows(query, probes), tile.query, tile.key, key_dot)
-        weights, moved = tile.softmax_tangent(raw)
-        total = tile.mix(moved, weights, tile.value, value_dot)
-        result[heads, probes, :, queries] = total.unflatten(2, (query.shape[2], -1)).to(query.dtype)
-        del raw, weights, moved  # before the next tile's are made
+    for heads, probes, stretches in tiles(primal, query.shape[1]):
+        for queries in stretches:
+            tile = Tile.of(primal, heads, queries)
+            key_dot, value_dot = (tile.moving(x[heads, probes]) for x in (key, value))
+            query_dot = tile.rows(query[heads, probes])
+            raw = tile.products(query_dot, tile.query, tile.key, key_dot)
+            weights, moved = tile.softmax_tangent(raw)
+            total = tile.mix(moved, weights, tile.value, value_dot).to(query.dtype)
+            result[heads, probes, :, queries] = total.unflatten(2, (query.shape[2], -1))
+            del raw, weights, moved  # before the next tile's are made
     return result
 
 
@@ -341,39 +354,52 @@ def attention_adjoint_tangent(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As the reference, summed in float32; results of the given dtype."""
-    scale, group = primal.masking.scale, query.shape[2]
+    results = [torch.empty_like(x, dtype=dtype) for x in (query, key, value)]
     key, value = aligned(key, primal.start), aligned(value, primal.start)
-    query_result = torch.empty_like(query, dtype=dtype)
-    key_result, value_result = (torch.zeros_like(x, dtype=torch.float32) for x in (key, value))
-    for heads, probes, queries in tiles(primal, query.shape[1]):
+    moved = query, key, value, output, output_bar_dot
+    for heads, probes, stretches in tiles(primal, query.shape[1]):
+        some = [x[heads, probes] for x in moved]
+        into = [x[heads, probes] for x in results]
+        _adjoint_tangent(primal, heads, stretches, some, output_bar, into)
+    return results[0], results[1], results[2]
+
+
+def _adjoint_tangent(
+    primal: Primal,
+    heads: slice,
+    stretches: list[slice],
+    moved: list[Tensor],
+    output_bar: Tensor,
+    results: list[Tensor],
+) -> None:
+    """The same of some heads and probes, `moved [H, P, ..]` theirs, into their `results`."""
+    query, key, value, output, output_bar_dot = moved
+    query_result, key_result, value_result = results
+    scale, group, skipped = primal.masking.scale, query.shape[2], primal.start % ALIGNED
+    key_sum, value_sum = (x.new_zeros(x.shape, dtype=torch.float32) for x in (key, value))
+    for queries in stretches:
         tile = Tile.of(primal, heads, queries)
-        key_dot, value_dot = tile.moving(key, probes), tile.moving(value, probes)
-        query_dot, bar_dot = tile.rows(query, probes), tile.rows(output_bar_dot, probes)
+        key_dot, value_dot = tile.moving(key), tile.moving(value)
+        query_dot, bar_dot = tile.rows(query), tile.rows(output_bar_dot)
         bar = output_bar[heads, :, queries].flatten(1, 2)
         primal_output = primal.output[heads, :, queries].flatten(1, 2).float()
         shift = (bar * primal_output).sum(-1)
-        output_dot = tile.rows(output, probes)
         shift_dot = (bar_dot * primal_output[:, None]).sum(-1)
-        shift_dot += (bar[:, None].float() * output_dot).sum(-1)
-        weights, moved, bent, bent_dot = tile.softmax_tangent(
+        shift_dot += (bar[:, None].float() * tile.rows(output)).sum(-1)
+        weights, weights_dot, bent, bent_dot = tile.softmax_tangent(
             tile.products(query_dot, tile.query, tile.key, key_dot),
             tile.product(bar, tile.value),
             tile.products(bar_dot, bar, tile.value, value_dot),
             shift,
             shift_dot,
         )
-        total = tile.mix(bent_dot, bent, tile.key, key_dot)
-        query_result[heads, probes, :, queries] = (scale * total.unflatten(2, (group, -1))).to(
-            dtype
-        )
-        into = tile.moving(key_result, probes)
-        tile.gather(into, bent_dot, bent, tile.query, query_dot)
-        tile.gather(tile.moving(value_result, probes), moved, weights, bar, bar_dot)
-        del weights, moved, bent, bent_dot
-    skipped = primal.start % ALIGNED
-    key_result *= scale
-    to_key, to_value = (x[:, :, skipped:].to(dtype) for x in (key_result, value_result))
-    return query_result, to_key, to_value
+        total = scale * tile.mix(bent_dot, bent, tile.key, key_dot)
+        query_result[..., queries, :] = total.unflatten(2, (group, -1)).to(query_result.dtype)
+        tile.gather(tile.moving(key_sum), bent_dot, bent, tile.query, query_dot)
+        tile.gather(tile.moving(value_sum), weights_dot, weights, bar, bar_dot)
+        del weights, weights_dot, bent, bent_dot
+    key_result.copy_(scale * key_sum[:, :, skipped:])
+    value_result.copy_(value_sum[:, :, skipped:])
 
 
 def variants() -> Iterator[Variant]:
