@@ -30,6 +30,9 @@ from heat_fast.traffic import Traffic
 from heat_fast.windows import plan_windows
 from heat_fast.work import Shape, Work
 
+#: Tokens of the first prompt that is timed, and seconds of a run that is long enough.
+SHORT, LONG = 64, 1.0
+
 #: The pieces of an attribution: in FLOPs, or in bytes.
 Pieces = Work | Traffic
 
@@ -150,8 +153,9 @@ def estimate(
     """Tell the cost of an attribution beforehand.
 
     Counts and FLOPs follow from the shapes, of all windows together; nothing is run for them. With
-    `calibrate`, `seconds` comes from timing the attribution of a short random prompt (at most 64
-    tokens) with the same settings and scaling it by the ratio of FLOPs; a busy machine shows in it.
+    `calibrate`, `seconds` comes from timing the attribution of short random prompts with the same
+    settings: of 64 tokens, and twice as many as long as one takes less than a second. A busy
+    machine shows in it.
     With `probes="auto"` or `codes="auto"` everything is an upper bound.
 
     With `coverage`, `branch_tolerance` or `window_tolerance` counts and FLOPs are upper bounds,
@@ -275,24 +279,33 @@ def _peak_bytes(
 
 
 def _calibrate(model: Any, tokens: int, targets: int, config: HeatConfig, wanted: int) -> float:
-    """Seconds of a short run, scaled to `wanted` FLOPs."""
+    """Seconds of `wanted` FLOPs, from runs of short prompts.
+
+    What a run takes beside its FLOPs (a small model's calls) does not grow with them: where runs
+    are short, the last two tell the seconds of a further FLOP.
+    """
     from heat_fast.attributor import Attributor
 
-    short = min(tokens, 64)
     few = min(targets, 2)
     rows = int(model.get_input_embeddings().weight.shape[0])
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(rows, (short + few,), generator=generator).tolist()
+    ids = torch.randint(rows, (tokens + few,), generator=generator).tolist()
     # A known number of products: how many "auto" takes is not known.
     known = config.replace(
         probes=FIRST_PROBES if config.probes == "auto" else config.probes,
         codes=FIRST_CODES if config.codes == "auto" else config.codes,
     )
     attributor = Attributor(model, None, known)
-    attributor.attribute(
-        ids[: min(8, short)], ids[short : short + 1]
-    )  # the first run pays for caches and threads
-    begin = time.perf_counter()
-    attributor.attribute(ids[:short], ids[short:])
-    elapsed = time.perf_counter() - begin
-    return elapsed * wanted / sum(flops(view(model, short + few - 1), short, few, known).values())
+    attributor.attribute(ids[: min(8, tokens)], ids[-1:])  # pays for caches and threads
+    before, short = None, min(tokens, SHORT)
+    while True:
+        begin = time.perf_counter()
+        attributor.attribute(ids[:short], ids[-few:])
+        elapsed = time.perf_counter() - begin
+        done = sum(flops(view(model, short + few - 1), short, few, known).values())
+        rate = elapsed / done
+        if before is not None:
+            rate = min(rate, max(0.0, (elapsed - before[0]) / (done - before[1])))
+        if short == tokens or elapsed >= LONG:
+            return max(0.0, elapsed + rate * (wanted - done))
+        before, short = (elapsed, done), min(tokens, 2 * short)

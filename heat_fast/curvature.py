@@ -159,11 +159,13 @@ def curvature(
     if config.probes != "auto":
         estimator.add(0, config.probes)
         return Curvature.of(estimator.samples(), quality)
-    done, more = 0, min(FIRST_PROBES, config.probes_max)
-    while more:
+    done, more, enough = 0, min(FIRST_PROBES, config.probes_max), False
+    while more and not enough:
         estimator.add(done, done + more)
         done += more
-        more = 0 if settled(estimator.samples()) else min(done, config.probes_max - done)
+        enough = settled(estimator.samples())
+        more = min(done, config.probes_max - done)
+    ledger.probes.append((done, enough))
     step.skip((config.probes_max - done) * estimator.work())
     return Curvature.of(estimator.samples(), quality)
 

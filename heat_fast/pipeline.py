@@ -118,10 +118,18 @@ class Pipeline:
         ledger, budget, blocks = self.ledger, self.budget, len(self.decoder.blocks)
         assert budget is not None
         components = ("trunk", "gate", "information", "curvature", "total")
+        probes = {}
+        if ledger.probes:
+            taken = {
+                "most": max(taken for taken, _ in ledger.probes),
+                "settled": all(settled for _, settled in ledger.probes),
+            }
+            probes = {"probes": taken}
         return {
             "seconds": {name: round(ledger.seconds[name], 6) for name in components},
             "flops": ledger.flops,
             "counts": ledger.counts,
+            **probes,
             "layers": {"used": blocks - self.decoder.first_of(self.config.layers), "of": blocks},
             "trunk_bytes": self.trunk_bytes,
             "token_budget": budget.rows,

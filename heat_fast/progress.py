@@ -87,6 +87,7 @@ class Ledger:
         self.seconds: dict[str, float] = {}
         self.counts: dict[str, int] = {"hvp": 0, "branches": 0, "branch_tokens": 0}
         self.workers: dict[str, int] = {}  # batches side by side, per component
+        self.probes: list[tuple[int, bool]] = []  # taken, and whether the order was settled
         self._progress = progress
         self._device = device
         self._runs = runs

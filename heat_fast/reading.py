@@ -195,9 +195,17 @@ def visible(token: str, ascii_only: bool = False) -> str:
 def approximations(result: Attribution) -> list[str]:
     """What was taken from a part of the model or of the prompt, where that was asked for.
 
-    One line for each: the last blocks alone, windows, and what screening left out.
+    One line for each: the last blocks alone, windows, probes that were too few for the order that
+    was asked for, and what screening left out.
     """
-    return [*_parts(result), *_screening(result)]
+    return [*_parts(result), *_probes(result), *_screening(result)]
+
+
+def _probes(result: Attribution) -> list[str]:
+    taken: Any = result.metadata.get("probes", {})
+    if taken.get("settled", True):
+        return []
+    return [f"{taken['most']} probes did not settle the order of the leading tokens"]
 
 
 def _parts(result: Attribution) -> list[str]:

@@ -26,8 +26,9 @@ Frozen rows do not wake, so a path through a row that changes little in one bloc
 later one (a head that copies) is lost; and many small changes that are left out add up, so that
 small divergences come out too small.
 
-Neither has a guarantee, since information has no upper bound. Both therefore measure a random
-sample of what they left out exactly, report it (`Screening.report`), and use it in the result.
+Neither has a guarantee, since information has no upper bound. Both therefore measure a sample of
+what they left out exactly, report it (`Screening.report`), and use it in the result: `coverage` of
+the tokens at random, `branch_tolerance` of the branches, half of it those whose gates are largest.
 """
 
 from __future__ import annotations
@@ -283,13 +284,16 @@ def screened_information(
     run = sorted(order[:measured])
     if config.coverage is not None:
         rest = sorted(order[measured:])
-        audited = _draw(rest, generator)
+        audited = _draw(rest, generator, AUDITED)
         measure(audited, exact, step)
         skipped = tuple(token in set(rest) - set(audited) for token in range(count))
         estimates = _extrapolate(gates, kl, drop, audited, len(rest) - len(audited))
         facts["coverage"] = _token_facts(gates, skipped, rounds, _token_audit(kl[:, audited]))
     if frozen is not None:
-        audited = _draw(run, generator)
+        # Those whose information weighs most in the score, and some of the others at random.
+        leading = order[: min(measured, AUDITED // 2)]
+        others = [token for token in run if token not in leading]
+        audited = sorted(leading + _draw(others, generator, AUDITED - len(leading)))
         approximate = kl[:, audited]
         measure(audited, exact, lambda work: None)
         facts["branch_tolerance"] = {
@@ -323,9 +327,9 @@ def tokens_enough(gates: Tensor, values: Tensor, coverage: float) -> int:
     return min(total, count + int(enough.nonzero()[0]))
 
 
-def _draw(tokens: Sequence[int], generator: torch.Generator) -> list[int]:
-    """At most `AUDITED` of some tokens, drawn without replacement, in ascending order."""
-    drawn = torch.randperm(len(tokens), generator=generator)[:AUDITED].tolist()
+def _draw(tokens: Sequence[int], generator: torch.Generator, most: int) -> list[int]:
+    """At most so many of some tokens, drawn without replacement, in ascending order."""
+    drawn = torch.randperm(len(tokens), generator=generator)[:most].tolist()
     return sorted(tokens[index] for index in drawn)
 
 

@@ -132,6 +132,17 @@ def test_one_line_of_json_is_read_whatever_its_name(folder: Path) -> None:
     worked("show", "one.pq")
 
 
+def test_windows_of_one_variant_are_not_the_others() -> None:
+    given = ("--window", "80", "--tail", "24", "--curvature", "none", "--json", "-")
+    cut = json.loads(worked("compare", "--variant", "full", "--against", "win", *given))
+    assert cut["rank_correlation"]["score"] < 0.99
+    back = json.loads(worked("compare", "--variant", "win", "--against", "full", *given))
+    assert back["rank_correlation"]["score"] == pytest.approx(cut["rank_correlation"]["score"])
+    given = ("--layers", "2", "--probes", "1", "--json", "-")
+    cut = json.loads(worked("compare", "--variant", "full", "--against", "ls", *given))
+    assert cut["rank_correlation"]["gate"] < 0.99
+
+
 def test_many_results_are_no_single_one(folder: Path) -> None:
     pytest.importorskip("pyarrow")
     heat_fast.write_parquet([make()], "one.parquet")

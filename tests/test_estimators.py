@@ -23,6 +23,7 @@ from heat_fast.curvature import _Coded, code_length
 from heat_fast.decoder import view
 from heat_fast.errors import InputError
 from heat_fast.planner import token_budget
+from heat_fast.reading import approximations
 from heat_fast.stopping import agreement
 from heat_fast.trunk import run_adjoint
 from heat_fast.work import Work
@@ -65,8 +66,19 @@ def test_probes_auto_stops_when_the_ranking_is_settled() -> None:
     assert easy.metadata["counts"]["hvp"] == 8 * LENGTH
     hard = attribute(probes="auto", confidence=0.9999, top_k=9, probes_max=16)
     assert hard.metadata["counts"]["hvp"] in (8 * LENGTH, 16 * LENGTH)
+    assert easy.metadata["probes"] == {"most": 8, "settled": True}
+    assert "probes" not in attribute(probes=2).metadata
     fixed = attribute(probes=hard.metadata["counts"]["hvp"] // LENGTH)
     torch.testing.assert_close(hard.curvature, fixed.curvature)
+
+
+def test_it_is_told_that_probes_did_not_settle_the_ranking(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("heat_fast.pipeline.settled", lambda *_, **__: False)
+    result = attribute(probes="auto", probes_max=16)
+    assert result.metadata["probes"] == {"most": 16, "settled": False}
+    assert "16 probes did not settle" in "".join(approximations(result))
 
 
 def test_probes_of_a_low_rank_approximation_take_no_products() -> None:

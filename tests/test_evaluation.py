@@ -330,10 +330,11 @@ def test_the_command_writes_tables(tmp_path: Path) -> None:
     pandas = pytest.importorskip("pandas", reason="pandas is not installed")
     (tmp_path / "plan.toml").write_text(PLAN)
     out = tmp_path / "out"
-    command = ["evaluate", str(tmp_path / "plan.toml"), "--output", str(out), "--quiet"]
+    command = ["evaluate", str(tmp_path / "plan.toml"), "--output", str(out)]
     outcome = CliRunner().invoke(app, command)
     assert outcome.exit_code == 0, outcome.output
     assert "| heat-gs | " in outcome.output
+    assert CliRunner().invoke(app, [*command, "--quiet"]).output == ""
     assert r"\begin{tabular}{lrr}" in (out / "tables.tex").read_text()
     assert r"token\_f1" in (out / "tables.tex").read_text()
     values = pandas.read_parquet(out / "values.parquet")

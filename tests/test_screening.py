@@ -500,6 +500,20 @@ def test_the_audit_of_frozen_rows_tells_their_errors(monkeypatch: pytest.MonkeyP
     assert counts["branches"] == 2 * LENGTH
 
 
+def test_half_the_audit_of_frozen_rows_are_the_leading_tokens() -> None:
+    """What weighs most in the score is right, whatever is frozen."""
+    exact, nearly = attribute({}), attribute({"branch_tolerance": 10.0})
+    leading = exact["gate"].amax(0).argsort(descending=True, stable=True)
+    half = leading[: screening.AUDITED // 2]
+    found, wanted = nearly["information"], exact["information"]
+    assert_close("leading", wanted[:, half], found[:, half], rtol=ROUNDING)
+    wrong = (found - wanted).abs().amax(0) > 0.5 * wanted.amax(0)
+    assert int(wrong.sum()) > 0
+    audit = nearly.result.metadata["screening"]["branch_tolerance"]["audit"]
+    assert audit["branches"] == screening.AUDITED
+    assert audit["largest_error"] >= 0.5 * float(wanted[:, half].max())
+
+
 def test_screens_on_a_story(local_model: Callable[[str], Path], figures: Any) -> None:
     """220 tokens that the story model tells itself."""
     path = local_model("stories3M")

@@ -104,7 +104,9 @@ def compare(
             raise UsageError(
                 "an empty target: expected some text. Leave --target out for the model's choice."
             )
-        other = config if against is None else config.replace(variant=against)
+        other = config
+        if against is not None:
+            config, other = _of_each(config, against)
         text = read_prompt(prompt, prompt_file, messages, model)
         loaded = load_model(model, device, dtype, debug=debug)
         prompt_text = loaded.example if text is None else text
@@ -127,6 +129,23 @@ def compare(
             console = Console()
             console.print(_table(comparison, names, top, console, odds))
             console.print(_words(comparison, top, odds, why), highlight=False)
+
+
+def _of_each(config: HeatConfig, against: str) -> tuple[HeatConfig, HeatConfig]:
+    """The configuration of each of two variants.
+
+    What one of them cuts and the other does not (to windows, to the last layers) stays a matter of
+    the one: `--window 80` beside full and win is how win cuts, and leaves full whole.
+    """
+    other, variants = config.replace(variant=against), (config.variant, against)
+    for name in ("window", "layers"):
+        cut = [name in PRESETS[variant] for variant in variants]
+        whole: dict[str, Any] = {name: None}
+        if cut == [True, False]:
+            other = other.replace(**whole)
+        elif cut == [False, True]:
+            config = config.replace(**whole)
+    return config, other
 
 
 def _two(

@@ -70,5 +70,6 @@ def evaluate(
             dtype=None if dtype == "auto" else dtype,
         )
     write_plots(chosen, write_tables(chosen, rows, output), output)
-    with standard_output():
-        typer.echo((output / "tables.md").read_text(encoding="utf-8"), nl=False)
+    if not quiet:
+        with standard_output():
+            typer.echo((output / "tables.md").read_text(encoding="utf-8"), nl=False)
