@@ -423,3 +423,13 @@ def test_commands_that_need_no_model_load_none(folder: Path, repository: Path) -
         "assert not {'torch', 'transformers', 'numpy', 'pandas', 'pyarrow'} & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", code], cwd=repository, check=True)
+
+
+def test_a_file_may_give_one_of_several_without_brackets(folder: Path) -> None:
+    Path("one.toml").write_text('segment = "where=mountain of Mirmora is"\nvariant = "gs"\n')
+    Path("two.toml").write_text('segment = ["where=mountain of Mirmora is"]\nvariant = "gs"\n')
+    found = [
+        json.loads(worked("attribute", "--config", name, "--json", "-"))
+        for name in ("one.toml", "two.toml")
+    ]
+    assert [set(each["metadata"]["segments"]) for each in found] == [{"where"}, {"where"}]

@@ -313,6 +313,7 @@ def _read_config(context: typer.Context, path: str | None) -> str | None:
     try:
         values = _toml(path)
         own = _option_names(context.command)
+        several = {each.name for each in context.command.params if getattr(each, "multiple", False)}
         group: Any = context.parent.command if context.parent is not None else None
         others = {} if group is None else group.commands
         known = set(own).union(*map(_option_names, others.values()))
@@ -331,7 +332,8 @@ def _read_config(context: typer.Context, path: str | None) -> str | None:
                 )
             if key in own:  # one file may serve several commands
                 plain = isinstance(value, (bool, list))
-                defaults[own[key]] = value if plain else str(value)
+                value = value if plain else str(value)
+                defaults[own[key]] = [value] if own[key] in several and not plain else value
     except UsageError as error:
         fail(str(error), 2, False)
     context.default_map = {**(context.default_map or {}), **defaults}
