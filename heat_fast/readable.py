@@ -31,6 +31,16 @@ def special_flags(token_ids: Sequence[int], tokenizer: Any) -> tuple[bool, ...]:
     return tuple(token_id in special for token_id in token_ids)
 
 
+def text_of(tokens: Sequence[str]) -> str:
+    """The text of readable tokens; bytes that make a character are shown as that.
+
+    Example:
+        >>> text_of((" caf", "<0xC3>", "<0xA9>", "<0xF0>"))
+        ' café<0xF0>'
+    """
+    return _show_bytes(b"".join(map(_raw, tokens)))
+
+
 def joined(tokens: Sequence[str]) -> tuple[str, list[tuple[int, int]]]:
     """The text of readable tokens, and the characters of each; bytes become characters again.
 

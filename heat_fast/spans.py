@@ -29,6 +29,7 @@ from heat_fast.locate import (
     target_range,
     tokens_of,
 )
+from heat_fast.readable import text_of
 
 if TYPE_CHECKING:
     from heat_fast.result import Attribution
@@ -142,7 +143,7 @@ def _span(
     start, stop = tokens
     columns = _columns(result) if columns is None else columns
     values = {key: math.fsum(column[start:stop]) for key, column in columns.items()}
-    characters, text = None, "".join(result.tokens[start:stop])
+    characters, text = None, text_of(result.tokens[start:stop])
     if result.offsets is not None and result.prompt_text is not None:
         pieces = [pair for pair in result.offsets[start:stop] if pair[0] < pair[1]]
         if pieces:

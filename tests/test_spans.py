@@ -14,6 +14,7 @@ import torch
 import heat_fast
 from heat_fast.errors import HeatError, InputError
 from heat_fast.locate import target_range
+from heat_fast.readable import text_of
 from heat_fast.result import Attribution
 from heat_fast.spans import _maximal
 from results import made_up
@@ -358,6 +359,13 @@ def test_characters_of_several_tokens(where: str, tokens: tuple[int, int]) -> No
     readable = (" Fen", " ", "<0xF0><0x9F>", "<0x98>", "<0x80>", "!")
     readable += ("<0xE6><0x9D>", "<0xB1><0xE4><0xBA>", "<0xAC>")
     assert target_range(readable, where) == tokens
+
+
+def test_text_of_bytes() -> None:
+    assert (
+        text_of((" Fen", " ", "<0xF0><0x9F>", "<0x98>", "<0x80>", ".")) == " Fen \N{GRINNING FACE}."
+    )
+    assert text_of(("a", "<0xF0><0x9F>", "<0x41>")) == "a<0xF0><0x9F><0x41>"
 
 
 def test_half_a_character_is_no_obstacle() -> None:

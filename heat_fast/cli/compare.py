@@ -114,7 +114,9 @@ def compare(
         pair = _two(loaded.model, loaded.tokenizer, prompt_text, targets, (config, other), quiet)
         names = config.variant, other.variant
         if against_target is not None:
-            texts = ["".join(each.target_tokens) for each in pair]
+            from heat_fast.readable import text_of
+
+            texts = [text_of(each.target_tokens) for each in pair]
             names = f"{names[0]} {texts[0]!r}", f"{names[1]} {texts[1]!r}"
     from heat_fast.comparison import compare_results
 
@@ -228,8 +230,10 @@ def _words(comparison: Comparison, top: int, odds: list[float] | None, why: str 
     text += f"leading {min(top, len(comparison.left))} tokens in common: "
     text += f"{comparison.overlap(top):.0%}"
     if not comparison.same_targets():
+        from heat_fast.readable import text_of
+
         text += "\nthe targets differ: " + " and ".join(
-            repr("".join(each.target_tokens)) for each in (comparison.left, comparison.right)
+            repr(text_of(each.target_tokens)) for each in (comparison.left, comparison.right)
         )
         if odds is None:
             text += f"\nno log odds of the targets: {why}"

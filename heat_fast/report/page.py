@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from heat_fast.files import write_file
+from heat_fast.readable import text_of
 from heat_fast.reading import Piece, colour_step, escape, number, parts, pieces, shorten, visible
 from heat_fast.report import notes, palette
 from heat_fast.result import Attribution
@@ -169,7 +170,7 @@ def script_safe_json(value: Any) -> str:
 
 def _title(result: Attribution) -> str:
     """The target as a heading: without the space before its first word."""
-    text = "".join(result.target_tokens)
+    text = text_of(result.target_tokens)
     return shorten(visible(text.strip(" ") or text), _TITLE_LENGTH)
 
 

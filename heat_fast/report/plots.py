@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from heat_fast.errors import InputError, MissingPackageError
+from heat_fast.readable import text_of
 from heat_fast.reading import shorten, visible
 from heat_fast.report import palette
 from heat_fast.result import Attribution, TopToken
@@ -169,5 +170,5 @@ def _label(token: str, index: int) -> str:
 
 
 def _targets(result: Attribution) -> str:
-    text = "".join(result.target_tokens)
+    text = text_of(result.target_tokens)
     return shorten(visible(text.strip(" ") or text), 60).replace("$", r"\$")
