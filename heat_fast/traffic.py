@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from heat_fast.decoder import Decoder
-from heat_fast.decoder.attention import SeparateProjection
 from heat_fast.decoder.block import Block
 from heat_fast.decoder.head import shares_curvature
+from heat_fast.decoder.projection import SeparateProjection
 from heat_fast.planner import Budget
 from heat_fast.work import Shape, Work
 

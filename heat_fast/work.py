@@ -33,11 +33,11 @@ import torch
 from torch import Tensor
 
 from heat_fast.decoder import Decoder
-from heat_fast.decoder.attention import FusedProjection, SeparateProjection
 from heat_fast.decoder.block import Block
 from heat_fast.decoder.head import shares_curvature
 from heat_fast.decoder.mlp import FeedForwardSizes
 from heat_fast.decoder.norm import Norm
+from heat_fast.decoder.projection import FusedProjection, SeparateProjection
 
 
 @dataclass(frozen=True)

@@ -18,12 +18,13 @@ from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
 from assertions import assert_close
-from heat_fast.decoder.attention import Attention, FusedProjection, Rows, SeparateProjection
+from heat_fast.decoder.attention import Attention, Rows
 from heat_fast.decoder.block import Block
 from heat_fast.decoder.head import Head
 from heat_fast.decoder.linear import Linear
 from heat_fast.decoder.mlp import Mlp
 from heat_fast.decoder.norm import Identity, Norm
+from heat_fast.decoder.projection import FusedProjection, SeparateProjection
 from heat_fast.decoder.rotary import Rotary
 from heat_fast.kernels.branch_attention import Masking, branch_attention, sink
 from heat_fast.kernels.second_order_attention import (

@@ -8,11 +8,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from heat_fast.decoder.attention import SeparateProjection
 from heat_fast.decoder.head import Head
 from heat_fast.decoder.linear import Linear
 from heat_fast.decoder.mlp import Mlp
 from heat_fast.decoder.norm import AnyNorm, Norm, NormOfHeads
+from heat_fast.decoder.projection import SeparateProjection
 from heat_fast.decoder.rotary import Rotary
 from heat_fast.decoder.view import module_device
 from heat_fast.errors import UnsupportedModelError

@@ -6,11 +6,12 @@ from typing import Any
 
 from torch import nn
 
-from heat_fast.decoder.attention import Attention, FusedProjection
+from heat_fast.decoder.attention import Attention
 from heat_fast.decoder.block import Block
 from heat_fast.decoder.families.common import head, layer_norm, norm_weight, rotary_tables
 from heat_fast.decoder.linear import Linear
 from heat_fast.decoder.mlp import Mlp
+from heat_fast.decoder.projection import FusedProjection
 from heat_fast.decoder.rotary import Rotary
 from heat_fast.decoder.view import Decoder, family, module_device
 from heat_fast.kernels.branch_attention import Masking

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from heat_fast.decoder.attention import Attention, FusedProjection
+from heat_fast.decoder.attention import Attention
 from heat_fast.decoder.block import Block
 from heat_fast.decoder.families.common import (
     fused_mlp,
@@ -16,6 +16,7 @@ from heat_fast.decoder.families.common import (
     rotary_tables,
 )
 from heat_fast.decoder.linear import Linear
+from heat_fast.decoder.projection import FusedProjection
 from heat_fast.decoder.rotary import Rotary
 from heat_fast.decoder.view import Decoder, family, module_device
 from heat_fast.kernels.branch_attention import Masking
