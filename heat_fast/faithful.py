@@ -33,7 +33,8 @@ def check_faithful(model: Any, trunk: Trunk) -> None:
     one run of the trunk.
     """
     own = log_probs(model, trunk.embeddings, len(trunk.targets)).to(trunk.log_probs)
-    allowed, difference = _rounding(trunk, own), _difference(trunk, own)
+    eps = _eps(trunk)
+    allowed, difference = _rounding(trunk, own, eps), _difference(trunk, own, eps)
     if not difference <= allowed:
         raise UnsupportedModelError(
             f"the view of {type(model).__name__} does not compute what the model computes: "
@@ -44,7 +45,7 @@ def check_faithful(model: Any, trunk: Trunk) -> None:
         )
 
 
-def _difference(trunk: Trunk, own: Tensor) -> float:
+def _difference(trunk: Trunk, own: Tensor, eps: float) -> float:
     """The largest difference of two log-probabilities, in nats.
 
     In full precision that of any token; very small probabilities are compared by the digits of
@@ -54,7 +55,7 @@ def _difference(trunk: Trunk, own: Tensor) -> float:
     """
     view = trunk.log_probs
     apart = (own - view).abs()
-    if _eps(trunk) <= _SINGLE:
+    if eps <= _SINGLE:
         return float((apart / (own.abs() / 16).clamp_min(1.0)).max())
     weight = torch.maximum(own.exp(), view.exp())
     if not _is_routed(trunk):
@@ -90,7 +91,7 @@ def _is_exact(linear: Linear) -> bool:
     return bool(held) and all(part.dtype in (torch.float32, torch.float64) for part in held)
 
 
-def _rounding(trunk: Trunk, own: Tensor) -> float:
+def _rounding(trunk: Trunk, own: Tensor, eps: float) -> float:
     """How far the log-probabilities of two orders of summation may be apart, in nats.
 
     In float32 and 64 (where norms and softmax are in float32) far above rounding, and far below
@@ -99,7 +100,6 @@ def _rounding(trunk: Trunk, own: Tensor) -> float:
     are not plain may round more. Experts that a router finds nearly equal are chosen otherwise,
     which is a leap: several times the rest even in three layers of random weights.
     """
-    eps = _eps(trunk)
     if eps <= _SINGLE:
         return 8 * math.sqrt(_SINGLE)
     logit = float((own.amax(-1) + trunk.normaliser).abs().max())

@@ -139,6 +139,7 @@ def test_only_routers_in_half_precision_are_allowed_more(
     with torch.no_grad():
         embeddings = model.get_input_embeddings()(torch.tensor(families.prompt_ids(name, 9)))
         trunk = run_trunk(view(model, 9), embeddings, (4,))
-    allowed = faithful._rounding(trunk, trunk.log_probs)
+    eps = faithful._eps(trunk)
+    allowed = faithful._rounding(trunk, trunk.log_probs, eps)
     monkeypatch.setattr(faithful, "ROUTED", 1)
-    assert allowed == times * faithful._rounding(trunk, trunk.log_probs)
+    assert allowed == times * faithful._rounding(trunk, trunk.log_probs, eps)

@@ -410,6 +410,21 @@ def test_a_kernel_that_depends_on_its_handle_alone() -> None:
     torch.testing.assert_close(attribute(model).scores, attribute(plain).scores)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_torchs_dynamic_int8_leads_to_the_same_tokens(demo: Any) -> None:
+    """It rounds a row by its neighbours, so that the numbers are not those of any matrix."""
+    quantization = pytest.importorskip("torch.ao.quantization")
+    if torch.backends.quantized.engine in ("none", None):
+        pytest.skip("this torch has no engine for quantised layers")
+    prompt = demo.examples[0].prompt
+    rounded = quantization.quantize_dynamic(demo.model, {nn.Linear}, dtype=torch.qint8)
+    found, expected = (
+        heat_fast.attribute(model, demo.tokenizer, prompt, probes=2)
+        for model in (rounded, demo.model)
+    )
+    assert [row.token for row in found.top(2)] == [row.token for row in expected.top(2)]
+
+
 def test_a_hook_on_a_linear_layer_is_honoured() -> None:
     model = families.build("llama", dtype=torch.float64)
     plain = attribute(model)

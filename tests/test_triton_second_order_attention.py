@@ -8,6 +8,7 @@ rounded to the inputs' dtype, and the results.
 from __future__ import annotations
 
 import dataclasses
+from collections import defaultdict
 
 import pytest
 import torch
@@ -344,6 +345,36 @@ def test_stages_cover_everything_once(monkeypatch: pytest.MonkeyPatch) -> None:
                 scores = sizes[0] * (sizes[1] + 1) * sizes[2] * 2 * 50
                 assert 16 * scores <= staged.WORKSPACE or sizes == [1, 1, 1]
         assert bool((seen == 1).all())
+
+
+@pytest.mark.parametrize("heads_at_once", [1, 2])
+def test_probes_share_what_they_can(heads_at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`14 B + 3` products for every query and key of a tile, whatever else does not fit."""
+    heads, probes, group, queries, width = 2, 3, 2, 64, 8
+    shape = (heads, probes, group, queries, queries, 0, width)
+    primal, moved = draw(0, shape, MASKINGS["full"], torch.float32)
+    at = cast(primal, torch.float32, torch.device("cpu"))
+    query, key, value, output, bar, bar_dot = (x.float() for x in moved)
+    rows, flops = 16, 0
+    room = 16 * heads_at_once * (probes + 1) * rows * group * queries
+    monkeypatch.setattr(staged, "WORKSPACE", room)
+    monkeypatch.setattr(staged, "LEAST_ROWS", rows * group)
+    monkeypatch.setattr(staged, "FEW", 0)
+
+    def count(left: Tensor, right: Tensor, total: Tensor, *, add: bool) -> Tensor:
+        nonlocal flops
+        flops += 2 * left.numel() * right.shape[-1]
+        return multiply(left, right, total, add=add)
+
+    multiply = staged.multiply
+    monkeypatch.setattr(staged, "multiply", count)
+    monkeypatch.setattr(
+        staged, "softmax_tangent_kernel", defaultdict(lambda: lambda *_, **__: None)
+    )
+    staged.attention_tangent(at, query, key, value)
+    staged.attention_adjoint_tangent(at, query, key, value, output, bar, bar_dot, torch.float32)
+    pairs = heads * group * sum(rows * end for end in range(rows, queries + 1, rows))
+    assert flops == 2 * width * pairs * (14 * probes + 3)
 
 
 @pytest.mark.usefixtures("poisoned")

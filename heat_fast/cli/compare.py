@@ -14,6 +14,7 @@ from heat_fast.cli.prompts import read_prompt
 from heat_fast.cli.results import holds_many, read_result
 from heat_fast.config import PRESETS, HeatConfig
 from heat_fast.errors import InputError
+from heat_fast.readable import text_of
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -114,8 +115,6 @@ def compare(
         pair = _two(loaded.model, loaded.tokenizer, prompt_text, targets, (config, other), quiet)
         names = config.variant, other.variant
         if against_target is not None:
-            from heat_fast.readable import text_of
-
             texts = [text_of(each.target_tokens) for each in pair]
             names = f"{names[0]} {texts[0]!r}", f"{names[1]} {texts[1]!r}"
     from heat_fast.comparison import compare_results
@@ -230,8 +229,6 @@ def _words(comparison: Comparison, top: int, odds: list[float] | None, why: str 
     text += f"leading {min(top, len(comparison.left))} tokens in common: "
     text += f"{comparison.overlap(top):.0%}"
     if not comparison.same_targets():
-        from heat_fast.readable import text_of
-
         text += "\nthe targets differ: " + " and ".join(
             repr(text_of(each.target_tokens)) for each in (comparison.left, comparison.right)
         )

@@ -331,9 +331,9 @@ def _read_config(context: typer.Context, path: str | None) -> str | None:
                     "number, true or false. Write it as name = value."
                 )
             if key in own:  # one file may serve several commands
-                plain = isinstance(value, (bool, list))
-                value = value if plain else str(value)
-                defaults[own[key]] = [value] if own[key] in several and not plain else value
+                if not isinstance(value, (bool, list)):
+                    value = [str(value)] if own[key] in several else str(value)
+                defaults[own[key]] = value
     except UsageError as error:
         fail(str(error), 2, False)
     context.default_map = {**(context.default_map or {}), **defaults}

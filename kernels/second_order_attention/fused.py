@@ -59,12 +59,12 @@ def _trunk(primal: Primal) -> list[Tensor]:
     return [_rows_first(primal.query), primal.key.contiguous(), primal.value.contiguous()]
 
 
-def _statistics(primal: Primal) -> tuple[Tensor, Tensor, bool]:
-    """Normaliser and share of the sink, `[Hk, Q, G]`, and whether there is one to be read."""
+def _statistics(primal: Primal) -> tuple[Tensor, Tensor]:
+    """Normaliser and share of the sink, `[Hk, Q, G]`; where there is none it is never read."""
     normaliser = primal.normaliser.transpose(-1, -2).contiguous()
     if primal.sunk is None:
-        return normaliser, normaliser, False
-    return normaliser, primal.sunk.transpose(-1, -2).contiguous(), True
+        return normaliser, normaliser
+    return normaliser, primal.sunk.transpose(-1, -2).contiguous()
 
 
 def _sizes(primal: Primal, batch: int) -> tuple[float, ...]:
@@ -104,7 +104,7 @@ def attention_tangent(primal: Primal, query: Tensor, key: Tensor, value: Tensor)
     heads, batch, group, queries, width = query.shape
     result = heads_like(query, width)
     tile = tiles.of(tiles.TANGENT, query.device, width)
-    normaliser, sunk, is_sunk = _statistics(primal)
+    normaliser, sunk = _statistics(primal)
     blocks = triton.cdiv(queries * group, tile.rows) * triton.cdiv(batch, tile.probes)
     with gpu.on(query):
         attention_tangent_kernel[(blocks * heads,)](
@@ -118,7 +118,7 @@ def attention_tangent(primal: Primal, query: Tensor, key: Tensor, value: Tensor)
             sunk,
             *result.stride()[:-1],
             *_sizes(primal, batch),
-            SUNK=is_sunk,
+            SUNK=primal.sunk is not None,
             **_launch(primal, tile),
         )
     return result
@@ -137,7 +137,7 @@ def attention_adjoint_tangent(
     """As the reference, summed in float32; results of the given dtype."""
     heads, batch, group, queries, width = query.shape
     count = queries * group
-    trunk, (normaliser, sunk, is_sunk) = _trunk(primal), _statistics(primal)
+    trunk, (normaliser, sunk) = _trunk(primal), _statistics(primal)
     primal_output, query, output, output_bar, output_bar_dot = (
         _rows_first(x) for x in (primal.output, query, output, output_bar, output_bar_dot)
     )
@@ -188,7 +188,7 @@ def attention_adjoint_tangent(
             mean,
             sunk,
             *sizes,
-            SUNK=is_sunk,
+            SUNK=primal.sunk is not None,
             **_launch(primal, tile),
         )
         tile = tiles.of(tiles.KEYS, query.device, width)
