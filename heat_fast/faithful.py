@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from heat_fast.decoder.experts import Experts
 from heat_fast.decoder.linear import Linear
 from heat_fast.errors import UnsupportedModelError
 from heat_fast.forward import log_probs
@@ -108,7 +107,7 @@ def _rounding(trunk: Trunk, own: Tensor, eps: float) -> float:
 
 
 def _is_routed(trunk: Trunk) -> bool:
-    return any(isinstance(block.mlp, Experts) for block in trunk.decoder.blocks)
+    return any(block.mlp.routed for block in trunk.decoder.blocks)
 
 
 def check_hooks(model: Any, trunk: Trunk) -> None:

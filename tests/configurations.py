@@ -436,6 +436,35 @@ def _granite() -> transformers.PretrainedConfig:
     )
 
 
+def _granite_moe(**more: Any) -> dict[str, Any]:
+    """Granite's factors and two of four experts."""
+    return {
+        "vocab_size": 77,
+        "hidden_size": 40,
+        "intermediate_size": 24,
+        "num_attention_heads": 5,
+        "num_key_value_heads": 1,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "embedding_multiplier": 6.0,
+        "residual_multiplier": 0.3,
+        "attention_multiplier": 0.4,
+        "logits_scaling": 2.0,
+        **_common(),
+        **more,
+    }
+
+
+def _granite4(**more: Any) -> transformers.PretrainedConfig:
+    """Attention in every layer; one feed-forward layer for all rows beside the experts."""
+    layers = {
+        "layer_types": ["attention"] * 3,
+        "shared_intermediate_size": 31,
+        "mamba_n_heads": 4,
+    }
+    return transformers.GraniteMoeHybridConfig(**_granite_moe(**layers, **more))
+
+
 def _glm() -> dict[str, Any]:
     """Interleaved partial rotary, biases on q, k, v only, fused gate-up projection."""
     return _common() | {
@@ -547,6 +576,99 @@ def _qwen3_moe() -> transformers.PretrainedConfig:
     )
 
 
+def _qwen2_moe() -> transformers.PretrainedConfig:
+    """Two of five experts, weighted as they are, beside one for all rows that a sigmoid weighs."""
+    return transformers.Qwen2MoeConfig(
+        vocab_size=71,
+        hidden_size=40,
+        intermediate_size=51,
+        moe_intermediate_size=24,
+        shared_expert_intermediate_size=33,
+        num_attention_heads=5,
+        num_key_value_heads=1,
+        num_experts=5,
+        num_experts_per_tok=2,
+        mlp_only_layers=[2],
+        **_common(),
+    )
+
+
+def _sigmoid_routed(**more: Any) -> dict[str, Any]:
+    """Three of six experts by corrected sigmoids, scaled, beside one for all rows; a plain first
+    layer."""
+    return {
+        "vocab_size": 75,
+        "hidden_size": 40,
+        "intermediate_size": 51,
+        "moe_intermediate_size": 24,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "n_routed_experts": 6,
+        "n_shared_experts": 2,
+        "num_experts_per_tok": 3,
+        "n_group": 1,
+        "topk_group": 1,
+        "routed_scaling_factor": 1.7,
+        "first_k_dense_replace": 1,
+        **_common(),
+        **more,
+    }
+
+
+def _glm4_moe(**more: Any) -> transformers.PretrainedConfig:
+    """Half of a head's columns turn, with biases on queries, keys and values."""
+    config = transformers.Glm4MoeConfig(**_sigmoid_routed(attention_bias=True, **more))
+    config.rope_parameters["partial_rotary_factor"] = 0.5
+    return config
+
+
+def _dots1() -> transformers.PretrainedConfig:
+    """Weights of a row's experts as they are; a window in the last layer, norms of heads."""
+    layers = ["full_attention", "full_attention", "sliding_attention"]
+    return transformers.Dots1Config(
+        **_sigmoid_routed(layer_types=layers, sliding_window=5, norm_topk_prob=False)
+    )
+
+
+def _minimax_m2() -> transformers.PretrainedConfig:
+    """Experts by corrected sigmoids; norms over all heads at once; partial rotary."""
+    config = transformers.MiniMaxM2Config(
+        vocab_size=73,
+        hidden_size=40,
+        intermediate_size=24,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_local_experts=5,
+        num_experts_per_tok=2,
+        bos_token_id=1,
+        eos_token_id=2,
+        **_common(),
+    )
+    config.rope_parameters["partial_rotary_factor"] = 0.5
+    return config
+
+
+def _ernie4_5_moe() -> transformers.PretrainedConfig:
+    """Experts by corrected probabilities, beside two that are one; neighbours turn."""
+    return transformers.Ernie4_5_MoeConfig(
+        vocab_size=67,
+        hidden_size=40,
+        intermediate_size=51,
+        moe_intermediate_size=16,
+        num_attention_heads=5,
+        num_key_value_heads=1,
+        moe_num_experts=5,
+        moe_k=2,
+        moe_num_shared_experts=2,
+        moe_layer_start_index=1,
+        moe_layer_end_index=2,
+        **_common(),
+        tie_word_embeddings=True,
+    )
+
+
 def _olmoe() -> transformers.PretrainedConfig:
     """Two of four experts, weighted as they are; norms over all query or key heads at once."""
     return transformers.OlmoeConfig(
@@ -638,6 +760,12 @@ CONFIGS: dict[str, ConfigBuilder] = {
     "cohere": _cohere,
     "cohere2": _cohere2,
     "granite": _granite,
+    "granite_moe": lambda: transformers.GraniteMoeConfig(**_granite_moe()),
+    "granite_moe_shared": lambda: transformers.GraniteMoeSharedConfig(
+        **_granite_moe(shared_intermediate_size=31)
+    ),
+    "granite4": lambda: _granite4(position_embedding_type="rope"),
+    "granite4_dense": lambda: _granite4(num_local_experts=0),
     "glm": lambda: transformers.GlmConfig(**_glm()),
     "glm4": lambda: transformers.Glm4Config(**_glm()),
     "exaone4": _exaone4,
@@ -646,7 +774,13 @@ CONFIGS: dict[str, ConfigBuilder] = {
     ),
     "ernie4_5": _ernie4_5,
     "mixtral": _mixtral,
+    "qwen2_moe": _qwen2_moe,
     "qwen3_moe": _qwen3_moe,
+    "ernie4_5_moe": _ernie4_5_moe,
+    "glm4_moe": _glm4_moe,
+    "glm4_moe_head_norms": lambda: _glm4_moe(use_qk_norm=True),
+    "dots1": _dots1,
+    "minimax_m2": _minimax_m2,
     "olmoe": _olmoe,
     "gpt_oss": _gpt_oss,
     "gemma3": _gemma3,

@@ -49,11 +49,17 @@ def _randomise(model: PreTrainedModel, seed: int) -> None:
             else:
                 # Norm weights start at 1 (at 0 in Gemma) and biases at 0: stay around that default.
                 parameter.add_(0.25 * noise)
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            if name.endswith("e_score_correction_bias"):  # which moves a router's choice, a little
+                tensor.copy_(0.05 * torch.randn(tensor.shape, generator=generator))
 
 
 def is_routed(name: str) -> bool:
     """Whether a router chooses among experts."""
-    return hasattr(CONFIGS[name](), "num_experts_per_tok")
+    config = CONFIGS[name]()
+    # Granite 4's dense models have a configuration of experts, and none of these.
+    experts = getattr(config, "num_local_experts", 1)
+    return hasattr(config, "num_experts_per_tok") and experts > 0
 
 
 def build(

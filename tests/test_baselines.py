@@ -310,6 +310,7 @@ def test_every_method_serves_every_family_and_leaves_the_model(family: str) -> N
     model.train()
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     implementation = model.config._attn_implementation
+    trained = [parameter.requires_grad for parameter in model.parameters()]
     state = torch.get_rng_state()
     for name in baselines.names():
         if name == "context_cite":
@@ -322,7 +323,8 @@ def test_every_method_serves_every_family_and_leaves_the_model(family: str) -> N
         assert result.scores.shape == (8,), name
         assert result.metadata["config"]["variant"] == name
     assert all(module.training for module in model.modules())
-    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert [parameter.requires_grad for parameter in model.parameters()] == trained
     assert not any(module._forward_hooks for module in model.modules())
     assert model.config._attn_implementation == implementation
     assert torch.equal(torch.get_rng_state(), state)

@@ -131,6 +131,7 @@ def test_every_family_has_a_tiny_model_here() -> None:
     ("name", "setting", "value"),
     [
         ("olmoe", "clip_qkv", 2.0),
+        ("glm4_moe", "n_group", 2),
         ("stablelm", "qk_layernorm", True),
         ("cohere", "use_qk_norm", True),
     ],

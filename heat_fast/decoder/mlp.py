@@ -41,6 +41,19 @@ class FeedForwardSizes:
     experts: int = 0
     chance: float = 1.0
 
+    def __add__(self, other: FeedForwardSizes) -> FeedForwardSizes:
+        """Of two layers that a row meets together, of which one has experts at most."""
+        routed = self if self.experts else other
+        return FeedForwardSizes(
+            self.hidden + other.hidden,
+            self.inner + other.inner,
+            self.weights + other.weights,
+            self.passed + other.passed,
+            self.gathered + other.gathered,
+            routed.experts,
+            routed.chance,
+        )
+
     def read(self, rows: int) -> int:
         """The weights that a batch of rows reads, where experts are chosen evenly."""
         spared = self.experts * (1 - self.chance) ** rows
@@ -48,9 +61,15 @@ class FeedForwardSizes:
 
 
 class FeedForward(Protocol):
-    """A feed-forward layer in four readings; its records have `rows`, and its states `first`."""
+    """A feed-forward layer in four readings; its records have `rows`, and its states `first`.
 
-    activation: Activation
+    `routed`: whether rows go to some of its experts.
+    """
+
+    routed: bool
+
+    @property
+    def activations(self) -> tuple[Activation, ...]: ...
 
     @property
     def linears(self) -> tuple[Linear, ...]: ...
@@ -142,6 +161,8 @@ class Mlp:
     both halves side by side, the gate first.
     """
 
+    routed = False
+
     def __init__(
         self,
         gate: Linear,
@@ -156,6 +177,11 @@ class Mlp:
         self.down = down
         self.activation = activation
         self.fused = fused
+
+    @property
+    def activations(self) -> tuple[Activation, ...]:
+        """The one there is."""
+        return (self.activation,)
 
     @property
     def linears(self) -> tuple[Linear, ...]:

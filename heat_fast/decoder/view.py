@@ -66,7 +66,7 @@ class Decoder:
         Plain layers keep no state. Of anything else (hooks that fetch weights, adapters,
         quantised kernels) nothing is known.
         """
-        activations = [block.mlp.activation for block in self.blocks]
+        activations = [each for block in self.blocks for each in block.mlp.activations]
         return self.plain and all(
             not isinstance(activation, nn.Module) or not is_hooked(activation)
             for activation in activations

@@ -10,16 +10,18 @@ from torch import Tensor, nn
 
 from heat_fast.decoder.attention import Attention
 from heat_fast.decoder.block import Block
-from heat_fast.decoder.experts import Experts, plain_tensor
+from heat_fast.decoder.experts import Experts
 from heat_fast.decoder.families.common import (
     head,
     rms_norm,
     rotary_tables,
     separate_projection,
 )
+from heat_fast.decoder.families.mixtures import plain_tensor
 from heat_fast.decoder.linear import Linear
 from heat_fast.decoder.norm import Norm
 from heat_fast.decoder.rotary import Rotary
+from heat_fast.decoder.router import Router
 from heat_fast.decoder.view import Decoder, family, module_device
 from heat_fast.kernels.branch_attention import Masking
 
@@ -66,17 +68,19 @@ def _block(layer: Any, rotary: Rotary) -> Block:
 
 def _experts(router: Any, experts: Any) -> Experts:
     biases = (
-        plain_tensor(router, "bias", 1),
         plain_tensor(experts, "gate_up_proj_bias", 2),
         plain_tensor(experts, "down_proj_bias", 2),
     )
     return Experts(
-        plain_tensor(router, "weight", 2),
+        Router(
+            plain_tensor(router, "weight", 2),
+            bias=plain_tensor(router, "bias", 1),
+            top=router.top_k,
+            renormalised=True,
+        ),
         plain_tensor(experts, "gate_up_proj", 3).mT,
         plain_tensor(experts, "down_proj", 3).mT,
         _bounded_swish(experts.alpha, experts.limit),
-        top=router.top_k,
-        renormalised=True,
         interleaved=True,
         biases=biases,
         bound=experts.limit,

@@ -3,7 +3,7 @@
 They differ in biases (read from the modules), sliding windows (Mistral: all layers; Qwen and
 Ministral: some), norms on the query and key heads (Qwen3: each; OLMoE: all at once), layers that
 know no positions (SmolLM3), the pairs that rotary turns (ERNIE 4.5: neighbours) and experts
-(Mixtral, Qwen3-MoE, OLMoE).
+(Mixtral, Qwen-MoE, OLMoE, ERNIE 4.5 MoE, GLM-4.5 and 4.6, dots.llm1, MiniMax-M2).
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from torch import nn
 
 from heat_fast.decoder.attention import Attention
 from heat_fast.decoder.block import Block
-from heat_fast.decoder.experts import experts_of
 from heat_fast.decoder.families.common import (
     gated_mlp,
     head,
@@ -25,6 +24,7 @@ from heat_fast.decoder.families.common import (
     separate_projection,
     text_part,
 )
+from heat_fast.decoder.families.mixtures import mixture
 from heat_fast.decoder.linear import Linear
 from heat_fast.decoder.mlp import FeedForward
 from heat_fast.decoder.rotary import Rotary
@@ -44,7 +44,12 @@ from heat_fast.kernels.branch_attention import Masking
     "SmolLM3ForCausalLM",
     "Ernie4_5ForCausalLM",
     "MixtralForCausalLM",
+    "Qwen2MoeForCausalLM",
     "Qwen3MoeForCausalLM",
+    "Ernie4_5_MoeForCausalLM",
+    "Glm4MoeForCausalLM",
+    "Dots1ForCausalLM",
+    "MiniMaxM2ForCausalLM",
     "OlmoeForCausalLM",
 )
 def build(model: nn.Module, length: int) -> Decoder:
@@ -61,7 +66,7 @@ def build(model: nn.Module, length: int) -> Decoder:
             f"this {type(model).__name__} clips queries, keys and values (clip_qkv="
             f"{config.clip_qkv}): expected clip_qkv=None, as OLMoE-1B-7B has it. Use such a model."
         )
-    like, interleaved = norm_weight(body.norm), config.model_type == "ernie4_5"
+    like, interleaved = norm_weight(body.norm), config.model_type in ("ernie4_5", "ernie4_5_moe")
     rotary = rotary_tables(body.rotary_emb, like, length, interleaved=interleaved)
     layers = body.layers[: config.num_hidden_layers]
     return Decoder(
@@ -79,7 +84,7 @@ def _block(layer: Any, rotary: Rotary, config: Any) -> Block:
     window = getattr(attention, "sliding_window", None)
     if config.model_type in ("mistral", "mixtral"):
         window = config.sliding_window
-    norm = rms_norm_of_heads if config.model_type == "olmoe" else rms_norm
+    norm = rms_norm_of_heads if config.model_type in ("olmoe", "minimax_m2") else rms_norm
     return Block(
         norm=rms_norm(layer.input_layernorm),
         attention=Attention(
@@ -92,10 +97,10 @@ def _block(layer: Any, rotary: Rotary, config: Any) -> Block:
             key_norm=norm(attention.k_norm) if hasattr(attention, "k_norm") else None,
         ),
         mlp_norm=rms_norm(layer.post_attention_layernorm),
-        mlp=_feed_forward(layer.mlp),
+        mlp=_feed_forward(layer.mlp, config),
         device=module_device(layer),
     )
 
 
-def _feed_forward(layer: Any) -> FeedForward:
-    return experts_of(layer) if hasattr(layer, "experts") else gated_mlp(layer)
+def _feed_forward(layer: Any, config: Any) -> FeedForward:
+    return mixture(layer, config) if hasattr(layer, "experts") else gated_mlp(layer)
