@@ -42,7 +42,7 @@ def _llama() -> transformers.PretrainedConfig:
             "factor": 8.0,
             "low_freq_factor": 1.0,
             "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 32,
+            "original_max_position_embeddings": 64,
         },
         tie_word_embeddings=True,
     )
@@ -210,6 +210,84 @@ def _opt(**changes: Any) -> transformers.PretrainedConfig:
         "activation_function": "relu",
     }
     return transformers.OPTConfig(**(settings | changes))
+
+
+def _gemma() -> transformers.PretrainedConfig:
+    """Norms (1 + weight) before each layer, scaled embeddings, one key head; tied head."""
+    return transformers.GemmaConfig(
+        vocab_size=77,
+        hidden_size=42,
+        intermediate_size=57,
+        num_attention_heads=6,
+        num_key_value_heads=1,
+        head_dim=8,
+        **_common(),
+    )
+
+
+def _ministral3() -> transformers.PretrainedConfig:
+    """Queries scaled by their position, beyond 64; a window in every layer; head size unrelated."""
+    common = _common()
+    common["rope_parameters"] |= {
+        "llama_4_scaling_beta": 0.1,
+        "original_max_position_embeddings": 64,
+    }
+    return transformers.Ministral3Config(
+        vocab_size=79,
+        hidden_size=40,
+        intermediate_size=57,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=8,
+        sliding_window=6,
+        **common,
+    )
+
+
+def _apertus() -> transformers.PretrainedConfig:
+    """Norms on query and key heads, xIELU without a gate."""
+    return transformers.ApertusConfig(
+        vocab_size=73,
+        hidden_size=40,
+        intermediate_size=57,
+        num_attention_heads=5,
+        num_key_value_heads=1,
+        **_common(),
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+
+
+def _arcee() -> transformers.PretrainedConfig:
+    """A squared ReLU without a gate."""
+    return transformers.ArceeConfig(
+        vocab_size=73,
+        hidden_size=40,
+        intermediate_size=57,
+        num_attention_heads=5,
+        num_key_value_heads=1,
+        **_common(),
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+
+
+def _nemotron() -> transformers.PretrainedConfig:
+    """LayerNorms (1 + weight) with biases, half of a head's columns turn, a squared ReLU."""
+    config = transformers.NemotronConfig(
+        vocab_size=71,
+        hidden_size=40,
+        intermediate_size=57,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=8,
+        **_common(),
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    config.rope_parameters["partial_rotary_factor"] = 0.5
+    return config
 
 
 def _gemma2() -> transformers.PretrainedConfig:
@@ -702,10 +780,10 @@ def _gemma3() -> transformers.PretrainedConfig:
     )
 
 
-def _mistral3() -> transformers.PretrainedConfig:
+def _mistral3(text: transformers.PretrainedConfig) -> transformers.PretrainedConfig:
     """The text part of a model that reads images, windows and all."""
     return transformers.Mistral3Config(
-        text_config=_mistral().to_dict(),
+        text_config=text.to_dict(),
         vision_config={"model_type": "pixtral", **_NO_EYES},
         image_token_index=70,
     )
@@ -744,6 +822,7 @@ CONFIGS: dict[str, ConfigBuilder] = {
     "gpt_neox_sequential": lambda: _gpt_neox(use_parallel_residual=False, attention_bias=False),
     "opt": _opt,
     "opt_gelu": lambda: _opt(activation_function="gelu", enable_bias=False),
+    "gemma": _gemma,
     "gemma2": _gemma2,
     "gemma3_text": _gemma3_text,
     "gpt_neo": _gpt_neo,
@@ -754,6 +833,10 @@ CONFIGS: dict[str, ConfigBuilder] = {
     "starcoder2": _starcoder2,
     "smollm3": _smollm3,
     "ministral": _ministral,
+    "ministral3": _ministral3,
+    "apertus": _apertus,
+    "arcee": _arcee,
+    "nemotron": _nemotron,
     "seed_oss": _seed_oss,
     "olmo2": _olmo2,
     "olmo3": _olmo3,
@@ -784,6 +867,7 @@ CONFIGS: dict[str, ConfigBuilder] = {
     "olmoe": _olmoe,
     "gpt_oss": _gpt_oss,
     "gemma3": _gemma3,
-    "mistral3": _mistral3,
+    "mistral3": lambda: _mistral3(_mistral()),
+    "mistral3_ministral3": lambda: _mistral3(_ministral3()),
 }
 """Configurations by name; the two long-rope names say which factors 5 to 48 tokens use."""

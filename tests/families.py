@@ -71,7 +71,7 @@ def build(
     only. The global random state is left alone.
     """
     with torch.random.fork_rng(devices=[]):
-        kind = AutoModelForImageTextToText if name == "mistral3" else AutoModelForCausalLM
+        kind = AutoModelForImageTextToText if name.startswith("mistral3") else AutoModelForCausalLM
         model = kind.from_config(CONFIGS[name](), attn_implementation=attn)
     if is_routed(name):
         model.set_experts_implementation("eager")  # the default knows no float64

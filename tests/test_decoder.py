@@ -143,9 +143,18 @@ def test_settings_that_are_not_served_are_named(name: str, setting: str, value: 
         view(model, 9)
 
 
+def test_positions_at_which_queries_grow_are_refused() -> None:
+    model = families.build("ministral3")
+    assert view(model, 64).length == 64
+    with pytest.raises(UnsupportedModelError, match=r"65 tokens, beyond 64 \(llama_4"):
+        view(model, 65)
+    model.config.rope_parameters["llama_4_scaling_beta"] = 0
+    assert view(model, 65).length == 65
+
+
 def test_the_text_part_of_a_model_with_eyes_has_to_be_known() -> None:
     model = families.build("mistral3")
-    model.config.text_config.model_type = "ministral3"
+    model.config.text_config.model_type = "mistral4"
     with pytest.raises(UnsupportedModelError, match="text part of this Mistral3"):
         view(model, 9)
 

@@ -43,13 +43,13 @@ def rms_norm_of_heads(module: Any, *, late_cast: bool = False) -> NormOfHeads:
     return NormOfHeads(norm.weight, None, eps, centered=False, late_cast=late_cast)
 
 
-def layer_norm(module: Any, scale: float = 1.0) -> Norm:
-    """A LayerNorm, with or without weight and bias, times `scale`."""
+def layer_norm(module: Any, scale: float = 1.0, *, weight_offset: float = 0.0) -> Norm:
+    """A LayerNorm, with or without weight and bias, times `scale`; Nemotron's stores `w - 1`."""
     norm, eps = _tuned(module)
     weight, bias = norm.weight, getattr(norm, "bias", None)
     if scale != 1.0:
         weight, bias = weight * scale, None if bias is None else bias * scale
-    return Norm(weight, bias, eps, centered=True, late_cast=True)
+    return Norm(weight, bias, eps, centered=True, weight_offset=weight_offset, late_cast=True)
 
 
 def norm_weight(module: Any) -> Tensor:
@@ -95,6 +95,11 @@ def separate_projection(attention: Any) -> SeparateProjection:
 def gated_mlp(mlp: Any) -> Mlp:
     """The layers `gate_proj`, `up_proj` and `down_proj`."""
     return Mlp(Linear(mlp.gate_proj), Linear(mlp.up_proj), Linear(mlp.down_proj), mlp.act_fn)
+
+
+def plain_mlp(mlp: Any) -> Mlp:
+    """The layers `up_proj` and `down_proj`, with an activation between them."""
+    return Mlp(Linear(mlp.up_proj), None, Linear(mlp.down_proj), mlp.act_fn)
 
 
 def fused_mlp(mlp: Any) -> Mlp:

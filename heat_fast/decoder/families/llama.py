@@ -2,8 +2,9 @@
 
 They differ in biases (read from the modules), sliding windows (Mistral: all layers; Qwen and
 Ministral: some), norms on the query and key heads (Qwen3: each; OLMoE: all at once), layers that
-know no positions (SmolLM3), the pairs that rotary turns (ERNIE 4.5: neighbours) and experts
-(Mixtral, Qwen-MoE, OLMoE, ERNIE 4.5 MoE, GLM-4.5 and 4.6, dots.llm1, MiniMax-M2).
+know no positions (SmolLM3), the pairs that rotary turns (ERNIE 4.5: neighbours), feed-forward
+layers without a gate (Arcee, Apertus), the names of norms (Apertus) and experts (Mixtral, Qwen-MoE,
+OLMoE, ERNIE 4.5 MoE, GLM-4.5 and 4.6, dots.llm1, MiniMax-M2).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from heat_fast.decoder.families.common import (
     gated_mlp,
     head,
     norm_weight,
+    plain_mlp,
     rms_norm,
     rms_norm_of_heads,
     rotary_tables,
@@ -37,9 +39,12 @@ from heat_fast.kernels.branch_attention import Masking
     "LlamaForCausalLM",
     "MistralForCausalLM",
     "MinistralForCausalLM",
+    "Ministral3ForCausalLM",
     "Mistral3ForConditionalGeneration",
     "Qwen2ForCausalLM",
     "Qwen3ForCausalLM",
+    "ApertusForCausalLM",
+    "ArceeForCausalLM",
     "SeedOssForCausalLM",
     "SmolLM3ForCausalLM",
     "Ernie4_5ForCausalLM",
@@ -53,14 +58,17 @@ from heat_fast.kernels.branch_attention import Masking
     "OlmoeForCausalLM",
 )
 def build(model: nn.Module, length: int) -> Decoder:
-    """View a Llama-like model, of one that reads images (Mistral Small 3) its text part."""
+    """View a Llama-like model, of one that reads images (Mistral3) its text part."""
     causal: Any = model
     body, config = text_part(causal)
-    if body is not causal.model and config.model_type != "mistral":
+    if body is not causal.model and config.model_type not in ("mistral", "ministral3"):
         raise UnsupportedModelError(
             f"the text part of this {type(model).__name__} is a {type(body).__name__}: expected a "
-            "MistralModel, as that of Mistral Small 3.1 and 3.2. Use such a model."
+            "MistralModel or Ministral3Model, as those of Mistral Small 3.1 and 3.2 and of "
+            "Ministral 3. Use such a model."
         )
+    if config.model_type == "ministral3":
+        _check_length(config.rope_parameters, length)
     if getattr(config, "clip_qkv", None) is not None:
         raise UnsupportedModelError(
             f"this {type(model).__name__} clips queries, keys and values (clip_qkv="
@@ -82,11 +90,12 @@ def _block(layer: Any, rotary: Rotary, config: Any) -> Block:
     attention = layer.self_attn
     # Most layers know their own window; Mistral's read the config's; Llama has none.
     window = getattr(attention, "sliding_window", None)
-    if config.model_type in ("mistral", "mixtral"):
+    if config.model_type in ("mistral", "ministral3", "mixtral"):
         window = config.sliding_window
     norm = rms_norm_of_heads if config.model_type in ("olmoe", "minimax_m2") else rms_norm
+    renamed = config.model_type == "apertus"
     return Block(
-        norm=rms_norm(layer.input_layernorm),
+        norm=rms_norm(layer.attention_layernorm if renamed else layer.input_layernorm),
         attention=Attention(
             separate_projection(attention),
             Linear(attention.o_proj),
@@ -96,11 +105,26 @@ def _block(layer: Any, rotary: Rotary, config: Any) -> Block:
             query_norm=norm(attention.q_norm) if hasattr(attention, "q_norm") else None,
             key_norm=norm(attention.k_norm) if hasattr(attention, "k_norm") else None,
         ),
-        mlp_norm=rms_norm(layer.post_attention_layernorm),
+        mlp_norm=rms_norm(
+            layer.feedforward_layernorm if renamed else layer.post_attention_layernorm
+        ),
         mlp=_feed_forward(layer.mlp, config),
         device=module_device(layer),
     )
 
 
 def _feed_forward(layer: Any, config: Any) -> FeedForward:
-    return mixture(layer, config) if hasattr(layer, "experts") else gated_mlp(layer)
+    if hasattr(layer, "experts"):
+        return mixture(layer, config)
+    return gated_mlp(layer) if hasattr(layer, "gate_proj") else plain_mlp(layer)
+
+
+def _check_length(rotary: Any, length: int) -> None:
+    """Ministral 3 scales queries by `1 + beta log(1 + floor(position / original length))`."""
+    original = rotary["original_max_position_embeddings"]
+    if length > original and rotary["llama_4_scaling_beta"]:
+        raise UnsupportedModelError(
+            f"this model scales the queries of a context of {length} tokens, beyond {original} "
+            f"(llama_4_scaling_beta), which its view does not: expected {original} tokens at most. "
+            'Shorten the prompt, or use windows (variant="win").'
+        )
