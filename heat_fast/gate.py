@@ -62,10 +62,12 @@ def target_rows(trunk: Trunk, dtype: torch.dtype) -> Tensor:
 def _norms(trunk: Trunk, layer: int, dtype: torch.dtype, heads: slice = _ALL) -> Tensor:
     """`| V[h,i] W_O^h |_1`, `[Hk, G, M]`, of some key-value heads."""
     state = trunk.states[layer].attention
-    count, group, _, width = state.query.shape
-    output = trunk.decoder.blocks[layer].attention.output
-    weight = output.matrix(count * group * width, state.value).unflatten(1, (count, -1))
-    return value_output_norms(state.value[heads], weight[:, heads].flatten(1), dtype)
+    count, group = state.query.shape[:2]
+    attention = trunk.decoder.blocks[layer].attention
+    values = state.value[..., : attention.value_dim]
+    features = count * group * values.shape[-1]
+    weight = attention.output.matrix(features, values).unflatten(1, (count, -1))
+    return value_output_norms(values[heads], weight[:, heads].flatten(1), dtype)
 
 
 def head_flows(trunk: Trunk, layer: int, rho: Tensor, heads: slice = _ALL) -> Tensor:

@@ -156,22 +156,38 @@ class Reference:
         """Attention weights A [L, H, n, n] and values, per layer [H, n, head size].
 
         The values are the ones the model puts in its key-value cache: after the block's input norm
-        and with their bias. Under grouped-query attention each group's values are repeated for
-        each of its query heads.
+        and with their bias; where it puts latent rows there, what it makes of them. Under
+        grouped-query attention each group's values are repeated for each of its query heads.
         """
         from transformers import DynamicCache
 
         # Without a configuration the cache keeps all positions of windowed layers too.
         cache: Any = DynamicCache()
-        with torch.no_grad(), self._precision:
-            output = self.model(
-                inputs_embeds=embeddings.unsqueeze(0),
-                past_key_values=cache,
-                use_cache=True,
-                output_attentions=True,
-            )
+        expanded: list[Tensor] = []
+        handles = [
+            module.register_forward_hook(lambda _module, _inputs, output: expanded.append(output))
+            for name, module in self.text.named_modules()
+            if name.endswith("kv_b_proj")
+        ]
+        try:
+            with torch.no_grad(), self._precision:
+                output = self.model(
+                    inputs_embeds=embeddings.unsqueeze(0),
+                    past_key_values=cache,
+                    use_cache=True,
+                    output_attentions=True,
+                )
+        finally:
+            for handle in handles:
+                handle.remove()
         weights = torch.stack([layer[0] for layer in output.attentions])
         heads = weights.shape[1]
+        if expanded:  # keys and values of each head, side by side
+            width = self.model.config.v_head_dim
+            return weights, [
+                each.flatten(0, -2).unflatten(-1, (heads, -1))[..., -width:].transpose(0, 1)
+                for each in expanded
+            ]
         values = []
         for layer in cache.layers:
             groups = layer.values.shape[1]

@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from heat_fast.decoder import Decoder
 from heat_fast.decoder.block import Block
 from heat_fast.decoder.head import shares_curvature
-from heat_fast.decoder.projection import SeparateProjection
 from heat_fast.planner import Budget
 from heat_fast.work import Shape, Work
 
@@ -32,13 +33,14 @@ class _Row:
         return self.shared + self.queried
 
 
-def _row(block: Block, sizes: Shape, passed: int, width: int, item: int) -> _Row:
-    separate = isinstance(block.attention.projection, SeparateProjection)
-    projected = sizes.heads + 2 * sizes.key_heads + (3 if separate else 1) * width
-    shared = 2 * (sizes.key_heads + width) if separate else projected
-    output = sizes.heads + width
-    queried = projected - shared + output + passed
-    return _Row(item * projected, item * shared, item * queried)
+def _row(block: Block, sizes: Shape, row: Tensor, passed: int, item: int) -> _Row:
+    attention = block.attention
+    projection = attention.projection.sizes(row)
+    output = sizes.count * (attention.value_dim or attention.projection.head_dim) + row.shape[-1]
+    own = projection.passed - projection.shared_passed
+    return _Row(
+        item * projection.passed, item * projection.shared_passed, item * (own + output + passed)
+    )
 
 
 class Traffic:
@@ -56,8 +58,10 @@ class Traffic:
         self._work, self._budget, self._item = work, Budget(rows), item
         shapes, unswept = work.shapes, len(work.shapes) - len(work.swept)
         self._rows = [
-            _row(block, sizes, fed.passed, work.width, item)
-            for block, sizes, fed in zip(decoder.blocks, shapes, work.feed_forward, strict=True)
+            _row(block, sizes, row, fed.passed, item)
+            for block, sizes, row, fed in zip(
+                decoder.blocks, shapes, work.rows, work.feed_forward, strict=True
+            )
         ]
         self._swept = self._rows[unswept:]
         # A row through all blocks under the last one, and through those of them that are swept.

@@ -37,7 +37,6 @@ from heat_fast.decoder.block import Block
 from heat_fast.decoder.head import shares_curvature
 from heat_fast.decoder.mlp import FeedForwardSizes
 from heat_fast.decoder.norm import Norm
-from heat_fast.decoder.projection import FusedProjection, SeparateProjection
 
 
 @dataclass(frozen=True)
@@ -58,31 +57,25 @@ class Shape:
 def shape(block: Block, row: Tensor, fed: FeedForwardSizes) -> Shape:
     """The sizes of a block that takes rows like `row [1, d]`, and of its feed-forward layer."""
     width = row.shape[-1]
-    projection = block.attention.projection
-    if isinstance(projection, SeparateProjection):
-        query = projection.query.out_features(row)
-        keys = projection.key.out_features(row)
-    else:
-        assert isinstance(projection, FusedProjection)
-        query = projection.heads * projection.head_dim
-        keys = projection.key_heads * projection.head_dim
     attention = block.attention
+    projection = attention.projection.sizes(row)
+    count = projection.query // attention.projection.head_dim
+    output = count * (attention.value_dim or attention.projection.head_dim)
     norms = (block.norm, block.mlp_norm, block.post_attention, block.post_mlp)
     normed = sum(width for norm in norms if isinstance(norm, Norm))
-    normed += query if isinstance(attention.query_norm, Norm) else 0
-    normed += keys if isinstance(attention.key_norm, Norm) else 0
-    projected = (query + 2 * keys) * width
-    shared = 2 * keys * width if isinstance(projection, SeparateProjection) else projected
+    normed += projection.query if isinstance(attention.query_norm, Norm) else 0
+    normed += projection.keys if isinstance(attention.key_norm, Norm) else 0
+    own = projection.weights - projection.shared_weights
     return Shape(
-        projected=projected,
-        shared=shared,
-        queried=projected - shared + query * width + fed.weights,
-        count=query // projection.head_dim,
-        heads=query,
-        key_heads=keys,
+        projected=projection.weights,
+        shared=projection.shared_weights,
+        queried=own + output * width + fed.weights,
+        count=count,
+        heads=projection.query,
+        key_heads=projection.keys,
         hidden=fed.hidden,
         inner=fed.inner,
-        normed=normed,
+        normed=normed + projection.normed,
     )
 
 
@@ -112,8 +105,9 @@ class Work:
         self.targets = targets
         self.lead = lead
         self.length = tokens + lead + targets - 1
-        rows = [row.to(block.device or row.device) for block in decoder.blocks]
-        blocks = list(zip(decoder.blocks, rows, strict=True))
+        #: A row of zeros where each block is.
+        self.rows = [row.to(block.device or row.device) for block in decoder.blocks]
+        blocks = list(zip(decoder.blocks, self.rows, strict=True))
         self.feed_forward = [block.mlp.sizes(own) for block, own in blocks]
         self.shapes = [
             shape(block, own, fed)

@@ -709,6 +709,28 @@ def _dots1() -> transformers.PretrainedConfig:
     )
 
 
+def _latent(**more: Any) -> dict[str, Any]:
+    """Heads of 12 columns, 4 of them turned, values of 7, made by way of narrow rows."""
+    routed = _sigmoid_routed(**more)
+    del routed["head_dim"]
+    return {
+        **routed,
+        "num_attention_heads": 5,
+        "num_key_value_heads": 5,
+        "q_lora_rank": 17,
+        "kv_lora_rank": 14,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 4,
+        "v_head_dim": 7,
+    }
+
+
+def _deepseek_v2() -> transformers.PretrainedConfig:
+    """Queries made straight of a row; experts by probabilities; neighbours turn."""
+    direct = {"q_lora_rank": None, "topk_method": "greedy", "head_dim": 4}
+    return transformers.DeepseekV2Config(**{**_latent(), **direct})
+
+
 def _minimax_m2() -> transformers.PretrainedConfig:
     """Experts by corrected sigmoids; norms over all heads at once; partial rotary."""
     config = transformers.MiniMaxM2Config(
@@ -864,6 +886,14 @@ CONFIGS: dict[str, ConfigBuilder] = {
     "glm4_moe_head_norms": lambda: _glm4_moe(use_qk_norm=True),
     "dots1": _dots1,
     "minimax_m2": _minimax_m2,
+    "deepseek_v2": _deepseek_v2,
+    "deepseek_v3": lambda: transformers.DeepseekV3Config(**_latent()),
+    "deepseek_v3_direct": lambda: transformers.DeepseekV3Config(
+        **{**_latent(rope_interleave=False), "q_lora_rank": None}
+    ),
+    "glm4_moe_lite": lambda: transformers.Glm4MoeLiteConfig(
+        **_latent(attention_bias=True, mlp_layer_types=["dense", "sparse", "sparse"])
+    ),
     "olmoe": _olmoe,
     "gpt_oss": _gpt_oss,
     "gemma3": _gemma3,

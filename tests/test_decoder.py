@@ -94,9 +94,10 @@ def test_attentions_and_value_norms(name: str, dtype: torch.dtype) -> None:
         plain = softmax_weights(kept.query, kept.key, *settings, block.attention.sinks)
         assert_close(f"{label} plain softmax", expected, plain.flatten(0, 1), rtol=rtol)
 
-        heads, group, _, width = kept.query.shape
-        matrix = block.attention.output.matrix(heads * group * width, kept.value)
-        actual = value_output_norms(kept.value, matrix, dtype).flatten(0, 1)
+        heads, group = kept.query.shape[:2]
+        values = kept.value[..., : block.attention.value_dim]
+        matrix = block.attention.output.matrix(heads * group * values.shape[-1], values)
+        actual = value_output_norms(values, matrix, dtype).flatten(0, 1)
         assert_close(f"{label} value norms", norms[layer], actual, rtol=rtol)
 
 

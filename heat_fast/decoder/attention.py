@@ -10,6 +10,7 @@ Heads are kept head-major, `[Hk, B, G, S, D]` for queries and `[Hk, B, S, D]` fo
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,7 +60,8 @@ class AttentionState:
 
     `query`, `output [Hk, G, Q, D]`, `key`, `value [Hk, S, D]`, `normaliser [Hk, G, Q]`; queries
     begin at position `first_query` (0, or the last few rows in the last block). `query_norm`,
-    `key_norm` are the head norms' states. `sunk [Hk, G, Q]`: the sink's share, None without one.
+    `key_norm` are the head norms' states, `projection` is what the projections keep. `sunk [Hk, G,
+    Q]`: the sink's share, None without one.
     """
 
     query: Tensor
@@ -69,6 +71,7 @@ class AttentionState:
     output: Tensor
     query_norm: NormState
     key_norm: NormState
+    projection: Any
     first_query: int
     sunk: Tensor | None = None
 
@@ -90,6 +93,10 @@ class AttentionState:
             sunk=None if self.sunk is None else self.sunk[:, :, queries],
         )
 
+    def projected(self, rows: Rows) -> Any:
+        """What the projections keep of some rows."""
+        return self.projection.rows(slice(rows.start, rows.stop), self.queries(rows))
+
     def norms(self, rows: Rows) -> tuple[NormState, NormState]:
         """The head norms' states over some rows, with a dimension for the batch."""
         query = self.query_norm.rows(self.queries(rows)).select(None, 1)
@@ -99,12 +106,16 @@ class AttentionState:
 
 @dataclass(frozen=True)
 class AttentionTangent:
-    """Tangents going up, head-major: `heads` after rotation, the raw ones before head norms."""
+    """Tangents going up, head-major: `heads` after rotation, the raw ones before head norms.
+
+    `projection`: what the projections keep of them.
+    """
 
     heads: Heads
     output: Tensor
     raw_query: Tensor
     raw_key: Tensor
+    projection: Any
 
     def rows(self, keys: slice, queries: slice) -> AttentionTangent:
         """The same tangents for some of their rows."""
@@ -118,26 +129,38 @@ class AttentionTangent:
             self.output[..., queries, :],
             self.raw_query[..., queries, :],
             self.raw_key[..., keys, :],
+            self.projection.rows(keys, queries),
         )
 
 
 @dataclass(frozen=True)
 class AttentionAdjoint:
-    """Primal adjoints going down: of the heads' outputs `[Hk, G, Q, D]` and of the head norms."""
+    """Primal adjoints going down: of the heads' outputs `[Hk, G, Q, D]` and of the head norms.
+
+    `projection`: what the projections keep of them.
+    """
 
     output: Tensor
     query_norm: NormAdjoint
     key_norm: NormAdjoint
+    projection: Any
 
     def rows(self, keys: slice, queries: slice) -> AttentionAdjoint:
         """The same adjoints for some of their rows."""
         return AttentionAdjoint(
-            self.output[..., queries, :], self.query_norm.rows(queries), self.key_norm.rows(keys)
+            self.output[..., queries, :],
+            self.query_norm.rows(queries),
+            self.key_norm.rows(keys),
+            self.projection.rows(keys, queries),
         )
 
 
 class Attention:
-    """One attention layer of the user's model, in four readings."""
+    """One attention layer of the user's model, in four readings.
+
+    `value_dim`: how many columns of a value are the model's, where it is filled up with zeros to
+    the width of queries and keys.
+    """
 
     def __init__(
         self,
@@ -149,6 +172,7 @@ class Attention:
         query_norm: AnyNorm | None = None,
         key_norm: AnyNorm | None = None,
         sinks: Tensor | None = None,
+        value_dim: int | None = None,
     ) -> None:
         self.projection = projection
         self.output = output
@@ -157,6 +181,7 @@ class Attention:
         self.groups = groups
         self.query_norm: AnyNorm = query_norm or Identity()
         self.key_norm: AnyNorm = key_norm or Identity()
+        self.value_dim = value_dim
         self.normed = query_norm is not None or key_norm is not None
         self.sinks = None if sinks is None else sinks.detach().unflatten(0, (-1, groups))
 
@@ -192,9 +217,9 @@ class Attention:
             _flat_major(value, None),
         )
 
-    @staticmethod
-    def _merge_query(x: Tensor) -> Tensor:
-        return x.permute(1, 3, 0, 2, 4).flatten(2, 3)
+    def _rows(self, output: Tensor) -> Tensor:
+        """`[Hk, B, G, Q, D] -> [B, Q, H D]`: what the output projection takes."""
+        return output[..., : self.value_dim].permute(1, 3, 0, 2, 4).flatten(2)
 
     def _turn(self, heads: Heads, query_at: int | Tensor, key_at: int | Tensor) -> Heads:
         if self.rotary is None or not self.normed:
@@ -222,23 +247,25 @@ class Attention:
         key_at: int | Tensor,
         *,
         keep: bool = False,
-    ) -> tuple[Heads, NormState, NormState]:
-        """Heads of rows `x [B, S, d]`, normed and turned, and the head norms' states (`keep`)."""
-        raw = self._split(self.projection.forward(x, queries), query_at, key_at)
+    ) -> tuple[Heads, NormState, NormState, Any]:
+        """Heads of rows `x [B, S, d]`, normed and turned.
+
+        With `keep` the head norms' states too, and what the projections keep.
+        """
+        flat, projection = self.projection.forward(x, queries, keep=keep)
+        raw = self._split(flat, query_at, key_at)
         query, query_norm = self.query_norm.forward(raw.query, keep=keep)
         key, key_norm = self.key_norm.forward(raw.key, keep=keep)
-        return self._turn(Heads(query, key, raw.value), query_at, key_at), query_norm, key_norm
+        heads = self._turn(Heads(query, key, raw.value), query_at, key_at)
+        return heads, query_norm, key_norm, projection
 
     def _pull_output(self, y_bar: Tensor, state: AttentionState) -> Tensor:
         """Adjoint of the output projection, split into heads `[Hk, B, G, Q, D]`."""
-        heads, group, _, width = state.query.shape
+        heads, group, _, full = state.query.shape
+        width = full if self.value_dim is None else self.value_dim
         flat = self.output.adjoint(y_bar, heads * group * width)
         split: Tensor = flat.unflatten(-1, (heads, group, width)).permute(2, 0, 3, 1, 4)
-        return split
-
-    def _pull_heads(self, bar: Heads, rows: Rows, width: int) -> Tensor:
-        """Adjoint of the projections, `[B, S, d]`."""
-        return self.projection.adjoint(self._merge(bar, rows), width)
+        return split if width == full else torch.nn.functional.pad(split, (0, full - width))
 
     def forward(
         self, x: Tensor, rows: Rows, prefix: AttentionState | None = None
@@ -247,7 +274,7 @@ class Attention:
 
         The returned state is a primal for `B = 1`, `rows.start = 0`, no prefix.
         """
-        heads, query_norm, key_norm = self._project(
+        heads, query_norm, key_norm, projection = self._project(
             x, rows.queries, rows.first_query, rows.start, keep=prefix is None
         )
         if prefix is None:
@@ -260,7 +287,7 @@ class Attention:
                 heads.query, heads.key, heads.value, below_key, below_value, self.masking
             )
         )
-        y = self.output.forward(self._merge_query(output).flatten(2))
+        y = self.output.forward(self._rows(output))
         return y, AttentionState(
             query=heads.query[:, 0],
             key=heads.key[:, 0],
@@ -269,6 +296,7 @@ class Attention:
             output=output[:, 0],
             query_norm=query_norm.select(0, 1),
             key_norm=key_norm.select(0, 1),
+            projection=projection.first(),
             first_query=rows.first_query,
             sunk=None if sunk is None else sunk[:, 0],
         )
@@ -282,7 +310,7 @@ class Attention:
         need projections of their own.
         """
         at, batch = index + rows.start, torch.arange(len(index), device=x.device)
-        moved, _, _ = self._project(x[None], len(index), at, at)
+        moved, _, _, _ = self._project(x[None], len(index), at, at)
 
         def copies(kept: Tensor) -> Tensor:
             # repeat copies always: what it makes is written to.
@@ -298,12 +326,12 @@ class Attention:
             query, key, value, trunk.key[:, below], trunk.value[:, below], self.masking
         )
         output, _, _ = self._sink(*found)
-        return self.output.forward(self._merge_query(output).flatten(2))
+        return self.output.forward(self._rows(output))
 
     def forward_ragged(self, x: Tensor, rows: RaggedRows, trunk: AttentionState) -> Tensor:
         """`y [Q, d]` from normed rows `x [R, d]` of branches that are the trunk elsewhere."""
         first = len(rows.position) - rows.queries
-        heads, _, _ = self._project(x[None], rows.queries, rows.position[first:], rows.position)
+        heads, _, _, _ = self._project(x[None], rows.queries, rows.position[first:], rows.position)
         found = ragged_attention(
             heads.query[:, 0],
             heads.key[:, 0, : rows.keys],
@@ -314,13 +342,13 @@ class Attention:
             self.masking,
         )
         output, _, _ = self._sink(*found)
-        return self.output.forward(self._merge_query(output[:, None]).flatten(2))[0]
+        return self.output.forward(self._rows(output[:, None]))[0]
 
     def tangent(
         self, state: AttentionState, x_dot: Tensor, rows: Rows
     ) -> tuple[Tensor, AttentionTangent]:
         """`y. [B, Q, d]` from `x. [B, S, d]`."""
-        flat = self.projection.tangent(x_dot, rows.queries)
+        flat, projection = self.projection.tangent(state.projected(rows), x_dot, rows.queries)
         raw = self._split(flat, rows.first_query, rows.start)
         query_norm, key_norm = state.norms(rows)
         normed = Heads(
@@ -331,10 +359,9 @@ class Attention:
         heads = self._turn(normed, rows.first_query, rows.start)
         primal = state.primal(rows, self.masking)
         output = attention_tangent(primal, heads.query, heads.key, heads.value)
-        y = self.output.tangent(self._merge_query(output).flatten(2))
-        return y, AttentionTangent(
-            heads, output, kept(self.query_norm, raw.query), kept(self.key_norm, raw.key)
-        )
+        y = self.output.tangent(self._rows(output))
+        raw_query, raw_key = kept(self.query_norm, raw.query), kept(self.key_norm, raw.key)
+        return y, AttentionTangent(heads, output, raw_query, raw_key, projection)
 
     def adjoint(
         self, state: AttentionState, y_bar: Tensor, rows: Rows
@@ -347,8 +374,9 @@ class Attention:
         query_norm, key_norm = state.norms(rows)
         query, query_bar = self.query_norm.adjoint(query_norm, normed.query)
         key, key_bar = self.key_norm.adjoint(key_norm, normed.key)
-        x_bar = self._pull_heads(Heads(query, key, normed.value), rows, y_bar.shape[-1])
-        return x_bar[0], AttentionAdjoint(pulled[:, 0], query_bar, key_bar)
+        flat = self._merge(Heads(query, key, normed.value), rows)
+        x_bar, projection = self.projection.adjoint(state.projected(rows), flat, y_bar.shape[-1])
+        return x_bar[0], AttentionAdjoint(pulled[:, 0], query_bar, key_bar, projection)
 
     def adjoint_tangent(
         self,
@@ -378,7 +406,13 @@ class Attention:
             self.key_norm.adjoint_tangent(key_norm, tangent.raw_key, bar.key_norm, normed.key),
             normed.value,
         )
-        return self._pull_heads(raw, rows, y_bar_dot.shape[-1])
+        return self.projection.adjoint_tangent(
+            state.projected(rows),
+            tangent.projection,
+            bar.projection,
+            self._merge(raw, rows),
+            y_bar_dot.shape[-1],
+        )
 
 
 def _head_major(x: Tensor, table: Table | None) -> Tensor:

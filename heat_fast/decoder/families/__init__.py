@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from heat_fast.decoder.families import (
     cohere,
+    deepseek,
     exaone4,
     gemma,
     glm,
@@ -29,6 +30,7 @@ from heat_fast.decoder.families import (
 
 __all__ = [
     "cohere",
+    "deepseek",
     "exaone4",
     "gemma",
     "glm",

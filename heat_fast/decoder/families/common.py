@@ -134,10 +134,10 @@ def rotary_tables(
         column = pairs[columns]
         return column.repeat_interleave(2, -1) if interleaved else torch.cat((column, column), -1)
 
-    cos, sin = (
-        lay(each[0])
-        for each in copy.deepcopy(module)(like.detach()[None, :1], positions, *layer_type)
-    )
+    tables = copy.deepcopy(module)(like.detach()[None, :1], positions, *layer_type)
+    if isinstance(tables, Tensor):  # complex numbers (DeepSeek-V2)
+        tables = tables.real, tables.imag
+    cos, sin = (lay(each[0]) for each in tables)
     return Rotary(cos, sin, interleaved=interleaved)
 
 

@@ -45,12 +45,20 @@ def experts_of(router: Router, experts: Any) -> Experts:
 def _router(layer: Any, config: Any) -> Router:
     gate = layer.gate
     weight, kind = plain_tensor(gate, "weight", 2), config.model_type
-    if kind in ("glm4_moe", "dots1"):
+    if kind == "deepseek_v2":
+        if config.topk_method != "greedy":
+            raise UnsupportedModelError(
+                f"this DeepSeek-V2 chooses experts by {config.topk_method!r} (topk_method): "
+                "expected 'greedy', as DeepSeek-V2-Lite has it. Use such a model."
+            )
+        scale, top = config.routed_scaling_factor, config.num_experts_per_tok
+        return Router(weight, top=top, renormalised=False, scale=scale, widened=True)
+    if kind in ("glm4_moe", "glm4_moe_lite", "dots1", "deepseek_v3"):
         if config.n_group > 1:
             raise UnsupportedModelError(
                 f"this model's experts lie in {config.n_group} groups (n_group), of which a row "
-                f"may go to {config.topk_group}: expected n_group=1, as GLM-4.5, GLM-4.6 and "
-                "dots.llm1 have it. Use such a model."
+                f"may go to {config.topk_group}: expected n_group=1, as GLM-4.5 to 4.7, "
+                "dots.llm1, Moonlight and Kimi-K2 have it. Use such a model."
             )
         return Router(
             weight,
