@@ -440,3 +440,24 @@ def test_a_streamed_vocabulary_changes_nothing(name: str) -> None:
         actual = attribute(name, [5, 6], probes=1)
     torch.testing.assert_close(actual.information, expected.information, rtol=1e-4, atol=1e-7)
     torch.testing.assert_close(actual.log_prob_drop, expected.log_prob_drop, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("raised", [8.0, 14.0, 30.0])
+def test_a_streamed_vocabulary_serves_certain_predictions(raised: float) -> None:
+    """A token far above all others: masking lowers the normaliser by nats, or raises it."""
+    model, ids = families.build("llama"), families.prompt_ids("llama", 12)
+    entering: list[torch.Tensor] = []
+    head: Any = model.lm_head
+    handle = head.register_forward_pre_hook(lambda _, inputs: entering.append(inputs[0]))
+    with torch.no_grad():
+        logits = model(torch.tensor([ids])).logits[0, -1]
+        handle.remove()
+        last = entering[0][0, -1]
+        above = logits.logsumexp(0) - logits[5] + raised
+        head.weight[5] += above * last / (last @ last)
+    settings: dict[str, Any] = {"curvature": "none"}
+    expected = heat_fast.attribute(model, None, ids, 5, **settings)
+    with mock.patch("heat_fast.information.STREAMED_VOCABULARY", 0):
+        actual = heat_fast.attribute(model, None, ids, 5, **settings)
+    torch.testing.assert_close(actual.information, expected.information, rtol=1e-3, atol=2e-5)
+    torch.testing.assert_close(actual.log_prob_drop, expected.log_prob_drop, rtol=1e-3, atol=2e-5)

@@ -309,7 +309,7 @@ def test_streamed_kl_is_the_whole_one(chunk: int, scale: float) -> None:
 def test_an_overflowing_branch_comes_out_infinite() -> None:
     """So that the caller can see it and use the whole-vocabulary form."""
     log_probs = torch.zeros(1, 4).log_softmax(-1)
-    logits = torch.tensor([[[200.0, 0.0, 0.0, 0.0]]])
+    logits = torch.tensor([[[200.0, 0.0, 0.0, 0.0]], [[-200.0, -200.0, -200.0, -200.0]]])
     divergence, _ = masked_kl_streamed(
         log_probs, torch.tensor([1.386]), [(slice(0, 4), logits)], torch.tensor([0])
     )

@@ -13,7 +13,11 @@ not known beforehand; the trunk's, `s`, stands in for it. With `t' = a - z + s`,
 
     E = sum_v [ exp(z_v - s) - P_v ],   F = sum_v [ P_v t'_v + exp(z_v - s) - P_v ]
 
-(all terms of F non-negative again) give `lse(z) = s + log1p(E)` and `KL = F - E + log1p(E)`.
+(all terms of F non-negative again) give `lse(z) = s + log1p(E)` and `KL = F - E + log1p(E)`. Where
+the branch's normaliser is far from the trunk's, both cancel: E nears -1, or E and F are large and
+alike. The plain sums serve there,
+
+    T = sum_v exp(z_v - s),   D = sum_v P_v t'_v,   lse(z) = s + log T,   KL = D + log T.
 """
 
 from __future__ import annotations
@@ -22,6 +26,9 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+
+# Numbers above the smallest by so much keep their digits.
+_HEADROOM = 2.0**24
 
 
 def masked_kl(log_probs: Tensor, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -55,10 +62,10 @@ def masked_kl_streamed(
 
     The logits are `cap tanh(raw / cap)` where there is a soft-cap, else the raw values; chunks may
     be of lower precision than `log_probs`. `normaliser [T]` is the trunk's log-sum-exp of logits. A
-    branch whose logits rise by so much above the trunk's that `exp` overflows comes out infinite;
-    `masked_kl` serves it.
+    branch whose logits lie so far from the trunk's that `exp` overflows, or underflows throughout,
+    comes out infinite or as not a number; `masked_kl` serves it.
     """
-    excess = divergence = own = None
+    sums: Tensor | None = None
     for part, raw in chunks:
         logits = raw.to(log_probs.dtype)
         if softcap is not None:
@@ -66,20 +73,27 @@ def masked_kl_streamed(
         probabilities = log_probs[:, part].exp()
         shifted = logits - normaliser[:, None]
         gap = log_probs[:, part] - shifted
+        mass, part_of_gap = shifted.exp(), probabilities * gap
         surplus = torch.where(
-            gap > -1.0,
-            probabilities * torch.expm1(-gap.clamp_min(-1.0)),
-            shifted.exp() - probabilities,
+            gap > -1.0, probabilities * torch.expm1(-gap.clamp_min(-1.0)), mass - probabilities
         )
         inside = (target >= part.start) & (target < part.stop)
         index = (target - part.start).clamp(0, logits.shape[-1] - 1).expand(logits.shape[0], -1)
         picked = torch.where(inside, shifted.gather(-1, index[..., None])[..., 0], 0.0)
-        terms = (probabilities * gap + surplus).sum(-1)
-        if excess is None or divergence is None or own is None:
-            excess, divergence, own = surplus.sum(-1), terms, picked
-        else:
-            excess, divergence, own = excess + surplus.sum(-1), divergence + terms, own + picked
-    assert excess is not None and divergence is not None and own is not None
-    normal = torch.log1p(excess)
+        terms = surplus, part_of_gap + surplus, mass, part_of_gap
+        found = torch.stack((*(term.sum(-1) for term in terms), picked))
+        sums = found if sums is None else sums + found
+    assert sums is not None
+    return of_sums(sums, log_probs, target)
+
+
+def of_sums(sums: Tensor, log_probs: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """`(KL, drop)` from `E, F, T, D` and the target's shifted logit, `[5, B, T]`."""
+    excess, divergence, mass, gap, own = sums
+    # What is left of exponentials that underflow has few digits.
+    mass = mass.where(mass > torch.finfo(log_probs.dtype).tiny * _HEADROOM, float("nan"))
+    near = excess.abs() < 0.5
+    normal = torch.log1p(excess).where(near, mass.log())
+    kl = (divergence - excess).where(near, gap) + normal
     log_prob = log_probs.gather(-1, target[:, None])[:, 0]
-    return divergence - excess + normal, log_prob - (own - normal)
+    return kl, log_prob - (own - normal)

@@ -2,7 +2,7 @@
 
 The products with the vocabulary are cuBLAS's. Everything after them is one kernel that reads each
 raw logit once, in the model's dtype: a program sums the terms of a few branches of one target over
-a slice of the chunk. Its three partial sums are its own (no atomics) and are added up in float64.
+a slice of the chunk. Its five partial sums are its own (no atomics) and are added up in float64.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor
 from heat_fast import gpu
 from heat_fast.kernels.compile import Variant
 from heat_fast.kernels.device import soft_cap
+from heat_fast.kernels.masked_kl.reference import of_sums
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Tile:
 
 
 # By architecture. The trunk's probabilities are made once for a program's branches.
-_TILES = {80: Tile(4, 512, 4096, 4)}
+_TILES = {80: Tile(4, 256, 4096, 4)}
 
 
 @triton.jit
@@ -53,7 +54,7 @@ def masked_kl_kernel(
     SLICE: tl.constexpr,
     CAPPED: tl.constexpr,
 ):
-    """`sums[slice, :, b, t]`: E, F and the target's shifted logit, over a slice of a chunk."""
+    """`sums[slice, :, b, t]`: E, F, T, D and the target's logit, shifted, of a slice of a chunk."""
     number = tl.program_id(1)
     part = tl.program_id(2)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -65,6 +66,8 @@ def masked_kl_kernel(
 
     excess = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
     divergence = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
+    total = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
+    distance = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
     own = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
     for low in range(part * SLICE, tl.minimum((part + 1) * SLICE, width), COLUMNS):
         at = low + columns
@@ -81,17 +84,22 @@ def masked_kl_kernel(
         series = 1 / 2 + t * (-1 / 6 + t * (1 / 24 + t * (-1 / 120 + t * series)))
         bend = t * t * series
         near = tl.abs(t) < 0.5
-        surplus = tl.where(near, p * (bend - t), tl.exp(shifted) - p)
+        mass = tl.exp(shifted)
+        surplus = tl.where(near, p * (bend - t), mass - p)
         gap = tl.where(p > 0, p * t, 0.0)
+        total += tl.where(inside, mass, 0.0)
+        distance += tl.where(inside, gap, 0.0)
         excess += tl.where(inside, surplus, 0.0)
         divergence += tl.where(inside, tl.where(near, p * bend, gap + surplus), 0.0)
         own += tl.where(inside & (at[None, :] == chosen), shifted, 0.0)
     targets = tl.num_programs(1)
     each = tl.cast(branches, tl.int64) * targets
-    sums += part * 3 * each + rows.to(tl.int64) * targets + number
+    sums += part * 5 * each + rows.to(tl.int64) * targets + number
     tl.store(sums, tl.sum(excess, 1), mask=rows < branches)
     tl.store(sums + each, tl.sum(divergence, 1), mask=rows < branches)
-    tl.store(sums + 2 * each, tl.sum(own, 1), mask=rows < branches)
+    tl.store(sums + 2 * each, tl.sum(total, 1), mask=rows < branches)
+    tl.store(sums + 3 * each, tl.sum(distance, 1), mask=rows < branches)
+    tl.store(sums + 4 * each, tl.sum(own, 1), mask=rows < branches)
 
 
 def masked_kl_streamed(
@@ -111,7 +119,7 @@ def masked_kl_streamed(
         branches, targets, width = raw.shape
         slices = triton.cdiv(width, tile.slice)
         sums = torch.empty(
-            slices, 3, branches, targets, dtype=torch.float32, device=log_probs.device
+            slices, 5, branches, targets, dtype=torch.float32, device=log_probs.device
         )
         with gpu.on(log_probs):
             masked_kl_kernel[triton.cdiv(branches, tile.rows), targets, slices](
@@ -134,11 +142,8 @@ def masked_kl_streamed(
                 num_warps=tile.warps,
             )
         partial.append(sums)
-    excess, divergence, own = torch.cat(partial).sum(0, dtype=torch.float64)
-    normal = torch.log1p(excess)
-    log_prob = log_probs.gather(-1, target[:, None])[:, 0]
-    kl = divergence - excess + normal
-    return kl.to(log_probs.dtype), (log_prob - (own - normal)).to(log_probs.dtype)
+    kl, drop = of_sums(torch.cat(partial).sum(0, dtype=torch.float64), log_probs, target)
+    return kl.to(log_probs.dtype), drop.to(log_probs.dtype)
 
 
 def variants(capability: int) -> Iterator[Variant]:
