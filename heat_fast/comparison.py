@@ -53,8 +53,9 @@ class Comparison:
         right. Of a target of several tokens, P is that of all of them. Each part was measured in
         its own attribution, so that no approximation is in it.
 
-        Raises InputError where they are of different models or were masked differently, and where
-        drops were not measured, or not exactly: windows, `coverage`, `branch_tolerance`.
+        Raises InputError where they are of different models, follow different responses or were
+        masked differently, and where drops were not measured, or not exactly: windows, `coverage`,
+        `branch_tolerance`.
 
         Example:
             >>> import heat_fast
@@ -68,6 +69,12 @@ class Comparison:
             ' mountain'
         """
         check_drops((self.left, self.right))
+        before = [len(each.lead_ids) for each in (self.left, self.right)]
+        if self.left.lead_ids != self.right.lead_ids:
+            raise InputError(
+                f"the targets follow different responses, of {before[0]} and {before[1]} tokens: "
+                "expected the same before both. Attribute targets that begin alike, or at once."
+            )
         return self.left.log_prob_drop.sum(0) - self.right.log_prob_drop.sum(0)
 
 

@@ -33,9 +33,11 @@ import torch
 from torch import Tensor
 
 from heat_fast.config import HeatConfig
+from heat_fast.drops import check_model
 from heat_fast.errors import InputError
 from heat_fast.forward import log_probs, on_cpu, unchanged
 from heat_fast.information import replacement
+from heat_fast.provenance import identity
 from heat_fast.result import Attribution
 from heat_fast.windows import Plan, plan_windows
 
@@ -90,9 +92,9 @@ def bounds(model: Any, approximate: Attribution, exact: Attribution, *, sample: 
     spread evenly over the prompt: one forward of the model for each in the full context and in
     every window that holds it.
 
-    Raises `InputError` where the two are not of one prompt, target and setting, where one was
-    normalised or screened, where `exact` has windows itself, or where those of `approximate` are
-    not averaged alike (`window_weights="uniform"`), as the theorem has them.
+    Raises `InputError` where the two are not of one prompt, target and setting, or not of this
+    model, where one was normalised or screened, where `exact` has windows itself, or where those of
+    `approximate` are not averaged alike (`window_weights="uniform"`), as the theorem has them.
 
     Example:
         >>> import heat_fast
@@ -112,7 +114,7 @@ def bounds(model: Any, approximate: Attribution, exact: Attribution, *, sample: 
                 "heat_fast.attribute returns."
             )
     config, reference = _config(approximate), _config(exact)
-    _check(approximate, exact, config, reference, sample)
+    _check(model, approximate, exact, config, reference, sample)
     curvature, information = config.beta * exact.curvature, config.gamma * exact.information
     shift = (exact.gate - approximate.gate).abs()
     window = shift * (curvature + information + config.alpha * exact.gradient_norm)
@@ -151,14 +153,21 @@ def _config(result: Attribution) -> HeatConfig:
 
 
 def _check(
-    approximate: Attribution, exact: Attribution, config: HeatConfig, other: HeatConfig, sample: int
+    model: Any,
+    approximate: Attribution,
+    exact: Attribution,
+    config: HeatConfig,
+    other: HeatConfig,
+    sample: int,
 ) -> None:
-    same = approximate.token_ids == exact.token_ids and approximate.target_ids == exact.target_ids
-    if not same:
+    one, two = ((each.context_ids, each.target_ids) for each in (approximate, exact))
+    if one != two:
         raise InputError(
-            "the two attributions are of different prompts or targets: expected the same tokens. "
-            "Attribute one prompt twice, with the target written out."
+            "the two attributions are of different prompts, responses or targets: expected the "
+            "same tokens. Attribute one prompt twice, with the target written out."
         )
+    check_model(approximate.metadata, exact.metadata, "the two attributions")
+    check_model(exact.metadata, identity(model), "the attributions and the model")
     different = [name for name in SHARED if getattr(config, name) != getattr(other, name)]
     if different:
         raise InputError(

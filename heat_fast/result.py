@@ -225,6 +225,12 @@ class Attribution:
         return (*self.token_ids, *ids[:-1])
 
     @property
+    def lead_ids(self) -> tuple[int, ...]:
+        """The part of the response before the first explained token."""
+        context = self.context_ids
+        return context[len(self.token_ids) : len(context) + 1 - len(self.target_ids)]
+
+    @property
     def aggregate(self) -> str:
         """How targets are aggregated unless asked otherwise: the configuration's choice."""
         return str(self.metadata.get("config", {}).get("aggregate", "mean"))

@@ -45,6 +45,10 @@ def test_why_one_target_rather_than_another() -> None:
         wrong = heat_fast.attribute(model, None, ids, other, variant="gs", **settings)
         with pytest.raises(InputError, match=words):
             heat_fast.compare_results(left, wrong).log_odds_drop()
+    late = heat_fast.attribute(model, None, ids, [5, 6], variant="gs", target_span=(1, 2))
+    assert late.lead_ids == (5,) and left.lead_ids == ()
+    with pytest.raises(InputError, match="follow different responses, of 0 and 1 tokens"):
+        heat_fast.compare_results(left, late).log_odds_drop()
     with torch.no_grad():
         model.get_input_embeddings().weight.mul_(1.1)
     changed = heat_fast.attribute(model, None, ids, other, variant="gs")

@@ -147,3 +147,20 @@ def test_other_wrong_arguments_are_refused() -> None:
     other = heat_fast.attribute(model, None, [5, 6, 7], TARGETS, probes=2)
     with pytest.raises(InputError, match="different prompts"):
         bounds(model, other, exact)
+
+
+def test_other_responses_and_models_are_refused() -> None:
+    model, ids = families.build("llama"), families.prompt_ids("llama", 9)
+
+    def of(target: list[int], **settings: Any) -> Attribution:
+        return heat_fast.attribute(model, None, ids, target, probes=2, **settings)
+
+    last, exact = {"target_span": (2, 3)}, of([4, 6, 8], target_span=(2, 3))
+    for other in (of([5, 7, 8], **last), of([8])):
+        with pytest.raises(InputError, match="different prompts, responses or targets"):
+            bounds(model, other, exact)
+    stranger = families.build("llama", seed=5)
+    with pytest.raises(InputError, match="the two attributions are of models with different weigh"):
+        bounds(model, of([8]), heat_fast.attribute(stranger, None, ids, [8], probes=2))
+    with pytest.raises(InputError, match="the attributions and the model are of models with diff"):
+        bounds(stranger, exact, exact)
