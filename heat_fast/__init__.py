@@ -23,6 +23,10 @@ from typing import TYPE_CHECKING
 from heat_fast._version import __version__
 
 if TYPE_CHECKING:
+    from heat_fast import baselines as baselines
+    from heat_fast import datasets as datasets
+    from heat_fast import demo as demo
+    from heat_fast import metrics as metrics
     from heat_fast.attributor import Attributor, attribute
     from heat_fast.calibration import Calibration, calibrate
     from heat_fast.comparison import Comparison, compare_results

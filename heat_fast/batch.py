@@ -23,7 +23,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeGuard
 
 from heat_fast.errors import (
     ConfigError,
@@ -37,7 +37,7 @@ from heat_fast.journal import Journal
 from heat_fast.provenance import identity
 from heat_fast.result import Attribution
 from heat_fast.rows import Row, read_rows
-from heat_fast.storage import read_jsonl, to_line, write_jsonl
+from heat_fast.storage import read_jsonl, to_line
 from heat_fast.tables import read_parquet, write_parquet
 
 if TYPE_CHECKING:
@@ -105,13 +105,12 @@ def attribute_rows(
     output = Path(output)
     parquet = is_parquet(output)
     journal = output.with_name(output.name + ".partial.jsonl") if parquet else output
-    copied = parquet and output.exists() and not journal.exists()
     reasons_path = Path(errors) if errors is not None else Path(f"{output}.errors.jsonl")
     settings, summary = _settings(attributor), Summary()
-    if copied:
-        write_jsonl(read_parquet(output), journal)
-    try:
-        with closing(Journal(journal)) as lines, closing(Journal(reasons_path)) as side:
+    with closing(Journal(journal)) as lines, closing(Journal(reasons_path)) as side:
+        known = False
+        try:
+            known = parquet and output.exists() and _take_over(output, lines)
             done = dict(_finished(lines, settings, output))
             reasons = list(_reasons(side))
             lasting = [] if retry_failed else [each for each in reasons if _lasts(each, settings)]
@@ -133,12 +132,36 @@ def attribute_rows(
                     report(summary)
             if parquet:
                 write_parquet(read_jsonl(journal), output)
-    finally:
-        if copied and not summary.done:
-            journal.unlink(missing_ok=True)  # the output holds all of it
-    if parquet:
-        journal.unlink(missing_ok=True)
+                lines.remove()
+        finally:
+            if known and not summary.done:
+                lines.remove()  # the output holds all of it
     return summary
+
+
+def _take_over(output: Path, lines: Journal) -> bool:
+    """Give the journal what the output holds and it does not; whether that is all it then has.
+
+    A run that was stopped left a journal that has more, one that was killed at once one with less.
+    """
+    held = {_row(line.get("metadata")) for line in lines.read() if isinstance(line, dict)}
+    known = set()
+
+    def missing() -> Iterator[str]:
+        for result in read_parquet(output):
+            row = _row(result.metadata)
+            known.add(row)
+            if row not in held:
+                yield to_line(result)
+
+    lines.extend(missing())
+    return held <= known
+
+
+def _row(metadata: Any) -> int | None:
+    """The number of the row of a result."""
+    mark = metadata.get("batch") if isinstance(metadata, Mapping) else None
+    return mark["row"] if _is_mark(mark) else None
 
 
 def _one(
@@ -238,7 +261,7 @@ def _finished(
         yield metadata["batch"]["row"], metadata["batch"]["input"]
 
 
-def _reasons(side: Journal) -> Iterator[dict[str, Any]]:
+def _reasons(side: Journal) -> Iterator[Mapping[str, Any]]:
     """The lines of the side file."""
     for line in side.read():
         if not _is_mark(line) or not isinstance(line.get("settings", {}), dict):
@@ -246,10 +269,10 @@ def _reasons(side: Journal) -> Iterator[dict[str, Any]]:
         yield line
 
 
-def _is_mark(value: Any) -> bool:
+def _is_mark(value: Any) -> TypeGuard[Mapping[str, Any]]:
     """Whether it names a row and its digest."""
     return (
-        isinstance(value, dict)
+        isinstance(value, Mapping)
         and isinstance(value.get("row"), int)
         and isinstance(value.get("input"), str)
     )
@@ -262,7 +285,7 @@ def _foreign(path: Path, what: str) -> InputError:
     )
 
 
-def _lasts(reason: dict[str, Any], settings: Mapping[str, Any]) -> bool:
+def _lasts(reason: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
     """Whether a row that failed would fail again."""
     return reason.get("kind") in _LASTING and not _changed(reason.get("settings", {}), settings)
 

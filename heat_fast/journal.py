@@ -6,7 +6,7 @@ import contextlib
 import fcntl
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -77,8 +77,13 @@ class Journal:
 
         Raises OutputError where there is no room for it.
         """
+        self.extend((line,))
+
+    def extend(self, lines: Iterable[str]) -> None:
+        """Append several, which stay once all are written."""
         try:
-            self.file.write(line.encode("ascii"))
+            for line in lines:
+                self.file.write(line.encode("ascii"))
             self.file.flush()
             os.fsync(self.file.fileno())
         except OSError as error:
@@ -90,7 +95,11 @@ class Journal:
     def rewrite(self, lines: list[Any]) -> None:
         """Write these lines in place of all that there are."""
         self.file.truncate(0)
-        self.append("".join(json.dumps(line) + "\n" for line in lines))
+        self.extend(json.dumps(line) + "\n" for line in lines)
+
+    def remove(self) -> None:
+        """Empty it, so that closing it leaves no file."""
+        self.file.truncate(0)
 
     def close(self) -> None:
         """Close it; an empty one leaves no file."""

@@ -165,6 +165,47 @@ def test_parquet_in_and_out_says_the_same_as_json_lines(
     assert sorted(os.listdir(tmp_path)) == before
 
 
+def test_two_runs_that_go_on_with_one_parquet_file(
+    tmp_path: Path, attributor: Attributor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second is refused at whatever moment, and leaves what is the first's."""
+    pytest.importorskip("pyarrow")
+    output = tmp_path / "out.parquet"
+    attribute_rows(attributor, write(tmp_path / "in.jsonl", GOOD[:1]), output)
+    source, read, refused = write(tmp_path / "in.jsonl", GOOD), batch.read_parquet, []
+
+    def second(*_: Any) -> None:
+        for errors in (None, tmp_path / "others.jsonl"):
+            with pytest.raises(OutputError, match="in use"):
+                attribute_rows(attributor, source, output, errors)
+            refused.append(errors)
+
+    def read_late(path: Path) -> Any:
+        second()  # while the first takes over what is there
+        return read(path)
+
+    monkeypatch.setattr(batch, "read_parquet", read_late)
+    summary = attribute_rows(attributor, source, output, report=second)
+    assert (summary.before, summary.done) == (1, len(GOOD) - 1)
+    assert len(refused) == 2 + 2 * len(GOOD)
+    assert len(list(heat_fast.read_parquet(output))) == len(GOOD)
+    assert sorted(os.listdir(tmp_path)) == ["in.jsonl", "out.parquet"]
+
+
+def test_a_journal_that_was_begun_as_a_copy_is_completed(
+    tmp_path: Path, attributor: Attributor
+) -> None:
+    """By a run that was killed while it took over what the output holds."""
+    pytest.importorskip("pyarrow")
+    output, source = tmp_path / "out.parquet", write(tmp_path / "in.jsonl", GOOD)
+    attribute_rows(attributor, source, output)
+    first = next(heat_fast.read_parquet(output))
+    heat_fast.write_jsonl(first, tmp_path / "out.parquet.partial.jsonl")
+    again = attribute_rows(attributor, source, output)
+    assert (again.done, again.before) == (0, len(GOOD))
+    assert sorted(os.listdir(tmp_path)) == ["in.jsonl", "out.parquet"]
+
+
 def test_rows_in_memory_are_no_source(tmp_path: Path, attributor: Attributor) -> None:
     with pytest.raises(InputError, match="source is list: expected the path"):
         attribute_rows(attributor, GOOD, tmp_path / "out.jsonl")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import doctest
 import importlib
 import json
@@ -234,3 +235,14 @@ def test_no_file_is_too_large_for_the_repository(repository: Path) -> None:
     large = {str(path): path.stat().st_size for path in paths if path.is_file()}
     large = {path: size for path, size in large.items() if size > SIZE_LIMIT}
     assert not large
+
+
+def test_type_checkers_see_the_submodules_that_need_no_import() -> None:
+    tree = ast.parse(Path(heat_fast.__file__).read_text())
+    told = {
+        alias.asname
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.module == "heat_fast"
+        for alias in node.names
+    }
+    assert told == heat_fast._SUBMODULES
