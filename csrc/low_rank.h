@@ -197,10 +197,16 @@ struct Orthonormaliser {
         // A rounding of the entries, and what the sums of the Gram matrix themselves round off.
         const double allowed = 4 * std::sqrt(count) * std::numeric_limits<T>::epsilon() +
                                2 * std::sqrt(rows) * eps;
+        // A pass over a frame this near leaves its rounding alone.
+        const double near = std::sqrt(std::numeric_limits<T>::epsilon());
         bool solved = false;
+        double before = std::numeric_limits<double>::infinity();
         for (int attempt = 0; attempt < passes; ++attempt) {
             const bool empty = find_lost(solved);
-            const bool done = !empty && distance_from_identity() <= allowed;
+            const double distance =
+                empty ? std::numeric_limits<double>::infinity() : distance_from_identity();
+            const bool done = !empty && (distance <= allowed || before <= near);
+            before = distance;
             if (empty || done) {
                 copy(current, scaled, frame);
                 current = frame;
@@ -322,7 +328,8 @@ struct Orthonormaliser {
         }
     }
 
-    // Columns that vanish, replaced by signs; the column of A is 0 times that.
+    // Columns that vanish, replaced by uniform numbers (signs would often be parallel where few
+    // dimensions are left); the column of A is 0 times that.
     void fill(const Tall<T>& frame, int attempt) const {
         for (std::int64_t j = 0; j < count; ++j) {
             if (length[j] != 0) {
@@ -330,8 +337,8 @@ struct Orthonormaliser {
             }
             const std::uint32_t key = sign_key(seed_key(0), j, attempt);
             for (std::int64_t i = 0; i < rows; ++i) {
-                const auto word = static_cast<std::uint32_t>(i / signs_per_word);
-                frame.data[i * frame.row + j] = sign_of<T>(mix(key ^ word), i);
+                const std::uint32_t word = mix(key ^ static_cast<std::uint32_t>(i));
+                frame.data[i * frame.row + j] = static_cast<T>(word * 0x1p-31 - 1);
             }
             std::fill(triangle + j * stride, triangle + (j + 1) * stride, 0.0);
         }

@@ -20,6 +20,9 @@ _SINGLE = float(torch.finfo(torch.float32).eps)
 #: How float32 factors of a product may be rounded, by torch's setting; not at all by default.
 _PRODUCTS = {"tf32": 2.0**-10, "bf16": 2.0**-7}
 
+# Kinds of rotary embedding whose angles depend on how long the context is.
+_LENGTH_ROPES = frozenset({"longrope", "dynamic"})
+
 #: How much more log-probabilities below float32 may differ where a router chooses.
 ROUTED = 16
 
@@ -31,7 +34,7 @@ def check_faithful(model: Any, trunk: Trunk) -> None:
     submodules that the view calls; explaining another model would be worse than none. Costs about
     one run of the trunk.
     """
-    own = log_probs(model, trunk.embeddings, len(trunk.targets)).to(trunk.log_probs)
+    own = _own(model, trunk)
     eps = _eps(trunk)
     allowed, difference = _rounding(trunk, own, eps), _difference(trunk, own, eps)
     if not difference <= allowed:
@@ -42,6 +45,26 @@ def check_faithful(model: Any, trunk: Trunk) -> None:
             "(remove it, or merge it into the weights), or a layer rounds a row by its neighbours, "
             "as torch's dynamic quantisation does (load the model without it)."
         )
+
+
+def _own(model: Any, trunk: Trunk) -> Tensor:
+    """The model's own log-probabilities `[n, V]`.
+
+    Rotary tables that change with the length of the context are those of the decoder's, which is
+    longer than the trunk's where a response comes in chunks: the context is then filled up.
+    """
+    count, missing = len(trunk.targets), trunk.decoder.length - trunk.length
+    context = trunk.embeddings
+    if missing and any(_follows_length(module) for module in model.modules()):
+        context = torch.cat((context, context[-1:].expand(missing, -1)))
+    else:
+        missing = 0
+    return log_probs(model, context, count + missing)[:count].to(trunk.log_probs)
+
+
+def _follows_length(module: nn.Module) -> bool:
+    kinds = getattr(module, "rope_type", None)
+    return not _LENGTH_ROPES.isdisjoint(kinds.values() if isinstance(kinds, dict) else [kinds])
 
 
 def _difference(trunk: Trunk, own: Tensor, eps: float) -> float:

@@ -122,9 +122,11 @@ class Reference:
     def point(self, embeddings: Tensor) -> tuple[Tensor, Tensor]:
         """What is differentiated [n, d], a leaf, and log P [V] as a function of it.
 
-        The embeddings, or with `layers` the residual stream that enters the first of them.
+        The embeddings, or with `layers`, unless these are all, the residual stream that enters the
+        first of them.
         """
-        if self.layers is None:
+        blocks = self.blocks()
+        if self.layers is None or self.layers >= len(blocks):
             leaf = embeddings.detach().clone().requires_grad_(True)
             return leaf, self.log_distribution(leaf)
         found: list[Tensor] = []
@@ -137,8 +139,7 @@ class Reference:
                 return (entering, *args[1:]), kwargs
             return args, {**kwargs, "hidden_states": entering}
 
-        blocks = self.blocks()
-        block = blocks[-min(self.layers, len(blocks))]
+        block = blocks[-self.layers]
         handle = block.register_forward_pre_hook(cut, with_kwargs=True)
         try:
             log_p = self.log_distribution(embeddings)

@@ -206,6 +206,24 @@ def test_long_rope_switches_back_to_short() -> None:
         assert torch.equal(expected, model(short).logits)
 
 
+def test_long_rope_and_chunks_of_a_response() -> None:
+    """The first chunks' contexts are under the threshold; the tables are those of the whole."""
+    model, ids = families.build("phi3_longrope_long"), families.prompt_ids("phi3_longrope_long", 3)
+    expected = heat_fast.attribute(model, None, ids, [7, 8, 9], variant="gs")
+    for chunk in (1, 2):
+        found = heat_fast.attribute(model, None, ids, [7, 8, 9], variant="gs", response_chunk=chunk)
+        assert_close("scores", expected.target_scores, found.target_scores, rtol=1e-4)
+
+
+@pytest.mark.parametrize("prompt", [19, 31, 43])
+def test_low_rank_of_targets_out_of_reach(prompt: int) -> None:
+    """A target that windowed attention keeps from the prompt has a Hessian of exactly 0."""
+    model, ids = families.build("mistral", torch.float64), families.prompt_ids("mistral", prompt)
+    settings: dict[str, Any] = {"target_span": (6, 7), "layers": 1, "rank": 8}
+    found = heat_fast.attribute(model, None, ids, list(range(7, 15)), "lr", **settings)
+    assert not found.curvature.any()
+
+
 def test_dropout_is_off_during_a_run() -> None:
     model = lived_in("llama")
     actual = measure(model, ids_of(), 4, probes=PROBES)

@@ -91,6 +91,17 @@ def test_columns_that_repeat_vanish_or_differ_in_scale(dtype: torch.dtype) -> No
     check_qr("deficient", matrix, 8 * torch.finfo(dtype).eps)
 
 
+@both_dtypes
+def test_nothing_is_served(dtype: torch.dtype) -> None:
+    for rows in (20, 391, 760):  # sums of so many equal numbers round alike
+        check_qr("zero", torch.zeros(rows, 18, dtype=dtype), 0.0)
+    for count in (3, 5, 8, 12):
+        for _ in range(10):
+            square = torch.randn(count, count, dtype=dtype)
+            square[-(count // 3) :] = 0  # what is left has so few dimensions
+            check_qr("square", square, 16 * torch.finfo(dtype).eps)
+
+
 def test_a_batch_is_its_matrices_one_by_one() -> None:
     batch = torch.randn(3, 2, 17, 5, dtype=torch.float64)
     batch[1, 0, :, 2] = 0

@@ -181,6 +181,11 @@ def test_bases_of_columns_of_any_scale(dtype: torch.dtype) -> None:
     check_basis(torch.zeros(30, 30, dtype=dtype))
     check_basis(torch.ones(30, 30, dtype=dtype))
     check_basis(torch.ones(6, 2, dtype=dtype))
+    frames = [
+        orthonormalise(torch.zeros(70, 5, dtype=dtype), impl=each)[0]
+        for each in ("native", "reference")
+    ]
+    assert_close("what stands for nothing", *frames, rtol=1e-5)
 
 
 @both_dtypes

@@ -408,3 +408,13 @@ def test_assert_close_fails_where_it_should() -> None:
         assert_close("x", expected, torch.tensor([1.0, math.nan]), rtol=1.0)
     with pytest.raises(AssertionError, match="shapes differ"):
         assert_close("x", expected, torch.tensor([1.0]), rtol=1.0)
+
+
+@pytest.mark.parametrize("layers", [3, 9])
+def test_all_layers_are_what_none_named_are(layers: int) -> None:
+    """With a factor on the embeddings too: X is what comes before it."""
+    model, ids = families.build("granite", torch.float64), families.prompt_ids("granite", 5)
+    named, plain = Reference(model, layers), Reference(model)
+    embeddings = plain.embed(ids)
+    for found, expected in zip(named.point(embeddings), plain.point(embeddings), strict=True):
+        assert torch.equal(found, expected)

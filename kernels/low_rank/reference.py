@@ -26,6 +26,7 @@ from torch import Tensor
 
 from heat_fast.errors import NumericalError
 from heat_fast.kernels.rademacher import rademacher
+from heat_fast.kernels.rademacher.reference import counter_words
 
 # Numbers in a slice of rows that is worked on in float64.
 _SLICE = 1 << 20
@@ -150,7 +151,9 @@ def orthonormalise(matrix: Tensor, tall: Primitives | None = None) -> tuple[Tens
     # A rounding of the entries, and what the sums of the Gram matrix themselves round off.
     allowed = 4 * count**0.5 * torch.finfo(matrix.dtype).eps + 2 * rows**0.5 * double
     shift = 4 * count * double
-    solved = False
+    # A pass over a frame this near leaves its rounding alone.
+    near = torch.finfo(matrix.dtype).eps ** 0.5
+    solved, before = False, float("inf")
     for attempt in range(_PASSES):
         squares = tall.gram(frame, frame)
         length = squares.diagonal(dim1=-2, dim2=-1).sqrt()
@@ -160,9 +163,12 @@ def orthonormalise(matrix: Tensor, tall: Primitives | None = None) -> tuple[Tens
         if bool(empty.any()):
             frame = _filled(frame, empty, attempt)
             triangle = torch.where(empty[..., None], 0.0, triangle)
+            before = float("inf")
             continue
-        if bool((squares - identity).abs().max() <= allowed):
+        distance = float((squares - identity).abs().max())
+        if distance <= allowed or before <= near:
             return frame, _in_range(triangle, matrix)
+        before = distance
         cosines = squares / (length[..., :, None] * length[..., None, :])
         # Diagonally dominant is positive definite for certain; anything else gets the shift.
         sure = (cosines - identity).abs().sum(-1).amax(-1) < 0.5
@@ -194,12 +200,14 @@ def _swallowed(length: Tensor, triangle: Tensor, eps: float) -> Tensor:
 
 
 def _filled(frame: Tensor, empty: Tensor, attempt: int) -> Tensor:
-    """Columns that vanish, replaced by signs."""
-    rows, count = frame.shape[-2:]
-    columns = torch.arange(count, device=frame.device)
+    """Columns that vanish, replaced by uniform numbers.
+
+    Signs would often be parallel where few dimensions are left.
+    """
+    rows, columns = (torch.arange(size, device=frame.device) for size in frame.shape[-2:])
     tries = torch.tensor(attempt, device=frame.device)
-    signs = rademacher(0, columns, tries, rows, frame.dtype)
-    return torch.where(empty[..., None, :], signs.mT, frame)
+    uniform = counter_words(0, columns, tries, rows[:, None]).double() * 2.0**-31 - 1
+    return torch.where(empty[..., None, :], uniform.to(frame.dtype), frame)
 
 
 def solve(frame: Tensor, upper: Tensor) -> Tensor:
