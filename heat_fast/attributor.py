@@ -61,6 +61,7 @@ def attribute(
     variant: str = "full",
     *,
     target_span: TargetSpan = None,
+    score_response: bool = False,
     segments: Mapping[str, str | Range] | None = None,
     progress: Progress | bool | None = None,
     **overrides: Unpack[Settings],
@@ -71,15 +72,16 @@ def attribute(
 
     `model`: a Hugging Face decoder-only language model of a supported family. `tokenizer`: its
     tokenizer, or None when `prompt` (and `target`) are ids. `prompt`: text, token ids, or chat
-    messages. `target`: None (the model's own greedy next token), text (its tokens, appended
-    without special tokens), a token id, or a list of ids. `target_span`: which part of the
-    target to explain, a half-open range of its tokens or a part of its text that occurs once; the
-    tokens before it are context like the prompt, and are not scored. `segments`: names for parts of
-    the prompt, ``{"manual": "...", "question": (120, 160)}``: the text of each, where that occurs
-    once, or a half-open range of characters (of tokens, where the prompt is ids); `by_segment` and
-    the reports then tell the score of each. `variant` names a preset of `HeatConfig`; `overrides`
-    are its fields. `progress=True` draws a bar per component with the time that remains, on
-    standard error if that is a terminal; a callable is called as
+    messages. `target`: None (the model's own greedy next token), text (its tokens, appended without
+    special tokens), a token id, or a list of ids. `target_span`: which part of the target to
+    explain, a half-open range of its tokens or a part of its text that occurs once; the tokens
+    before it are context like the prompt, and are not scored, unless `score_response` asks for it:
+    they then follow the prompt's in the result, as the segment "response". `segments`: names for
+    parts of the prompt, ``{"manual": "...", "question": (120, 160)}``: the text of each, where that
+    occurs once, or a half-open range of characters (of tokens, where the prompt is ids);
+    `by_segment` and the reports then tell the score of each. `variant` names a preset of
+    `HeatConfig`; `overrides` are its fields. `progress=True` draws a bar per component with the
+    time that remains, on standard error if that is a terminal; a callable is called as
     `progress(component, done, total)` after every batch, in FLOPs (`heat_fast.progress.Progress`).
 
     The result holds `[n_targets, N]` float32 arrays on the CPU. The same seed gives the same scores
@@ -98,7 +100,12 @@ def attribute(
     config = HeatConfig.preset(variant, **overrides)
     attributor = Attributor(model, tokenizer, config)
     return attributor.attribute(
-        prompt, target, target_span=target_span, segments=segments, progress=progress
+        prompt,
+        target,
+        target_span=target_span,
+        score_response=score_response,
+        segments=segments,
+        progress=progress,
     )
 
 
@@ -135,6 +142,7 @@ class Attributor:
         target: Any = None,
         *,
         target_span: TargetSpan = None,
+        score_response: bool = False,
         segments: Mapping[str, str | Range] | None = None,
         progress: Progress | bool | None = None,
     ) -> Attribution:
@@ -148,6 +156,12 @@ class Attributor:
         named = encoded.named(segments) if segments else {}
         response = encode_target(target, self.tokenizer, min(vocabulary, predicted))
         span = self._span(response, target_span)
+        if not isinstance(score_response, bool):
+            raise InputError(
+                f"score_response={score_response!r}: expected True or False. Pass one of them."
+            )
+        if score_response:
+            encoded, named, response, span = self._scored(encoded, named, response, span)
         # What comes after the span cannot matter to it.
         check_length(len(encoded), span.stop, longest, window)
         device = check_in_memory(self.model)
@@ -177,6 +191,25 @@ class Attributor:
             return range(1)
         tokens = readable_tokens(response, self.tokenizer)
         return range(*target_range(tokens, where))
+
+    def _scored(
+        self,
+        encoded: EncodedPrompt,
+        named: dict[str, Range],
+        response: tuple[int, ...] | None,
+        span: range,
+    ) -> tuple[EncodedPrompt, dict[str, Range], tuple[int, ...], range]:
+        """The response before the span as a part of the prompt, and what is left of both."""
+        if response is None or span.start == 0:
+            raise InputError(
+                "score_response=True, and nothing of the response comes before what is explained: "
+                "expected a target_span that begins later. Pass target and target_span too."
+            )
+        before, end = len(encoded), len(encoded) + span.start
+        parts = dict(named) or {"prompt": (0, before)}
+        parts.setdefault("response", (before, end))
+        whole = encoded.followed_by(response[: span.start], self.tokenizer)
+        return whole, parts, response[span.start :], range(len(span))
 
     def _run(
         self,

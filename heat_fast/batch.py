@@ -8,8 +8,8 @@ row's own fault, or that was found under other settings. Parquet cannot be appen
 lines go to a journal beside the output, which becomes the output at the end.
 
 A row is a mapping with `prompt` (text or ids) or `messages` (a chat, and `chat_template_kwargs`
-with it where its template takes any), and optionally `target`, `target_span`, `segments` and `id`;
-empty fields count as left out, other fields are passed over.
+with it where its template takes any), and optionally `target`, `target_span`, `score_response`,
+`segments` and `id`; empty fields count as left out, other fields are passed over.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ __all__ = ["Summary", "attribute_rows"]
 #: Fields that hold what a row asks for; a misspelt one must not pass for somebody else's column.
 _FIELDS: Final = (
     *("prompt", "messages", "chat_template_kwargs"),
-    *("target", "target_span", "segments"),
+    *("target", "target_span", "score_response", "segments"),
 )
 #: What tells one model from another in a result's metadata.
 _MODEL_SETTINGS: Final = {
@@ -201,8 +201,8 @@ def _attribute(attributor: Attributor, row: Row) -> Attribution:
     if ("prompt" in fields) == ("messages" in fields):
         raise InputError(
             f"the row has {'both' if 'prompt' in fields else 'neither'} of prompt and messages: "
-            "expected one of them beside target, target_span, segments and id. It has "
-            f"{sorted(fields)}."
+            "expected one of them beside target, target_span, score_response, segments and id. It "
+            f"has {sorted(fields)}."
         )
     if "prompt" in fields and "chat_template_kwargs" in fields:
         raise InputError(
@@ -215,6 +215,7 @@ def _attribute(attributor: Attributor, row: Row) -> Attribution:
         prompt,
         fields.get("target"),
         target_span=tuple(span) if isinstance(span, list) else span,
+        score_response=fields.get("score_response", False),
         segments=_filled(fields["segments"]) if "segments" in fields else None,
     )
 

@@ -57,13 +57,15 @@ def generate_and_attribute(
     max_new_tokens: int = 64,
     generation: Mapping[str, Any] | None = None,
     target_span: TargetSpan = None,
+    score_response: bool = False,
     segments: Mapping[str, str | Range] | None = None,
     progress: Progress | bool | None = None,
     **overrides: Unpack[Settings],
 ) -> Attribution:
     """Generate a response to a prompt and attribute it, or a part of it, to the prompt's tokens.
 
-    model, tokenizer, prompt, target_span, segments, progress: as for :func:`heat_fast.attribute`.
+    model, tokenizer, prompt, target_span, score_response, segments, progress: as for
+    :func:`heat_fast.attribute`.
     max_new_tokens, generation: for the model's `generate`; `generation` holds its other arguments
     (``{"do_sample": True, "temperature": 0.7}``), which is greedy search without them. `variant`
     names a preset of `HeatConfig`; `overrides` are its fields; `seed` is that of sampling too. For
@@ -109,7 +111,12 @@ def generate_and_attribute(
         attributor, prompt, max_new_tokens=max_new_tokens, arguments=arguments, seed=settings.seed
     )
     result = attributor.attribute(
-        prompt, response, target_span=target_span, segments=segments, progress=progress
+        prompt,
+        response,
+        target_span=target_span,
+        score_response=score_response,
+        segments=segments,
+        progress=progress,
     )
     told = {"max_new_tokens": int(max_new_tokens), "seed": settings.seed}
     told |= {name: _plain(value) for name, value in arguments.items()}

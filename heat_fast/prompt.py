@@ -15,7 +15,7 @@ from heat_fast.chat import Conversation, is_chat
 from heat_fast.checks import is_whole
 from heat_fast.errors import InputError
 from heat_fast.locate import Range, locate, named_ranges
-from heat_fast.readable import readable_tokens, special_flags
+from heat_fast.readable import joined, readable_tokens, special_flags
 
 __all__ = [
     "EncodedPrompt",
@@ -62,6 +62,28 @@ class EncodedPrompt:
 
     def __len__(self) -> int:
         return len(self.token_ids)
+
+    def followed_by(self, response: Sequence[int], tokenizer: Any) -> EncodedPrompt:
+        """The prompt with the beginning of a response to it, which is the assistant's in a chat."""
+        tokens = readable_tokens(response, tokenizer)
+        text, offsets, roles = self.text, self.offsets, self.roles
+        if text is not None:
+            said, places = joined(tokens)
+            if offsets is not None:
+                shifted = ((start + len(text), end + len(text)) for start, end in places)
+                offsets = (*offsets, *shifted)
+            # A token may end within a character, whose bytes are no text.
+            text += said.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+        if roles is not None:
+            roles = (*roles, *("assistant" for _ in response))
+        return EncodedPrompt(
+            token_ids=(*self.token_ids, *response),
+            tokens=(*self.tokens, *tokens),
+            offsets=offsets,
+            text=text,
+            special=(*self.special, *special_flags(response, tokenizer)),
+            roles=roles,
+        )
 
     def named(self, parts: Mapping[str, str | Range]) -> dict[str, Range]:
         """Tokens of named parts of the prompt, half-open; see `heat_fast.locate.locate`."""

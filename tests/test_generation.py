@@ -229,6 +229,54 @@ def test_a_part_of_a_response_by_its_text(demo: Any) -> None:
     assert "".join(result.target_tokens) == " is it"
 
 
+@pytest.mark.parametrize("settings", [{}, {"window": 8, "sink": 1, "tail": 2, "overlap": 0.3}])
+def test_the_response_before_a_part_of_it_can_be_scored(settings: dict[str, Any]) -> None:
+    """As if it were the prompt's end, whose scores are the same."""
+    model = build("llama", dtype=torch.float64)
+    prompt, response = prompt_ids("llama", 13), prompt_ids("llama", 5, seed=1)
+    attributor = Attributor(model, None, HeatConfig(probes=2, **settings))
+    found = attributor.attribute(prompt, response, target_span=(2, 4), score_response=True)
+    same = attributor.attribute([*prompt, *response[:2]], response[2:4])
+    assert found.token_ids == (*prompt, *response[:2]) and found.lead_ids == ()
+    for name in same.array_names():
+        assert torch.equal(getattr(found, name), getattr(same, name)), name
+    assert found.segments == {"prompt": (0, 13), "response": (13, 15)}
+    if not settings:
+        plain = attributor.attribute(prompt, response, target_span=(2, 4))
+        for name in plain.array_names():
+            expected = getattr(plain, name)
+            actual = getattr(found, name)[..., : expected.shape[-1]]
+            assert_close(name, expected, actual, rtol=1e-5)
+
+
+def test_a_scored_response_is_a_part_of_text_and_chat(demo: Any) -> None:
+    prompt, response = demo.examples[0].prompt, " Fenston is it."
+    named = {"fact": "The mountain of Mirmora is Fenston."}
+    result = heat_fast.attribute(
+        demo.model,
+        demo.tokenizer,
+        prompt,
+        response,
+        "gs",
+        target_span="it",
+        score_response=True,
+        segments=named,
+    )
+    said = result.by_segment()["response"]
+    assert set(result.segments) == {"fact", "response"} and said.text == " Fenston is"
+    assert (said.start, said.stop) == (len(result) - 2, len(result))
+    assert 0 < said.share < 1
+
+
+def test_a_response_that_cannot_be_scored() -> None:
+    model = build("llama")
+    for settings in ({}, {"target": [3, 4]}, {"target": [3, 4], "target_span": (0, 1)}):
+        with pytest.raises(InputError, match="a target_span that begins later"):
+            heat_fast.attribute(model, None, [1, 2], score_response=True, **settings)
+    with pytest.raises(InputError, match="score_response=1: expected True or False"):
+        heat_fast.attribute(model, None, [1, 2], [3, 4], score_response=1)  # type: ignore[arg-type]
+
+
 def test_chunks_are_estimated_as_they_are_run() -> None:
     model = build("llama")
     config = HeatConfig(probes=1, response_chunk=2)

@@ -53,6 +53,13 @@ def attribute(
             help="Explain tokens A to B (exclusive) of the target only; the rest is context.",
         ),
     ] = None,
+    score_response: Annotated[
+        bool,
+        typer.Option(
+            "--score-response",
+            help="Score the target's tokens before A too, as if they were the prompt's last.",
+        ),
+    ] = False,
     segment: Annotated[
         list[str] | None,
         typer.Option(
@@ -105,6 +112,7 @@ def attribute(
         loaded.example if text is None else text,
         target,
         target_span=span,
+        score_response=score_response,
         segments=segments,
         progress=not quiet,
     )

@@ -34,7 +34,7 @@ def batch(
         typer.Argument(
             metavar="INPUT",
             help="JSON Lines, or Parquet by its ending. A row has prompt or messages, and may have "
-            "target, target_span and id.",
+            "target, target_span, score_response, segments and id.",
         ),
     ],
     output: Annotated[
