@@ -11,13 +11,11 @@ With `t = a - b` a term is `P (t + expm1(-t))`.
 Over a large vocabulary the logits come in chunks and none is kept. The branch's normaliser is then
 not known beforehand; the trunk's, `s`, stands in for it. With `t' = a - z + s`, sums over chunks
 
-    E = sum_v [ exp(z_v - s) - P_v ],   F = sum_v [ P_v t'_v + exp(z_v - s) - P_v ]
+    F = sum_v [ P_v t'_v + exp(z_v - s) - P_v ],   D = sum_v P_v t'_v,   T = sum_v exp(z_v - s)
 
-(all terms of F non-negative again) give `lse(z) = s + log1p(E)` and `KL = F - E + log1p(E)`. Where
-the branch's normaliser is far from the trunk's, both cancel: E nears -1, or E and F are large and
-alike. The plain sums serve there,
-
-    T = sum_v exp(z_v - s),   D = sum_v P_v t'_v,   lse(z) = s + log T,   KL = D + log T.
+give `lse(z) = s + log T` and `KL = D + log T`. Near the trunk's normaliser log T would have the
+rounding of a sum to 1; there it is `log1p(F - D)`, for `F - D = T - 1`, and the terms of F are
+small and non-negative again.
 """
 
 from __future__ import annotations
@@ -74,26 +72,26 @@ def masked_kl_streamed(
         shifted = logits - normaliser[:, None]
         gap = log_probs[:, part] - shifted
         mass, part_of_gap = shifted.exp(), probabilities * gap
-        surplus = torch.where(
-            gap > -1.0, probabilities * torch.expm1(-gap.clamp_min(-1.0)), mass - probabilities
+        terms = torch.where(
+            gap > -1.0,
+            probabilities * (gap + torch.expm1(-gap.clamp_min(-1.0))),
+            part_of_gap + (mass - probabilities),
         )
         inside = (target >= part.start) & (target < part.stop)
         index = (target - part.start).clamp(0, logits.shape[-1] - 1).expand(logits.shape[0], -1)
         picked = torch.where(inside, shifted.gather(-1, index[..., None])[..., 0], 0.0)
-        terms = surplus, part_of_gap + surplus, mass, part_of_gap
-        found = torch.stack((*(term.sum(-1) for term in terms), picked))
+        found = torch.stack((*(each.sum(-1) for each in (terms, part_of_gap, mass)), picked))
         sums = found if sums is None else sums + found
     assert sums is not None
     return of_sums(sums, log_probs, target)
 
 
 def of_sums(sums: Tensor, log_probs: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """`(KL, drop)` from `E, F, T, D` and the target's shifted logit, `[5, B, T]`."""
-    excess, divergence, mass, gap, own = sums
+    """`(KL, drop)` from `F, D, T` and the target's shifted logit, `[4, B, n]`."""
+    divergence, distance, mass, own = sums
+    excess = divergence - distance
     # What is left of exponentials that underflow has few digits.
     mass = mass.where(mass > torch.finfo(log_probs.dtype).tiny * _HEADROOM, float("nan"))
-    near = excess.abs() < 0.5
-    normal = torch.log1p(excess).where(near, mass.log())
-    kl = (divergence - excess).where(near, gap) + normal
+    normal = torch.log1p(excess).where(excess.abs() < 0.5, mass.log())
     log_prob = log_probs.gather(-1, target[:, None])[:, 0]
-    return kl, log_prob - (own - normal)
+    return distance + normal, log_prob - (own - normal)

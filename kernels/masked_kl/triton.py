@@ -2,7 +2,7 @@
 
 The products with the vocabulary are cuBLAS's. Everything after them is one kernel that reads each
 raw logit once, in the model's dtype: a program sums the terms of a few branches of one target over
-a slice of the chunk. Its five partial sums are its own (no atomics) and are added up in float64.
+a slice of the chunk. Its four partial sums are its own (no atomics) and are added up in float64.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Tile:
 
 
 # By architecture. The trunk's probabilities are made once for a program's branches.
-_TILES = {80: Tile(4, 256, 4096, 4)}
+_TILES = {80: Tile(4, 512, 4096, 4)}
 
 
 @triton.jit
@@ -54,7 +54,7 @@ def masked_kl_kernel(
     SLICE: tl.constexpr,
     CAPPED: tl.constexpr,
 ):
-    """`sums[slice, :, b, t]`: E, F, T, D and the target's logit, shifted, of a slice of a chunk."""
+    """`sums[slice, :, b, t]`: F, D, T and the target's logit, shifted, of a slice of a chunk."""
     number = tl.program_id(1)
     part = tl.program_id(2)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -64,42 +64,42 @@ def masked_kl_kernel(
     log_probs += number.to(tl.int64) * log_probs_target + first
     logits += rows[:, None].to(tl.int64) * logits_branch + number.to(tl.int64) * logits_target
 
-    excess = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
     divergence = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
-    total = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
     distance = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
-    own = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
-    for low in range(part * SLICE, tl.minimum((part + 1) * SLICE, width), COLUMNS):
+    total = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
+    last = tl.minimum((part + 1) * SLICE, width)
+    for low in range(part * SLICE, last, COLUMNS):
         at = low + columns
-        inside = (at < width)[None, :] & (rows < branches)[:, None]
-        log_p = tl.load(log_probs + at, mask=at < width, other=0.0)[None, :]
-        p = tl.exp(log_p)
-        z = tl.load(logits + at[None, :], mask=inside, other=0.0).to(tl.float32)
+        inside = (at < width)[None, :]
+        # A probability of 0 on both sides adds nothing.
+        log_p = tl.load(log_probs + at, mask=at < width, other=float("-inf"))[None, :]
+        here = inside & (rows < branches)[:, None]
+        z = tl.load(logits + at[None, :], mask=here, other=float("-inf")).to(tl.float32)
         if CAPPED:
-            z = soft_cap(z, softcap)
+            z = tl.where(inside, soft_cap(z, softcap), float("-inf"))
+        p = tl.exp(log_p)
         shifted = z - shift
         t = log_p - shifted
         # t + expm1(-t) as a series where it would cancel; the next term is under 3e-9 of it.
         series = 1 / 720 + t * (-1 / 5040 + t * (1 / 40320 + t * (-1 / 362880)))
         series = 1 / 2 + t * (-1 / 6 + t * (1 / 24 + t * (-1 / 120 + t * series)))
-        bend = t * t * series
-        near = tl.abs(t) < 0.5
         mass = tl.exp(shifted)
-        surplus = tl.where(near, p * (bend - t), mass - p)
         gap = tl.where(p > 0, p * t, 0.0)
-        total += tl.where(inside, mass, 0.0)
-        distance += tl.where(inside, gap, 0.0)
-        excess += tl.where(inside, surplus, 0.0)
-        divergence += tl.where(inside, tl.where(near, p * bend, gap + surplus), 0.0)
-        own += tl.where(inside & (at[None, :] == chosen), shifted, 0.0)
+        divergence += tl.where(tl.abs(t) < 0.5, p * (t * t * series), gap + (mass - p))
+        distance += gap
+        total += mass
+    held = (chosen >= part * SLICE) & (chosen < last)
+    own = tl.load(logits + chosen, mask=held & (rows < branches)[:, None], other=0.0).to(tl.float32)
+    if CAPPED:
+        own = soft_cap(own, softcap)
+    own = tl.where(held, own - shift, 0.0)
     targets = tl.num_programs(1)
     each = tl.cast(branches, tl.int64) * targets
-    sums += part * 5 * each + rows.to(tl.int64) * targets + number
-    tl.store(sums, tl.sum(excess, 1), mask=rows < branches)
-    tl.store(sums + each, tl.sum(divergence, 1), mask=rows < branches)
+    sums += part * 4 * each + rows.to(tl.int64) * targets + number
+    tl.store(sums, tl.sum(divergence, 1), mask=rows < branches)
+    tl.store(sums + each, tl.sum(distance, 1), mask=rows < branches)
     tl.store(sums + 2 * each, tl.sum(total, 1), mask=rows < branches)
-    tl.store(sums + 3 * each, tl.sum(distance, 1), mask=rows < branches)
-    tl.store(sums + 4 * each, tl.sum(own, 1), mask=rows < branches)
+    tl.store(sums + 3 * each, tl.sum(own, 1), mask=rows < branches)
 
 
 def masked_kl_streamed(
@@ -119,7 +119,7 @@ def masked_kl_streamed(
         branches, targets, width = raw.shape
         slices = triton.cdiv(width, tile.slice)
         sums = torch.empty(
-            slices, 5, branches, targets, dtype=torch.float32, device=log_probs.device
+            slices, 4, branches, targets, dtype=torch.float32, device=log_probs.device
         )
         with gpu.on(log_probs):
             masked_kl_kernel[triton.cdiv(branches, tile.rows), targets, slices](
