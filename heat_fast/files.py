@@ -1,4 +1,4 @@
-"""Writing a file whole or not at all, and telling beforehand whether it can be written."""
+"""Writing a file whole or not at all; telling beforehand what can be written, and what is there."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from heat_fast.errors import OutputError
+from heat_fast.errors import InputError, OutputError
 
-__all__ = ["check_writable", "is_parquet", "replacing", "write_file"]
+__all__ = ["check_model_folder", "check_writable", "is_parquet", "replacing", "write_file"]
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
@@ -110,6 +110,25 @@ def _create_beside(place: Path) -> tuple[int, Path]:
             place, f"its directory is not writable ({error.strerror})", "Choose another place."
         ) from error
     return descriptor, temporary
+
+
+def check_model_folder(name: str) -> None:
+    """Raise InputError where a model's name can only be that of a folder, and there is none.
+
+    A hub id has no more than one slash, and something on either side of it.
+
+    Example:
+        >>> check_model_folder("org/name")
+        >>> check_model_folder("./name")
+        Traceback (most recent call last):
+        heat_fast.errors.InputError: there is no model folder './name': ...
+    """
+    as_path = name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1
+    if not os.path.isdir(name) and (as_path or os.path.exists(name)):
+        raise InputError(
+            f"there is no model folder {name!r}: expected a directory with config.json and "
+            "weights, or a hub id. Check the path."
+        )
 
 
 def is_parquet(path: str | os.PathLike[str]) -> bool:

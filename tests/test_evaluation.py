@@ -349,11 +349,27 @@ def test_a_model_that_is_not_there(plan: Any, tmp_path: Path) -> None:
     other = dataclasses.replace(
         plan, models=(Entry("gone", "gone", {"path": str(tmp_path / "gone")}),)
     )
-    with pytest.raises(InputError, match=r"cannot load the model .*gone"):
+    with pytest.raises(InputError, match=r"there is no model folder .*gone"):
         evaluate(other, tmp_path / "out")
-    command = ["evaluate", "quick", "--model", "./gone", "--output", str(tmp_path / "other")]
+    unknown = dataclasses.replace(plan, models=(Entry("gone", "gone", {"path": "nobody/gone"}),))
+    with pytest.raises(InputError, match=r"cannot load the model 'nobody/gone'"):
+        evaluate(unknown, tmp_path / "out")
+
+
+@pytest.mark.parametrize("gone", ["./gone", "/gone/model", "gone/", "some/where/gone"])
+def test_all_models_are_looked_for_before_the_first_is_run(
+    gone: str, tmp_path: Path, model_folder: str
+) -> None:
+    (tmp_path / "plan.toml").write_text(PLAN)
+    out = tmp_path / "out"
+    models = ["--model", model_folder, "--model", gone]
+    command = ["evaluate", str(tmp_path / "plan.toml"), *models, "--output", str(out)]
     outcome = CliRunner().invoke(app, command)
-    assert outcome.exit_code == 1 and "there is no model folder './gone'" in outcome.output
+    assert outcome.exit_code == 2
+    assert f"there is no model folder {gone!r}" in outcome.stderr
+    with pytest.raises(InputError, match="there is no model folder"):
+        evaluate(load_plan(tmp_path / "plan.toml", models=[model_folder, gone]), out)
+    assert not out.exists()
 
 
 def test_models_are_loaded_by_the_caller(plan: Any, tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ def evaluate(
     from heat_fast.evaluation.run import claim
 
     chosen = load_plan(plan, models=model or (), data=data or (), limit=limit)
-    claim(output, chosen)  # what is wrong with the folder is said before a bar is drawn
+    claim(output, chosen)  # what is wrong with models or folder is said before a bar is drawn
 
     def load(name: str | None) -> tuple[Any, Any]:
         loaded = load_model(name, device, dtype, debug=debug)

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from heat_fast.cli.common import LoadError, UsageError, note
-from heat_fast.errors import UnsupportedModelError
+from heat_fast.errors import InputError, UnsupportedModelError
+from heat_fast.files import check_model_folder
 
 
 @dataclass(frozen=True)
@@ -86,11 +87,10 @@ def _load(name: str, device: Any, dtype: str) -> Loaded:
     )
 
     local = os.path.isdir(name)
-    if not local and (os.path.exists(name) or name.startswith((".", "/", "~", os.sep))):
-        raise LoadError(
-            f"there is no model folder {name!r}: expected a directory with config.json and "
-            "weights, or a hub id. Check the path."
-        )
+    try:
+        check_model_folder(name)
+    except InputError as error:
+        raise LoadError(str(error)) from error
     options: dict[str, Any] = {"local_files_only": local}
     if not local and sys.stderr.isatty():
         note(f"there is no folder {name!r} here; asking the hub for it", False)

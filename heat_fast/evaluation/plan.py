@@ -18,6 +18,7 @@ from heat_fast.combine import Components, combine
 from heat_fast.config import PRESETS, HeatConfig
 from heat_fast.errors import ConfigError, InputError
 from heat_fast.evaluation.measures import MEASURES, Method
+from heat_fast.files import check_model_folder
 from heat_fast.metrics import DECODING_GRID
 from heat_fast.result import Attribution
 
@@ -305,17 +306,26 @@ def read_data(entry: Entry, folder: Path) -> Sequence[datasets.Example]:
     return datasets.load(entry.name, path, limit=limit)
 
 
-def model_name(entry: Entry, folder: Path) -> str | None:
-    """The folder or hub name of a model; None for the embedded one."""
+def model_names(plan: Plan) -> dict[str, str | None]:
+    """The folders or hub names of the models by label; None for the embedded one.
+
+    Raises `InputError` where there is no such folder.
+    """
+    return {each.label: _model_name(each, plan.folder) for each in plan.models}
+
+
+def _model_name(entry: Entry, folder: Path) -> str | None:
     path = entry.settings.get("path")
     place = _place(path, folder)
-    if place is None or place.exists():
-        return None if place is None else str(place)
-    return os.path.expandvars(str(path))
+    if place is None:
+        return None
+    name = str(place) if place.exists() else os.path.expandvars(str(path))
+    check_model_folder(name)
+    return name
 
 
 def read_model(name: str | None) -> tuple[Any, Any]:
-    """Model and tokenizer by `model_name`, on the CPU."""
+    """Model and tokenizer by one of `model_names`, on the CPU."""
     if name is None:
         from heat_fast.demo import load_demo_model
 

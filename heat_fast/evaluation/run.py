@@ -15,7 +15,7 @@ from typing import Any
 from heat_fast.datasets import Example, encode
 from heat_fast.errors import HeatError, InputError
 from heat_fast.evaluation.measures import MEASURES, Asked, Attributed, Inapplicable, Method
-from heat_fast.evaluation.plan import Entry, Plan, make_method, model_name, read_data, read_model
+from heat_fast.evaluation.plan import Entry, Plan, make_method, model_names, read_data, read_model
 from heat_fast.forward import check_in_memory
 from heat_fast.journal import Journal
 from heat_fast.provenance import versions
@@ -50,10 +50,10 @@ def evaluate(
     device, dtype: where and in what it loads them ("cuda", "float64"), where that is asked for:
     a run with nothing left to do loads none, and is held to these.
 
-    Raises `InputError` where the folder holds the results of another plan, of examples that have
-    changed since, or rows of a model on another device or in another dtype than it is now, and
-    where it cannot be written; `OutputError` where another run is writing into the folder, or there
-    is no room left for a row.
+    Raises `InputError` where a model's folder is not there, where the folder holds the results of
+    another plan, of examples that have changed since, or rows of a model on another device or in
+    another dtype than it is now, and where it cannot be written; `OutputError` where another run is
+    writing into the folder, or there is no room left for a row.
     """
     references = {each.label: each.settings.get("reference", each.label) for each in plan.data}
 
@@ -62,7 +62,7 @@ def evaluate(
         of = row["model"], references[row["data"]], row["method"], row["example"]
         return *of, tuple(row["targets"])
 
-    folder = Path(output)
+    folder, names = Path(output), model_names(plan)
     with closing(_open(folder)) as journal:
         _keep(plan, folder)
         known = {_key(row): row for row in journal.read()}
@@ -90,7 +90,7 @@ def evaluate(
                         before = known.get(key)
                         if before is None or before["error"] is not None:
                             if loaded is None:
-                                loaded = load(model_name(model, plan.folder))
+                                loaded = load(names[model.label])
                                 now = _place_of(loaded[0])
                                 for kept in known.values():
                                     if kept["model"] == model.label:
@@ -238,7 +238,8 @@ def _open(folder: Path) -> Journal:
 
 
 def claim(folder: Path, plan: Plan) -> None:
-    """See that a run of the plan may write into the folder; raises as `evaluate` does."""
+    """See that a run of the plan may begin in the folder; raises as `evaluate` does."""
+    model_names(plan)
     with closing(_open(folder)):
         _keep(plan, folder)
 
