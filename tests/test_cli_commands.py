@@ -86,7 +86,15 @@ def test_every_setting_has_an_option() -> None:
         (["compare", "one.json", "other.safetensors"], "are of different prompts"),
         (["compare", "one.json", "one.json", "--prompt", "a"], "without --against"),
         (["compare", "one.json", "one.json", "--messages", "a"], "without --against"),
+        (["compare", "one.json", "one.json", "--model", "m"], "--model without --against"),
+        (
+            ["compare", "one.json", "one.json", "--device", "auto", "--variant", "full"],
+            "--device, --variant without --against or --against-target: expected nothing",
+        ),
+        (["compare", "one.json", "one.json", "--dtype", "auto"], "--dtype without --against"),
+        (["compare", "one.json", "one.json", "--probes", "3"], "--probes without --against"),
         (["compare", "one.json", "--against", "gs"], "Drop one"),
+        (["compare", "--against", "gs", "--prompt", "a", "--id", "1"], "--id without saved"),
         (["compare", "--against", "gs", "--prompt", "a", "--messages", "b"], "both --messages and"),
         (["compare", "--against", "gs", "--messages", "one.json"], "holds no conversation"),
         (["compare", "--against", "gs", "--model", "a"], "--prompt-file F or --messages F"),
@@ -227,6 +235,18 @@ def test_compare_one_result_with_one_of_many(folder: Path) -> None:
     text = worked("compare", "one.json", "both.jsonl", "--id", "one", "--top", "3")
     assert "100%" in text
     assert "100%" in worked("compare", "both.jsonl", "one.json", "--id", "1", "--top", "3")
+
+
+def test_a_file_of_options_leaves_saved_results_to_be_compared(folder: Path) -> None:
+    """One file serves several commands: what has no effect here is not asked for here."""
+    Path("o.toml").write_text(
+        'model = "./none"\ndevice = "toaster"\nvariant = "gs"\nprompt = "a"\nagainst = "lr"\n'
+        'target = "b"\ntop = 1\n'
+    )
+    saved = ("compare", "one.json", "two.safetensors")
+    assert worked(*saved, "--config", "o.toml") == worked(*saved, "--top", "1")
+    outcome = run(*saved, "--config", "o.toml", "--variant", "lr")
+    assert outcome.exit_code == 2 and "--variant without --against" in outcome.stderr
 
 
 def test_compare_two_variants_on_one_prompt(model_folder: str) -> None:

@@ -22,8 +22,12 @@ if TYPE_CHECKING:
     from heat_fast.comparison import Comparison
     from heat_fast.result import Attribution
 
+#: Parameters that count where saved results are compared; the others are of making results.
+_OF_RESULTS = ("left", "right", "name", "top", "json_path", "quiet", "config_file", "debug")
+
 
 def compare(
+    context: typer.Context,
     config: HeatConfig,
     debug: bool,
     left: Annotated[str | None, typer.Argument(metavar="[LEFT]", help="A saved result.")] = None,
@@ -72,16 +76,21 @@ def compare(
     Example: heat-fast compare --prompt "2 + 2 =" --target " 4" --against-target " 5"
     """
     check_places({"--json": json_path}, streams=("--json",))
+    given = options.given(context)
+    if left is not None and not {"against", "against_target"} & given.keys():
+        against = against_target = None  # of a file of options, which serves several commands
     if against is None and against_target is None:
         if left is None or right is None:
             raise UsageError(
                 "compare needs two saved results, or --against VARIANT or --against-target TEXT "
                 "and a prompt: expected heat-fast compare LEFT RIGHT. Give both."
             )
-        if any(each is not None for each in (prompt, prompt_file, messages, target)):
+        idle = [option for parameter, option in given.items() if parameter not in _OF_RESULTS]
+        if idle:
             raise UsageError(
-                "a prompt or target without --against or --against-target: expected it only with "
-                "one of them. Leave it out, or give two variants or targets instead of files."
+                f"{', '.join(idle)} without --against or --against-target: expected nothing that "
+                "makes results beside saved ones. Leave it out, or give two variants or targets "
+                "instead of files."
             )
         names = left, right
         several = any(map(holds_many, names))
@@ -95,6 +104,10 @@ def compare(
             raise UsageError(
                 f"both {left!r} and --against or --against-target: expected saved results, or two "
                 "variants or targets. Drop one."
+            )
+        if "name" in given:
+            raise UsageError(
+                "--id without saved results: expected it beside a file of many. Leave it out."
             )
         if against is not None and against not in PRESETS:
             raise UsageError(

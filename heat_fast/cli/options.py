@@ -369,6 +369,16 @@ def _option_names(command: Any) -> dict[str, str]:
     }
 
 
+def given(context: typer.Context) -> dict[str, str]:
+    """Options that stand on the command line itself, not in a file of options, by parameter."""
+    found = {}
+    for parameter in context.command.params:
+        source = context.get_parameter_source(str(parameter.name))
+        if source is not None and source.name == "COMMANDLINE":
+            found[str(parameter.name)] = parameter.opts[0]
+    return found
+
+
 # --- commands -------------------------------------------------------------------------------------
 
 _CONFIG = inspect.Parameter(
