@@ -133,6 +133,8 @@ def attribute_rows(
             if parquet:
                 write_parquet(read_jsonl(journal), output)
                 lines.remove()
+            else:
+                lines.keep()  # nothing to be attributed, or all failed: an output of no results
         finally:
             if known and not summary.done:
                 lines.remove()  # the output holds all of it

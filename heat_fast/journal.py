@@ -39,6 +39,7 @@ class Journal:
             )
         # What a link stands for: an empty journal is removed in the end, and a link is not ours.
         self.path = Path(os.path.realpath(path))
+        self.kept = False
         try:
             self.file = _locked(self.path)
         except BlockingIOError as error:
@@ -101,9 +102,13 @@ class Journal:
         """Empty it, so that closing it leaves no file."""
         self.file.truncate(0)
 
+    def keep(self) -> None:
+        """Leave the file even if it is empty: the work is done, and there was none."""
+        self.kept = True
+
     def close(self) -> None:
-        """Close it; an empty one leaves no file."""
-        if os.fstat(self.file.fileno()).st_size == 0:
+        """Close it; an empty one leaves no file, unless it is to be kept."""
+        if not self.kept and os.fstat(self.file.fileno()).st_size == 0:
             self.path.unlink(missing_ok=True)
         self.file.close()
 

@@ -206,6 +206,23 @@ def test_a_journal_that_was_begun_as_a_copy_is_completed(
     assert sorted(os.listdir(tmp_path)) == ["in.jsonl", "out.parquet"]
 
 
+@pytest.mark.parametrize("rows", [[], ["", " "], [BAD[0][0], BAD[2][0]]])
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_an_output_of_no_results_can_be_read_and_gone_on_with(
+    suffix: str, rows: Rows, tmp_path: Path, attributor: Attributor
+) -> None:
+    if suffix == "parquet":
+        pytest.importorskip("pyarrow")
+    source, output = write(tmp_path / "in.jsonl", rows), tmp_path / f"out.{suffix}"
+    read = heat_fast.read_parquet if suffix == "parquet" else heat_fast.read_jsonl
+    for _ in range(2):
+        assert attribute_rows(attributor, source, output).done == 0
+        assert list(read(output)) == []
+    assert not Path(f"{output}.partial.jsonl").exists()
+    assert attribute_rows(attributor, write(source, [*rows, GOOD[0]]), output).done == 1
+    assert [each.id for each in read(output)] == ["first"]
+
+
 def test_rows_in_memory_are_no_source(tmp_path: Path, attributor: Attributor) -> None:
     with pytest.raises(InputError, match="source is list: expected the path"):
         attribute_rows(attributor, GOOD, tmp_path / "out.jsonl")

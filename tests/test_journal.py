@@ -49,6 +49,17 @@ def test_one_writer_at_a_time(tmp_path: Path) -> None:
     assert not path.exists()  # an empty one leaves no file
 
 
+def test_an_empty_one_may_be_kept(tmp_path: Path) -> None:
+    path = tmp_path / "lines.jsonl"
+    with closing(Journal(path)) as journal:
+        journal.keep()
+    assert path.read_bytes() == b""
+    with closing(Journal(path)) as journal:  # as one that was begun
+        assert list(journal.read()) == []
+        journal.append("1\n")
+    assert path.read_text() == "1\n"
+
+
 def test_a_file_that_was_removed_while_it_was_opened_is_opened_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
