@@ -34,7 +34,7 @@ from heat_fast.errors import (
 )
 from heat_fast.files import is_parquet
 from heat_fast.journal import Journal
-from heat_fast.provenance import identity
+from heat_fast.provenance import identity, one_spelling
 from heat_fast.result import Attribution
 from heat_fast.rows import Row, read_rows
 from heat_fast.storage import read_jsonl, to_line
@@ -314,6 +314,8 @@ def _of_model(known: Mapping[str, Any]) -> dict[str, Any]:
 
 def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Names of the settings that differ."""
+    if "model_name" in before:  # earlier versions kept a folder's name as it was given
+        before = {**before, "model_name": one_spelling(str(before["model_name"]))}
     # A setting that came with a later version has its default in what was done before.
     return [name for name in now if name in before and before[name] != now[name]]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import platform
 from typing import Any
 
@@ -21,10 +22,15 @@ def identity(model: Any) -> dict[str, Any]:
     """Which model it is: its class, name, active adapters, and a fingerprint of its weights."""
     return {
         "model": type(model).__name__,
-        "name": str(getattr(model, "name_or_path", "") or ""),
+        "name": one_spelling(str(getattr(model, "name_or_path", "") or "")),
         "adapters": _adapters(model),
         "weights": fingerprint(model),
     }
+
+
+def one_spelling(name: str) -> str:
+    """The folder that a model's name stands for, by its absolute path; a hub name as it is."""
+    return os.path.realpath(name) if os.path.isdir(name) else name
 
 
 def _adapters(model: nn.Module) -> list[str]:

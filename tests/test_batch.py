@@ -333,6 +333,38 @@ def test_another_model_or_dtype_is_refused(tmp_path: Path, attributor: Attributo
     assert batch._settings(attributor) == batch._settings_of(metadata)
 
 
+def test_a_folder_is_one_model_however_it_is_spelled(
+    tmp_path: Path, attributor: Attributor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, output = write(tmp_path / "in.jsonl", [*GOOD, {"prompt": ""}]), tmp_path / "out.jsonl"
+    monkeypatch.chdir(tmp_path)
+    Path("chat").mkdir()
+    Path("link").symlink_to("chat")
+    model = copy.deepcopy(attributor.model)
+    renamed = Attributor(model, attributor.tokenizer, attributor.config)
+    model.name_or_path = "chat"
+    attribute_rows(renamed, source, output)
+    assert {line["metadata"]["name"] for line in lines(output)} == {str(tmp_path / "chat")}
+    # As an earlier version wrote it.
+    place, side = json.dumps(str(tmp_path / "chat")), Path(f"{output}.errors.jsonl")
+    for path in (output, side):
+        assert place in path.read_text()
+        path.write_text(path.read_text().replace(place, '"chat"'))
+    for name in (
+        "chat",
+        "./chat/",
+        str(tmp_path / "chat"),
+        "link",
+        "../" + tmp_path.name + "/chat",
+    ):
+        model.name_or_path = name
+        again = attribute_rows(renamed, source, output)
+        assert (again.done, again.before, again.failed_before) == (0, 4, 1)
+    model.name_or_path = "org/chat"  # of the hub
+    with pytest.raises(ConfigError, match=r"begun with model_name '.*chat', not 'org/chat'"):
+        attribute_rows(renamed, source, output)
+
+
 def test_a_shortened_input_is_refused(tmp_path: Path, attributor: Attributor) -> None:
     source, output = write(tmp_path / "in.jsonl", GOOD[:3]), tmp_path / "out.jsonl"
     attribute_rows(attributor, source, output)
