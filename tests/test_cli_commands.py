@@ -380,6 +380,10 @@ def test_a_file_sets_options_and_the_line_wins(folder: Path, model_folder: str) 
     )
     Path("p").write_text("abc")
     data = json.loads(worked("attribute", "--config", "o.toml", "--seed", "5", "--json", "-"))
+    Path("auto.toml").write_text('probes = "auto"\nprobes-max = 2\nbeta = 1\nid = 3\nlimit = 5\n')
+    more = ("--config", "auto.toml", "--prompt", "a", "--model", model_folder, "--json", "-")
+    auto = json.loads(worked("attribute", *more))["metadata"]["config"]
+    assert (auto["probes"], auto["probes_max"], auto["beta"]) == ("auto", 2, 1.0)
     config = data["metadata"]["config"]
     assert (config["variant"], config["seed"], config["beta"]) == ("gs", 5, 0.25)
     assert (config["probes"], data["prompt_text"]) == (4, "abc")
@@ -395,10 +399,24 @@ def test_a_file_sets_options_and_the_line_wins(folder: Path, model_folder: str) 
         ("probe = 4", "Did you mean 'probes'"),
         ("probes = ", "is not TOML"),
         ("[attribute]\nprobes = 1", "attribute"),
-        ("beta = 1979-05-27", "beta is a date"),
-        ('probes = "few"', "--probes few: expected a whole number"),
+        ("beta = 1979-05-27", 'beta = "1979-05-27": expected a number. Correct it.'),
+        ('probes = "few"', 'probes = "few": expected a whole number or "auto"'),
+        ('probes = "3"', 'probes = "3": expected a whole number or "auto"'),
+        ("codes = true", 'codes = true: expected a whole number or "auto"'),
         ("beta = -1", "--beta -1.0 is not valid"),
-        ('layers = "all"', "Invalid value for '--layers'"),
+        ('layers = "all"', 'layers = "all": expected a whole number'),
+        ("seed = true", "seed = true: expected a whole number. Correct it."),
+        ('seed = "3"', 'seed = "3": expected a whole number'),
+        ("top-k = 2.0", "top-k = 2.0: expected a whole number"),
+        ("window = [3]", "window = [3]: expected a whole number"),
+        ("beta = true", "beta = true: expected a number"),
+        ('beta = "0.5"', 'beta = "0.5": expected a number'),
+        ('quiet = "yes"', 'quiet = "yes": expected true or false'),
+        ("special = 1", "special = 1: expected true or false"),
+        ("variant = true", "variant = true: expected text or a number"),
+        ("target = {a = 1}", 'target = {"a": 1}: expected text or a number'),
+        ('segment = ["a=b", true]', 'segment = ["a=b", true]: expected text or a number'),
+        ("tokens = true", "tokens = true: expected a whole number"),  # of another command
     ],
 )
 def test_wrong_files_of_options(folder: Path, text: str, words: str) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import json
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -28,6 +29,15 @@ from heat_fast.config import PRESETS, HeatConfig
 
 _DTYPES = ("auto", "float32", "float64", "float16", "bfloat16")
 _PANEL = "Settings"
+#: Settings that are whole numbers or "auto".
+_COUNTS = ("probes", "codes")
+#: What a file of options holds for a parameter of some type, and how an error calls it.
+_KINDS: dict[Any, tuple[tuple[type, ...], str]] = {
+    bool: ((bool,), "true or false"),
+    int: ((int,), "a whole number"),
+    float: ((int, float), "a number"),
+}
+_TEXT = ((str, int, float), "text or a number")
 
 
 def choices(names: Iterable[str]) -> str:
@@ -283,7 +293,7 @@ def _settings(
 ) -> HeatConfig:
     """The configuration that the options ask for; what is left out follows the variant."""
     given = {name: value for name, value in locals().items() if value is not None}
-    for name in ("probes", "codes"):
+    for name in _COUNTS:
         if name in given:
             given[name] = _count(name, given[name])
     if normalize == "none":
@@ -312,11 +322,10 @@ def _read_config(context: typer.Context, path: str | None) -> str | None:
         return path
     try:
         values = _toml(path)
-        own = _option_names(context.command)
-        several = {each.name for each in context.command.params if getattr(each, "multiple", False)}
+        own = _options(context.command)
         group: Any = context.parent.command if context.parent is not None else None
-        others = {} if group is None else group.commands
-        known = set(own).union(*map(_option_names, others.values()))
+        others = () if group is None else group.commands.values()
+        known = {name: each for other in others for name, each in _options(other).items()} | own
         defaults = {}
         for name, value in values.items():
             key = name.replace("-", "_")
@@ -325,19 +334,32 @@ def _read_config(context: typer.Context, path: str | None) -> str | None:
                     f"--config {path}: unknown option {name!r}: expected the name of an option, "
                     f"without its dashes. {suggest(key, known)}"
                 )
-            if isinstance(value, dict) or not isinstance(value, (str, int, float, bool, list)):
+            parameter, kind, several = known[key]
+            found = value if several and isinstance(value, list) else [value]
+            expected = next(filter(None, (_misfit(key, kind, each) for each in found)), None)
+            if expected is not None:
                 raise UsageError(
-                    f"--config {path}: {name} is a {type(value).__name__}: expected text, a "
-                    "number, true or false. Write it as name = value."
+                    f"--config {path}: {name} = {json.dumps(value, default=str)}: expected "
+                    f"{expected}. Correct it."
                 )
             if key in own:  # one file may serve several commands
-                if not isinstance(value, (bool, list)):
-                    value = [str(value)] if own[key] in several else str(value)
-                defaults[own[key]] = value
+                texts = [each if kind is bool else str(each) for each in found]
+                defaults[parameter] = texts if several else texts[0]
     except UsageError as error:
         fail(str(error), 2, False)
     context.default_map = {**(context.default_map or {}), **defaults}
     return path
+
+
+def _misfit(name: str, kind: Any, value: Any) -> str | None:
+    """What was expected of an option's value in a file, where it is something else.
+
+    As strict as the library, for which neither true nor "3" is a number.
+    """
+    if name in _COUNTS:
+        return None if type(value) is int or value == "auto" else 'a whole number or "auto"'
+    types, words = _KINDS.get(kind, _TEXT)
+    return None if type(value) in types else words
 
 
 def _toml(path: str) -> dict[str, Any]:
@@ -359,10 +381,15 @@ def _toml(path: str) -> dict[str, Any]:
         ) from error
 
 
-def _option_names(command: Any) -> dict[str, str]:
-    """What a file may set of a command: the names of its options, and of the parameters."""
+def _options(command: Any) -> dict[str, tuple[str, Any, bool]]:
+    """What a file may set of a command, by its name there: parameter, type, and whether several."""
+    types = command.callback.__annotations__
     return {
-        option.lstrip("-").replace("-", "_"): parameter.name
+        option.lstrip("-").replace("-", "_"): (
+            parameter.name,
+            _type(types[parameter.name]),
+            getattr(parameter, "multiple", False),
+        )
         for parameter in command.params
         for option in parameter.opts
         if option.startswith("--") and parameter.name not in ("help", "config_file")
@@ -377,6 +404,13 @@ def given(context: typer.Context) -> dict[str, str]:
         if source is not None and source.name == "COMMANDLINE":
             found[str(parameter.name)] = parameter.opts[0]
     return found
+
+
+def _type(annotation: Any) -> Any:
+    """What one value is: int of `Annotated[list[int] | None, ...]`."""
+    while arguments := get_args(annotation):
+        annotation = arguments[0]
+    return annotation
 
 
 # --- commands -------------------------------------------------------------------------------------
