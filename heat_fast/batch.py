@@ -32,7 +32,7 @@ from heat_fast.errors import (
     OutputError,
     UnsupportedModelError,
 )
-from heat_fast.files import is_parquet
+from heat_fast.files import check_rows_name, is_parquet
 from heat_fast.journal import Journal
 from heat_fast.provenance import identity, one_spelling
 from heat_fast.result import Attribution
@@ -92,9 +92,10 @@ def attribute_rows(
     behind it. `report` is called after every row. retry_failed: try all of them again, not only
     those that failed for want of memory, say, or under other settings.
 
-    Raises InputError where the input cannot be read, or is not the one that the output was begun
-    with; ConfigError where the output was begun with another model, dtype or settings; OutputError
-    where it cannot be written. Whatever goes wrong in a row is a line of the side file.
+    Raises InputError where a file is of another kind by its name, or the input cannot be read, or
+    is not the one that the output was begun with; ConfigError where the output was begun with
+    another model, dtype or settings; OutputError where it cannot be written. Whatever goes wrong in
+    a row is a line of the side file.
     """
     if not isinstance(source, (str, os.PathLike)):
         raise InputError(
@@ -106,6 +107,8 @@ def attribute_rows(
     parquet = is_parquet(output)
     journal = output.with_name(output.name + ".partial.jsonl") if parquet else output
     reasons_path = Path(errors) if errors is not None else Path(f"{output}.errors.jsonl")
+    for path in (output, reasons_path):
+        check_rows_name(path, "Choose another name.")
     settings, summary = _settings(attributor), Summary()
     with closing(Journal(journal)) as lines, closing(Journal(reasons_path)) as side:
         known = False

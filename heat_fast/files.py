@@ -7,11 +7,23 @@ import os
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Final
 
 from heat_fast.errors import InputError, OutputError
 
-__all__ = ["check_model_folder", "check_writable", "is_parquet", "replacing", "write_file"]
+__all__ = [
+    "check_model_folder",
+    "check_rows_name",
+    "check_writable",
+    "is_parquet",
+    "replacing",
+    "write_file",
+]
+
+#: Endings that promise something else than rows as JSON Lines or Parquet.
+_OTHERS: Final = frozenset(
+    ".json .csv .tsv .xls .xlsx .arrow .feather .safetensors .html .gz .bz2 .xz .zst .zip".split()
+)
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
@@ -128,6 +140,25 @@ def check_model_folder(name: str) -> None:
         raise InputError(
             f"there is no model folder {name!r}: expected a directory with config.json and "
             "weights, or a hub id. Check the path."
+        )
+
+
+def check_rows_name(path: str | os.PathLike[str], do: str) -> None:
+    """Raise InputError where a file's ending promises neither JSON Lines nor Parquet.
+
+    Names without an ending, or with one that is nobody else's, are of JSON Lines. do: the error's
+    last sentence.
+
+    Example:
+        >>> check_rows_name("rows.csv", "Convert it first.")
+        Traceback (most recent call last):
+        heat_fast.errors.InputError: 'rows.csv' is a .csv file by its name: expected JSON Lines...
+    """
+    suffix = Path(path).suffix.lower()
+    if suffix in _OTHERS:
+        raise InputError(
+            f"{str(path)!r} is a {suffix} file by its name: expected JSON Lines (.jsonl), or "
+            f"Parquet (.parquet). {do}"
         )
 
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, BinaryIO
 
 from heat_fast.errors import InputError
-from heat_fast.files import is_parquet
+from heat_fast.files import check_rows_name, is_parquet
 from heat_fast.tables import missing
 
 __all__ = ["Row", "count_rows", "digest_of", "read_rows"]
@@ -41,8 +43,8 @@ def count_rows(path: str | os.PathLike[str]) -> int:
 def read_rows(path: str | os.PathLike[str]) -> Iterator[Row]:
     """The rows of a JSON Lines or Parquet file, one at a time.
 
-    Raises InputError where the file cannot be read; a line that is no JSON object is a row with an
-    `error`.
+    Raises InputError where the file cannot be read or is of another kind by its name; a line that
+    is no JSON object is a row with an `error`.
     """
     return _parquet_rows(_open_parquet(path)) if is_parquet(path) else _json_rows(path)
 
@@ -57,14 +59,31 @@ def digest_of(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:16]
 
 
-def _open_lines(path: str | os.PathLike[str]) -> Any:
+@contextlib.contextmanager
+def _open_lines(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     try:
-        return open(path, "rb")
+        with open(path, "rb") as file:
+            # JSON Lines are called .json as well as JSON.
+            if not (Path(path).suffix.lower() == ".json" and _begins_with_row(file)):
+                check_rows_name(path, "Convert it first.")
+            yield file
     except OSError as error:
         raise InputError(
             f"cannot read {str(path)!r}: {error.strerror}. Expected a file of JSON Lines or, by "
             "the ending .parquet, a Parquet file. Check the path."
         ) from error
+
+
+def _begins_with_row(file: BinaryIO) -> bool:
+    """Whether there is an object on the first line that is not empty, as in JSON Lines."""
+    if not file.seekable():  # a pipe cannot be read twice
+        return True
+    first = next((line for line in file if line.strip()), b"{}")
+    file.seek(0)
+    try:
+        return isinstance(json.loads(first), dict)
+    except ValueError:
+        return False
 
 
 def _json_rows(path: str | os.PathLike[str]) -> Iterator[Row]:

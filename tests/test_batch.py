@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from heat_fast import Attributor, HeatConfig, batch
 from heat_fast.batch import Summary, attribute_rows
 from heat_fast.cli import app
 from heat_fast.errors import ConfigError, HeatError, InputError, NumericalError, OutputError
+from heat_fast.rows import count_rows, read_rows
 
 Rows = list[Any]
 
@@ -402,6 +404,53 @@ def test_files_that_no_batch_wrote_are_refused(
     with pytest.raises(InputError, match=r"holds (results|reasons) that no batch wrote: expected"):
         attribute_rows(attributor, source, tmp_path / "out.jsonl")
     assert place.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("in.csv", "prompt,target\na,b\n"),
+        ("in.jsonl.gz", "\x1f"),
+        ("in.XLSX", "PK"),
+        ("in.json", '[{"prompt": "a"}]'),
+        ("in.json", '[\n {"prompt": "a"}\n]'),
+        ("in.json", '\n{\n "prompt": "a"\n}'),
+    ],
+)
+def test_another_kind_of_input_is_one_error(
+    name: str, text: str, tmp_path: Path, attributor: Attributor
+) -> None:
+    (tmp_path / name).write_text(text)
+    for call in (count_rows, lambda path: attribute_rows(attributor, path, tmp_path / "out.jsonl")):
+        with pytest.raises(InputError, match=r"file by its name: .* Parquet .* Convert it first"):
+            call(tmp_path / name)
+    assert os.listdir(tmp_path) == [name]
+
+
+def test_another_kind_of_output_is_refused(tmp_path: Path, attributor: Attributor) -> None:
+    source = write(tmp_path / "in.jsonl", GOOD)
+    for output, side in (("out.csv", None), ("out.json", None), ("out", tmp_path / "why.xlsx")):
+        with pytest.raises(InputError, match=r"file by its name: .* Choose another name"):
+            attribute_rows(attributor, source, tmp_path / output, side)
+    assert os.listdir(tmp_path) == ["in.jsonl"]
+
+
+@pytest.mark.parametrize("name", ["in", "in.txt", "in.2024", "in.ndjson", "in.json"])
+def test_json_lines_are_read_whatever_their_name(
+    name: str, tmp_path: Path, attributor: Attributor
+) -> None:
+    source = tmp_path / name
+    source.write_text("\n" + write(tmp_path / "rows", GOOD).read_text())
+    assert count_rows(source) == 4
+    assert attribute_rows(attributor, source, tmp_path / "out").done == 4
+
+
+def test_rows_come_through_a_pipe(tmp_path: Path) -> None:
+    for name in ("rows", "rows.json"):
+        os.mkfifo(tmp_path / name)
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit((tmp_path / name).write_text, '{"prompt": "a"}\n')
+            assert [row.fields for row in read_rows(tmp_path / name)] == [{"prompt": "a"}]
 
 
 def test_a_suffix_in_capitals_is_the_same_suffix(tmp_path: Path, attributor: Attributor) -> None:

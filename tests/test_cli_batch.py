@@ -76,6 +76,10 @@ def test_where_every_row_fails_that_is_an_error(run: Callable[..., Any], tmp_pat
         (["in.jsonl", "-"], "reads and writes files"),
         (["in.jsonl", "no-folder/out.jsonl"], "does not exist"),
         (["in.jsonl", "out.jsonl", "--probes", "few"], "--probes few"),
+        (["in.jsonl", "out.csv"], "'out.csv' is a .csv file by its name: expected JSON Lines"),
+        (["in.jsonl", "out.JSON"], "Choose another name."),
+        (["in.jsonl", "out.jsonl.gz"], "is a .gz file by its name"),
+        (["in.jsonl", "out.jsonl", "--errors", "why.tsv"], "'why.tsv' is a .tsv file"),
     ],
 )
 def test_wrong_requests(

@@ -16,6 +16,7 @@ from heat_fast.cli.common import STANDARD_STREAM, UsageError, check_places, note
 from heat_fast.cli.models import load_model
 from heat_fast.config import HeatConfig
 from heat_fast.errors import HeatError
+from heat_fast.files import check_rows_name
 
 if TYPE_CHECKING:
     from heat_fast.batch import Summary
@@ -100,6 +101,8 @@ def _check_paths(source: str, output: str, side: str) -> None:
         )
     if os.path.realpath(source) in map(os.path.realpath, (output, side)):
         raise UsageError(f"{source!r} is both input and output: expected different files.")
+    for path in (output, side):
+        check_rows_name(path, "Choose another name.")
     check_places({"OUTPUT": output, "--errors": side})
 
 
