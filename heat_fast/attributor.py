@@ -127,7 +127,9 @@ class Attributor:
         check_model(model)
         check_supported(model)
         check_config(config)
-        if tokenizer is not None and not callable(tokenizer):
+        # A model can be called too.
+        usable = callable(tokenizer) and not isinstance(tokenizer, nn.Module)
+        if tokenizer is not None and not usable:
             raise InputError(
                 f"tokenizer is {type(tokenizer).__name__}: expected a loaded Hugging Face "
                 "tokenizer, or None with token ids. Load one with AutoTokenizer.from_pretrained."

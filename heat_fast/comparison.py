@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from heat_fast.drops import check_drops
+from heat_fast.drops import check_attribution, check_drops
 from heat_fast.errors import InputError
 from heat_fast.ranks import spearman
 from heat_fast.result import Attribution
@@ -81,7 +81,7 @@ class Comparison:
 def compare_results(left: Attribution, right: Attribution) -> Comparison:
     """Compare two attributions of the same prompt tokens; their targets may differ.
 
-    Raises InputError where the prompts do.
+    Raises InputError where the prompts do, and for anything but attributions.
 
     >>> import heat_fast
     >>> demo = heat_fast.load_demo_model()
@@ -89,6 +89,8 @@ def compare_results(left: Attribution, right: Attribution) -> Comparison:
     >>> round(compare_results(result, result).correlations["score"], 6)
     1.0
     """
+    for name, given in (("left", left), ("right", right)):
+        check_attribution(given, name)
     if left.token_ids != right.token_ids:
         raise InputError(
             f"the two results are of different prompts, of {len(left)} and {len(right)} tokens"

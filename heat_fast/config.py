@@ -418,6 +418,12 @@ class HeatConfig:
 def _check_names(names: Iterable[str]) -> None:
     known = {spec.name for spec in dataclasses.fields(HeatConfig)}
     for name in names:
+        if name == "config":
+            raise ConfigError(
+                "config is no setting: expected settings by their names, as probes=2. Pass a "
+                "HeatConfig to Attributor(model, tokenizer, config), or its settings as "
+                "**config.to_dict()."
+            )
         if name not in known:
             raise ConfigError(
                 f"unknown setting {name!r}: expected a field of HeatConfig. {suggest(name, known)}"

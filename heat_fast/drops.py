@@ -18,11 +18,7 @@ def check_drops(results: Sequence[Attribution]) -> None:
     as far as they tell which it was.
     """
     for number, result in enumerate(results):
-        if not isinstance(result, Attribution):
-            raise InputError(
-                f"result {number} is {type(result).__name__}: expected an Attribution. Pass what "
-                "heat_fast.attribute returns."
-            )
+        check_attribution(result, f"result {number}")
         found = _obstacle(result)
         if found is not None:
             raise InputError(
@@ -38,6 +34,15 @@ def check_drops(results: Sequence[Attribution]) -> None:
                     "same, for their drops are compared. Attribute one of them again."
                 )
         check_model(first.metadata, result.metadata, f"results 0 and {number}")
+
+
+def check_attribution(given: Any, name: str) -> None:
+    """Raise InputError for anything but an attribution."""
+    if not isinstance(given, Attribution):
+        raise InputError(
+            f"{name} is {type(given).__name__}: expected an Attribution. Pass what "
+            "heat_fast.attribute returns."
+        )
 
 
 def check_model(one: Any, other: Any, who: str) -> None:

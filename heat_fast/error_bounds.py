@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from heat_fast.config import HeatConfig
-from heat_fast.drops import check_model
+from heat_fast.drops import check_attribution, check_model
 from heat_fast.errors import InputError
 from heat_fast.forward import log_probs, on_cpu, unchanged
 from heat_fast.information import replacement
@@ -108,11 +108,7 @@ def bounds(model: Any, approximate: Attribution, exact: Attribution, *, sample: 
         True
     """
     for name, given in (("approximate", approximate), ("exact", exact)):
-        if not isinstance(given, Attribution):
-            raise InputError(
-                f"{name} is {type(given).__name__}: expected an Attribution. Pass what "
-                "heat_fast.attribute returns."
-            )
+        check_attribution(given, name)
     config, reference = _config(approximate), _config(exact)
     _check(model, approximate, exact, config, reference, sample)
     curvature, information = config.beta * exact.curvature, config.gamma * exact.information

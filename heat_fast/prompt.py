@@ -390,7 +390,13 @@ def _is_scalar(value: Any) -> bool:
 
 def _unwrap(values: Any) -> Any:
     """Python numbers and lists from an array or tensor, anything else as it is."""
-    return values.tolist() if hasattr(values, "tolist") else values
+    try:
+        return values.tolist() if hasattr(values, "tolist") else values
+    except RuntimeError as error:  # on the meta device, or not strided
+        raise InputError(
+            f"the values of a {type(values).__name__} cannot be read ({error}): expected token ids "
+            "in memory. Pass them as a list."
+        ) from error
 
 
 def _whole_number(value: Any, what: str, position: int | None) -> int:

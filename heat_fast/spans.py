@@ -9,11 +9,12 @@ A span is a half-open range of tokens. Where it is given by characters, a senten
 from __future__ import annotations
 
 import math
+import re
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from heat_fast.checks import is_whole
 from heat_fast.errors import InputError, MissingPackageError
@@ -73,6 +74,7 @@ class Span:
         return self.stop - self.start
 
 
+_LANGUAGE: Final = re.compile(r"[a-z]{2,3}(-([A-Za-z]{2}|[0-9]{3}))?")
 #: A part of the prompt: its own text where that occurs once, a half-open range of characters, or a
 #: span of :func:`find_span`.
 Segment = str | Range | Span
@@ -156,13 +158,16 @@ def _span(
 
 
 def sentences(result: Attribution, language: str = "en") -> list[Span]:
-    """The prompt's sentences, in order, split by the rules of a language (ISO 639 code).
+    """The prompt's sentences, in order, split by the rules of a language.
+
+    language: its ISO 639 code of two or three letters, with a region or without (`pt-BR`); one that
+    there are no rules for is split by those of English.
 
     Every token that stands for characters belongs to one of them; white space and line breaks
     belong to the sentence before. A sentence in which no token begins is left out.
 
-    Raises InputError where positions are not known, MissingPackageError where sentencex is not
-    installed (``pip install 'heat-fast[sentences]'``).
+    Raises InputError where positions are not known or the language is no such code,
+    MissingPackageError where sentencex is not installed (``pip install 'heat-fast[sentences]'``).
 
     >>> import heat_fast
     >>> demo = heat_fast.load_demo_model()
@@ -171,6 +176,11 @@ def sentences(result: Attribution, language: str = "en") -> list[Span]:
     >>> [sentence.text for sentence in sentences(result)]
     ['Maria slept.', ' Henry ate.']
     """
+    if not isinstance(language, str) or not _LANGUAGE.fullmatch(language):
+        raise InputError(
+            f"language={language!r}: expected an ISO 639 code of two or three lower-case letters, "
+            "with a region or without, such as 'en' or 'pt-BR'. Pass one."
+        )
     text, _ = known_positions(result.prompt_text, result.offsets)
     try:
         from sentencex import get_sentence_boundaries

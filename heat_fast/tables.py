@@ -202,6 +202,10 @@ def _results(file: Any, place: str) -> Iterator[Attribution]:
 
 
 def _chosen(arrays: Sequence[str]) -> tuple[str, ...]:
+    if isinstance(arrays, str) or not isinstance(arrays, Iterable):
+        raise InputError(
+            f"arrays={arrays!r}: expected a list of names. Write arrays=('gate', 'curvature'), say."
+        )
     known = [name for name in _FLOATS if name != "target_log_probs"]
     for name in arrays:
         if name not in known:

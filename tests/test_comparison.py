@@ -67,6 +67,14 @@ def test_why_one_target_rather_than_another() -> None:
     )
 
 
+def test_other_things_than_attributions_cannot_be_compared() -> None:
+    result = made_up(["Lily", " ran"])
+    with pytest.raises(InputError, match=r"right is NoneType: expected an Attribution\. Pass"):
+        heat_fast.compare_results(result, None)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="left is dict: expected an Attribution"):
+        heat_fast.compare_results(result.to_dict(), result)  # type: ignore[arg-type]
+
+
 def test_the_first_difference_of_two_prompts_is_told() -> None:
     left, right = made_up(["Lily", " ran"]), made_up(["Lily", " sat"])
     right = dataclasses.replace(right, token_ids=(0, 9))

@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 
+import heat_fast
 from heat_fast import config as config_module
 from heat_fast.config import PRESETS, HeatConfig, Settings
 from heat_fast.errors import ConfigError, HeatError
@@ -107,6 +109,16 @@ def test_unknown_name_suggests_the_close_one() -> None:
             make(probs=3)
     with pytest.raises(ConfigError, match=r"Known names: .*variant"):
         HeatConfig.from_dict({"zzzzzz": 1})
+
+
+def test_a_configuration_is_no_setting(demo: Any) -> None:
+    config = HeatConfig(variant="gs", seed=3)
+    given: Any = {"config": config}
+    with pytest.raises(ConfigError, match=r"^config is no setting: expected .* Pass a HeatConfig"):
+        heat_fast.attribute(demo.model, demo.tokenizer, "Maria slept.", **given)
+    told: Any = config.to_dict()  # as the message says
+    result = heat_fast.attribute(demo.model, demo.tokenizer, "Maria slept.", **told)
+    assert result.metadata["config"] == told
 
 
 def test_useless_combinations_are_rejected() -> None:

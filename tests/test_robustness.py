@@ -475,6 +475,9 @@ def test_a_config_of_another_type_is_refused(config: Any) -> None:
 def test_a_tokenizer_of_another_type_is_refused() -> None:
     with pytest.raises(InputError, match="tokenizer is str"):
         Attributor(families.build("llama"), "gpt2")
+    model = families.build("llama")
+    with pytest.raises(InputError, match=r"tokenizer is LlamaForCausalLM: expected a loaded"):
+        heat_fast.attribute(model, model, "Maria slept.")
 
 
 @pytest.mark.parametrize("margin", [21.0, 27.0])

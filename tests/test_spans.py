@@ -207,6 +207,18 @@ def test_sentences_know_abbreviations_and_other_scripts(demo: Any) -> None:
     assert [each.text for each in result.by_sentence()] == ["Dr. Smith paid $3.50.", " He left!"]
 
 
+@pytest.mark.parametrize("language", [None, 3, "", "e", "english", "EN", "en-", "en\n", "e1"])
+def test_languages_that_are_no_codes(language: Any) -> None:
+    with pytest.raises(InputError, match=r"^language=.*: expected an ISO 639 code .* Pass one\.$"):
+        pieces().by_sentence(language)
+
+
+@pytest.mark.parametrize("language", ["de", "yue", "pt-BR", "es-419"])
+def test_languages_by_their_codes(language: str) -> None:
+    pytest.importorskip("sentencex")
+    assert len(pieces().by_sentence(language)) == 3
+
+
 def test_without_the_splitter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sentencex", None)
     with pytest.raises(HeatError, match=r"sentencex is not installed.*heat-fast\[sentences\]"):
