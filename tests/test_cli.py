@@ -606,6 +606,37 @@ def test_standard_output_that_is_full_is_an_ordinary_failure(
     assert outcome.stderr.count("\n") == 1
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
+@pytest.mark.parametrize("options", [["--version"], ["--help"], ["attribute", "--help"]])
+def test_help_into_a_full_standard_output_is_an_ordinary_failure(
+    repository: Path, options: list[str]
+) -> None:
+    with open("/dev/full", "wb") as full:
+        outcome = subprocess.run(
+            program(*options), cwd=repository, stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert outcome.returncode == 1
+    assert outcome.stderr.startswith("heat-fast: error: cannot write to standard output: No space")
+    assert outcome.stderr.count("\n") == 1
+
+
+def test_completion_is_that_of_the_program_under_python_too(repository: Path) -> None:
+    shown = [
+        subprocess.run(
+            [*command, "--show-completion", "bash"],
+            cwd=repository,
+            env={**os.environ, "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for command in (program(), [sys.executable, "-m", "heat_fast"])
+    ]
+    for text in shown:
+        assert text.splitlines()[-1].endswith(" heat-fast")
+        assert "_HEAT_FAST_COMPLETE=complete_bash" in text and "python" not in text
+
+
 def test_help_shows_the_choices() -> None:
     output = CliRunner().invoke(app, ["attribute", "--help"], env={"COLUMNS": "140"}).output
     for option, choices in (

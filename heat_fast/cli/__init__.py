@@ -6,6 +6,7 @@ imported before the options are known to make sense.
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated
 
 import typer
@@ -14,6 +15,7 @@ from heat_fast._version import __version__
 from heat_fast.cli.attribute import attribute
 from heat_fast.cli.batch import batch
 from heat_fast.cli.bench import bench
+from heat_fast.cli.common import unwritable
 from heat_fast.cli.compare import compare
 from heat_fast.cli.estimate import estimate
 from heat_fast.cli.evaluate import evaluate
@@ -23,8 +25,9 @@ from heat_fast.cli.show import show
 
 __all__ = ["app", "main"]
 
+_NAME = "heat-fast"
 app = typer.Typer(
-    name="heat-fast",
+    name=_NAME,
     help="Which tokens of a prompt made a language model say what it says next.",
     no_args_is_help=True,
     # Errors are reported in one line; a traceback is for --debug.
@@ -34,7 +37,13 @@ app = typer.Typer(
 
 def main() -> None:
     """Entry point of the ``heat-fast`` command."""
-    app()
+    try:
+        # Of `python -m heat_fast` too, whose completion would else be that of python.
+        app(prog_name=_NAME)
+    except OSError as error:  # of --help, say: commands report their own
+        if error.filename is not None:
+            raise
+        sys.exit(f"{_NAME}: error: {unwritable(error)}")
 
 
 def _print_version(wanted: bool) -> None:

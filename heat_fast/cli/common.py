@@ -84,15 +84,20 @@ def standard_output() -> Iterator[Any]:
     except BrokenPipeError:
         raise
     except OSError as error:
-        # What the buffer still holds would fail once more when the interpreter ends.
-        with contextlib.suppress(OSError, ValueError):
-            null = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(null, stream.fileno())
-            os.close(null)
-        raise OutputError(
-            f"cannot write to standard output: {error.strerror or error}. Expected a place with "
-            "room. Redirect it elsewhere, or use --json F or --save F."
-        ) from error
+        raise unwritable(error) from error
+
+
+def unwritable(error: OSError) -> OutputError:
+    """The error about a standard output that failed so, which is written to no more."""
+    # What the buffer still holds would fail once more when the interpreter ends.
+    with contextlib.suppress(AttributeError, OSError, ValueError):
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, sys.stdout.fileno())
+        os.close(null)
+    return OutputError(
+        f"cannot write to standard output: {error.strerror or error}. Expected a place with "
+        "room. Redirect it elsewhere, or use --json F or --save F."
+    )
 
 
 def note(text: str, quiet: bool) -> None:
