@@ -317,10 +317,15 @@ def _of_model(known: Mapping[str, Any]) -> dict[str, Any]:
 
 def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Names of the settings that differ."""
-    if "model_name" in before:  # earlier versions kept a folder's name as it was given
-        before = {**before, "model_name": one_spelling(str(before["model_name"]))}
+    before, now = map(_spelled, (before, now))
     # A setting that came with a later version has its default in what was done before.
     return [name for name in now if name in before and before[name] != now[name]]
+
+
+def _spelled(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The same, with a model's folder by its absolute path."""
+    name = {key: one_spelling(str(settings[key])) for key in ("model_name",) if key in settings}
+    return {**settings, **name}
 
 
 def _check_settings(before: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> None:

@@ -22,7 +22,7 @@ def identity(model: Any) -> dict[str, Any]:
     """Which model it is: its class, name, active adapters, and a fingerprint of its weights."""
     return {
         "model": type(model).__name__,
-        "name": one_spelling(str(getattr(model, "name_or_path", "") or "")),
+        "name": str(getattr(model, "name_or_path", "") or ""),
         "adapters": _adapters(model),
         "weights": fingerprint(model),
     }
