@@ -42,7 +42,7 @@ def _llama() -> transformers.PretrainedConfig:
             "factor": 8.0,
             "low_freq_factor": 1.0,
             "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 64,
+            "original_max_position_embeddings": 32,
         },
         tie_word_embeddings=True,
     )

@@ -116,7 +116,7 @@ def _block(layer: Any, rotary: Rotary, config: Any) -> Block:
 def _feed_forward(layer: Any, config: Any) -> FeedForward:
     if hasattr(layer, "experts"):
         return mixture(layer, config)
-    return gated_mlp(layer) if hasattr(layer, "gate_proj") else plain_mlp(layer)
+    return plain_mlp(layer) if config.model_type in ("apertus", "arcee") else gated_mlp(layer)
 
 
 def _check_length(rotary: Any, length: int) -> None:
