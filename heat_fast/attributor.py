@@ -7,6 +7,7 @@ A prompt that is cut into windows goes to the middle of it once per window (`hea
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -162,6 +163,7 @@ class Attributor:
             raise InputError(
                 f"score_response={score_response!r}: expected True or False. Pass one of them."
             )
+        before = span.start if score_response else 0
         if score_response:
             encoded, named, response, span = self._scored(encoded, named, response, span)
         # What comes after the span cannot matter to it.
@@ -173,7 +175,7 @@ class Attributor:
                 using(self.config.kernels, device) as ran,
                 reporting(progress, self.config) as report,
             ):
-                return self._run(encoded, named, response, span, embed, device, report, ran)
+                result = self._run(encoded, named, response, span, embed, device, report, ran)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -181,6 +183,11 @@ class Attributor:
                 "out of memory even with one sequence at a time: expected room for the prompt's "
                 "own run. Free memory, shorten the prompt, or load the model in a smaller dtype."
             ) from error
+        if not before:
+            return result
+        # How many of the last tokens of `token_ids` are the response's.
+        metadata = {**result.metadata, "scored_response": before}
+        return dataclasses.replace(result, metadata=metadata)
 
     def _span(self, response: tuple[int, ...] | None, where: TargetSpan) -> range:
         """The tokens of the response that are explained."""
@@ -208,8 +215,12 @@ class Attributor:
                 "expected a target_span that begins later. Pass target and target_span too."
             )
         before, end = len(encoded), len(encoded) + span.start
-        parts = dict(named) or {"prompt": (0, before)}
-        parts.setdefault("response", (before, end))
+        if "response" in named:
+            raise InputError(
+                "a segment 'response' beside score_response=True, which has one of that name: "
+                "expected another. Rename it."
+            )
+        parts = {**(named or {"prompt": (0, before)}), "response": (before, end)}
         whole = encoded.followed_by(response[: span.start], self.tokenizer)
         return whole, parts, response[span.start :], range(len(span))
 

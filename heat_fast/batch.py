@@ -111,9 +111,9 @@ def attribute_rows(
         check_rows_name(path, "Choose another name.")
     settings, summary = _settings(attributor), Summary()
     with closing(Journal(journal)) as lines, closing(Journal(reasons_path)) as side:
-        known = False
+        copied = False
         try:
-            known = parquet and output.exists() and _take_over(output, lines)
+            copied = parquet and output.exists() and _take_over(output, lines)
             done = dict(_finished(lines, settings, output))
             reasons = list(_reasons(side))
             lasting = [] if retry_failed else [each for each in reasons if _lasts(each, settings)]
@@ -139,7 +139,7 @@ def attribute_rows(
             else:
                 lines.keep()  # nothing to be attributed, or all failed: an output of no results
         finally:
-            if known and not summary.done:
+            if copied and not summary.done:
                 lines.remove()  # the output holds all of it
     return summary
 
@@ -262,7 +262,7 @@ def _finished(
             or not _is_mark(metadata.get("batch"))
             or not isinstance(metadata.get("config"), dict)
         ):
-            raise _foreign(lines.path, "results")
+            raise _foreign(output if output.exists() else lines.path, "results")
         _check_settings(_settings_of(metadata), settings, output)
         yield metadata["batch"]["row"], metadata["batch"]["input"]
 

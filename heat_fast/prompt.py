@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import numbers
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -72,8 +73,8 @@ class EncodedPrompt:
             if offsets is not None:
                 shifted = ((start + len(text), end + len(text)) for start, end in places)
                 offsets = (*offsets, *shifted)
-            # A token may end within a character, whose bytes are no text.
-            text += said.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+            # A token may end within a character: each of its bytes is a character here.
+            text += re.sub("[\udc80-\udcff]", "\ufffd", said)
         if roles is not None:
             roles = (*roles, *("assistant" for _ in response))
         return EncodedPrompt(

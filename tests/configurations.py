@@ -702,11 +702,12 @@ def _glm4_moe(**more: Any) -> transformers.PretrainedConfig:
 
 
 def _dots1() -> transformers.PretrainedConfig:
-    """Weights of a row's experts as they are; a window in the last layer, norms of heads."""
+    """Weights of a row's experts as they are, these in two of three groups; a window in the last
+    layer, norms of heads."""
     layers = ["full_attention", "full_attention", "sliding_attention"]
-    return transformers.Dots1Config(
-        **_sigmoid_routed(layer_types=layers, sliding_window=5, norm_topk_prob=False)
-    )
+    groups = {"n_group": 3, "topk_group": 2}
+    routed = _sigmoid_routed(layer_types=layers, sliding_window=5, norm_topk_prob=False)
+    return transformers.Dots1Config(**{**routed, **groups})
 
 
 def _latent(**more: Any) -> dict[str, Any]:

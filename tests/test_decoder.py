@@ -132,7 +132,8 @@ def test_every_family_has_a_tiny_model_here() -> None:
     ("name", "setting", "value"),
     [
         ("olmoe", "clip_qkv", 2.0),
-        ("glm4_moe", "n_group", 2),
+        ("deepseek_v2", "topk_method", "group_limited_greedy"),
+        ("mixtral", "model_type", "of_next_year"),
         ("stablelm", "qk_layernorm", True),
         ("cohere", "use_qk_norm", True),
     ],
@@ -140,7 +141,14 @@ def test_every_family_has_a_tiny_model_here() -> None:
 def test_settings_that_are_not_served_are_named(name: str, setting: str, value: Any) -> None:
     model = families.build(name)
     setattr(model.config, setting, value)
-    with pytest.raises(UnsupportedModelError, match=setting):
+    with pytest.raises(UnsupportedModelError, match=f"{setting}|{value}"):
+        view(model, 9)
+
+
+def test_values_wider_than_keys_are_refused() -> None:
+    model = families.build("deepseek_v3")
+    model.model.layers[1].self_attn.v_head_dim = 13
+    with pytest.raises(UnsupportedModelError, match=r"values of 13 columns \(v_head_dim\)"):
         view(model, 9)
 
 

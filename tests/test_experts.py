@@ -148,10 +148,3 @@ def test_layers_without_attention_are_refused() -> None:
     model.model.layers[1].self_attn = None
     with pytest.raises(UnsupportedModelError, match="state-space layers"):
         view(model, 9)
-
-
-def test_other_ways_of_choosing_are_refused() -> None:
-    model = families.build("deepseek_v2")
-    model.config.topk_method = "group_limited_greedy"
-    with pytest.raises(UnsupportedModelError, match="topk_method"):
-        view(model, 9)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from typing import Any
+from unittest import mock
 
 import numpy
 import pytest
@@ -14,7 +15,7 @@ from assertions import assert_close
 from families import build, prompt_ids
 from heat_fast import Attributor, HeatConfig
 from heat_fast.errors import ConfigError, InputError
-from heat_fast.prompt import encode_prompt
+from heat_fast.prompt import EncodedPrompt, encode_prompt
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] | trim }}<|im_end|>\n"
@@ -262,10 +263,33 @@ def test_a_scored_response_is_a_part_of_text_and_chat(demo: Any) -> None:
         score_response=True,
         segments=named,
     )
+    assert result.metadata["scored_response"] == 2
     said = result.by_segment()["response"]
     assert set(result.segments) == {"fact", "response"} and said.text == " Fenston is"
     assert (said.start, said.stop) == (len(result) - 2, len(result))
     assert 0 < said.share < 1
+
+
+def test_a_scored_response_of_a_chat_is_the_assistants(
+    demo: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    monkeypatch.setattr(demo.tokenizer, "chat_template", template)
+    chat = [{"role": "user", "content": demo.examples[0].prompt}]
+    settings: dict[str, Any] = {"variant": "gs", "target_span": (2, 3), "score_response": True}
+    result = heat_fast.attribute(demo.model, demo.tokenizer, chat, " Fenston is it.", **settings)
+    assert result.roles is not None and result.roles[-3:] == (None, "assistant", "assistant")
+    assert "assistant" in {span.name for span in result.by_role()}
+
+
+def test_bytes_of_a_character_before_a_scored_part_are_characters() -> None:
+    """One each, in the text as in the offsets."""
+    tokens = ("ok", " ", "<0xF0>", "<0x9F>", " then")
+    encoded = EncodedPrompt((1,), ("Was?",), ((0, 4),), "Was?", (False,))
+    with mock.patch("heat_fast.prompt.readable_tokens", lambda *_: tokens):
+        whole = encoded.followed_by([2, 3, 4, 5, 6], None)
+    assert whole.text == "Was?ok \ufffd\ufffd then" and whole.offsets is not None
+    assert whole.text[slice(*whole.offsets[-1])] == " then"
 
 
 def test_a_response_that_cannot_be_scored() -> None:
@@ -273,6 +297,9 @@ def test_a_response_that_cannot_be_scored() -> None:
     for settings in ({}, {"target": [3, 4]}, {"target": [3, 4], "target_span": (0, 1)}):
         with pytest.raises(InputError, match="a target_span that begins later"):
             heat_fast.attribute(model, None, [1, 2], score_response=True, **settings)
+    named = {"segments": {"response": (0, 1)}, "target_span": (1, 2)}
+    with pytest.raises(InputError, match="a segment 'response' beside score_response=True"):
+        heat_fast.attribute(model, None, [1, 2], [3, 4], score_response=True, **named)
     with pytest.raises(InputError, match="score_response=1: expected True or False"):
         heat_fast.attribute(model, None, [1, 2], [3, 4], score_response=1)  # type: ignore[arg-type]
 

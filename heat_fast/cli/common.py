@@ -96,7 +96,7 @@ def unwritable(error: OSError) -> OutputError:
         os.close(null)
     return OutputError(
         f"cannot write to standard output: {error.strerror or error}. Expected a place with "
-        "room. Redirect it elsewhere, or use --json F or --save F."
+        "room. Redirect it elsewhere; results can be written with --json F or --save F."
     )
 
 

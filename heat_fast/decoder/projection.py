@@ -225,7 +225,7 @@ class FusedProjection(AffineProjection):
 
 @dataclass(frozen=True)
 class Latent:
-    """Of the latent rows: norm states, norm adjoints, or the raw rows' tangents."""
+    """Of the latent rows: norm states or norm adjoints."""
 
     query: Any
     key: Any

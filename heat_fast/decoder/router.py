@@ -55,7 +55,7 @@ class RoutingTangent:
 
 
 class Router:
-    """A router, whose weights are the model's own.
+    """A router over the model's own weights, or a wider copy of them.
 
     `weight [E, d]`; `bias [E]`; `top`: k; `renormalised`: whether the weights of a row's experts
     sum to `scale` (a); `correction [E]`: c; `groups`: how many, and how many of them are open;

@@ -44,12 +44,17 @@ def rms_norm_of_heads(module: Any, *, late_cast: bool = False) -> NormOfHeads:
 
 
 def layer_norm(module: Any, scale: float = 1.0, *, weight_offset: float = 0.0) -> Norm:
-    """A LayerNorm, with or without weight and bias, times `scale`; Nemotron's stores `w - 1`."""
+    """A LayerNorm, with or without weight and bias, times `scale`.
+
+    Nemotron's stores `w - 1`, and adds 1 in the model's dtype.
+    """
     norm, eps = _tuned(module)
     weight, bias = norm.weight, getattr(norm, "bias", None)
+    if weight_offset:
+        weight = weight + weight_offset
     if scale != 1.0:
         weight, bias = weight * scale, None if bias is None else bias * scale
-    return Norm(weight, bias, eps, centered=True, weight_offset=weight_offset, late_cast=True)
+    return Norm(weight, bias, eps, centered=True, late_cast=True)
 
 
 def norm_weight(module: Any) -> Tensor:

@@ -1,4 +1,4 @@
-"""DeepSeek-V2-Lite, GLM-4.7-Flash, Moonlight and kin: latent rows between a row and its heads.
+"""DeepSeek-V2-Lite, DeepSeek-V3, GLM-4.7-Flash, Moonlight: latent rows between a row and its heads.
 
 Otherwise as Llama, with experts of which all rows share some, after one or a few dense layers.
 """
@@ -24,6 +24,7 @@ from heat_fast.decoder.norm import Identity
 from heat_fast.decoder.projection import LatentProjection
 from heat_fast.decoder.rotary import Rotary
 from heat_fast.decoder.view import Decoder, family, module_device
+from heat_fast.errors import UnsupportedModelError
 from heat_fast.kernels.branch_attention import Masking
 
 
@@ -69,6 +70,12 @@ def _block(layer: Any, rotary: Rotary, config: Any) -> Block:
 
 def _projection(attention: Any) -> LatentProjection:
     direct = attention.q_lora_rank is None
+    if attention.v_head_dim > attention.qk_head_dim:
+        raise UnsupportedModelError(
+            f"values of {attention.v_head_dim} columns (v_head_dim) are wider than this model's "
+            f"queries and keys of {attention.qk_head_dim}: expected at most as many. Use a model "
+            "that has them so, as all published ones do."
+        )
     return LatentProjection(
         None if direct else Linear(attention.q_a_proj),
         Identity() if direct else rms_norm(attention.q_a_layernorm),

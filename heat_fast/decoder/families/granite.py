@@ -90,8 +90,8 @@ def _feed_forward(layer: Any) -> FeedForward:
     if layer.block_sparse_moe is not None:
         moe = layer.block_sparse_moe
         weight = plain_tensor(moe.router, "weight", 2)
-        experts = getattr(moe, "experts", moe)  # older versions of transformers have no `experts`
-        parts.append(experts_of(Router(weight, top=moe.router.top_k, renormalised=True), experts))
+        router = Router(weight, top=moe.router.top_k, renormalised=True)
+        parts.append(experts_of(router, moe.experts))
     shared = getattr(layer, "shared_mlp", None)
     if shared is not None:
         linears = Linear(shared.input_linear), None, Linear(shared.output_linear)

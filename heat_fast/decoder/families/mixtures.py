@@ -18,6 +18,8 @@ from heat_fast.decoder.router import Router
 from heat_fast.decoder.shared import Sum, Weighed
 from heat_fast.errors import UnsupportedModelError
 
+# Types of models whose routers take the largest probabilities as they are.
+_PLAIN = frozenset({"mixtral", "qwen2_moe", "qwen3_moe", "olmoe"})
 _NUMBERS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -54,18 +56,13 @@ def _router(layer: Any, config: Any) -> Router:
         scale, top = config.routed_scaling_factor, config.num_experts_per_tok
         return Router(weight, top=top, renormalised=False, scale=scale, widened=True)
     if kind in ("glm4_moe", "glm4_moe_lite", "dots1", "deepseek_v3"):
-        if config.n_group > 1:
-            raise UnsupportedModelError(
-                f"this model's experts lie in {config.n_group} groups (n_group), of which a row "
-                f"may go to {config.topk_group}: expected n_group=1, as GLM-4.5 to 4.7, "
-                "dots.llm1, Moonlight and Kimi-K2 have it. Use such a model."
-            )
         return Router(
             weight,
             top=config.num_experts_per_tok,
             renormalised=config.norm_topk_prob,
             scores="sigmoid",
             correction=gate.e_score_correction_bias,
+            groups=(config.n_group, config.topk_group),
             scale=config.routed_scaling_factor,
             widened=True,
         )
@@ -78,6 +75,12 @@ def _router(layer: Any, config: Any) -> Router:
         correction = gate.moe_statics.e_score_correction_bias.squeeze()
         return Router(
             weight, top=gate.top_k, renormalised=True, correction=correction, widened=True
+        )
+    if kind not in _PLAIN:
+        raise UnsupportedModelError(
+            f"the experts of a model of type {kind!r} may be chosen otherwise than is known here: "
+            f"expected one of {', '.join(sorted(_PLAIN))}, or another that is viewed. Use such a "
+            "model."
         )
     # Mixtral's router does not say whether a row's weights sum to 1: they do.
     return Router(weight, top=gate.top_k, renormalised=getattr(gate, "norm_topk_prob", True))
