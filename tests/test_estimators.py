@@ -352,6 +352,8 @@ class Alive(TorchDispatchMode):
         ("gpt2", 3, torch.float32),
         ("gemma2", 1, torch.bfloat16),
         ("olmoe", 2, torch.float32),
+        ("glm4_moe", 1, torch.float32),
+        ("deepseek_v3", 2, torch.float32),
     ],
 )
 def test_estimated_bytes_are_near_those_alive(
