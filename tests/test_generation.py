@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -250,7 +251,7 @@ def test_the_response_before_a_part_of_it_can_be_scored(settings: dict[str, Any]
             assert_close(name, expected, actual, rtol=1e-5)
 
 
-def test_a_scored_response_is_a_part_of_text_and_chat(demo: Any) -> None:
+def test_a_scored_response_is_a_part_of_a_text(demo: Any, tmp_path: Path) -> None:
     prompt, response = demo.examples[0].prompt, " Fenston is it."
     named = {"fact": "The mountain of Mirmora is Fenston."}
     result = heat_fast.attribute(
@@ -264,6 +265,9 @@ def test_a_scored_response_is_a_part_of_text_and_chat(demo: Any) -> None:
         segments=named,
     )
     assert result.metadata["scored_response"] == 2
+    result.to_html(tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert ">Prompt, and 2 tokens of the response after it</h2>" in page
     said = result.by_segment()["response"]
     assert set(result.segments) == {"fact", "response"} and said.text == " Fenston is"
     assert (said.start, said.stop) == (len(result) - 2, len(result))

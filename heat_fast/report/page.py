@@ -71,6 +71,7 @@ def render_page(result: Attribution) -> str:
         data=script_safe_json(page_data(result)),
         target=_title(result),
         n_tokens=len(result),
+        answered=result.metadata.get("scored_response"),
         n_targets=len(result.target_ids),
         components=tuple(components),
         signed=bool((result.target_scores < 0).any()),
