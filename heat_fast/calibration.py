@@ -170,6 +170,10 @@ def _fit(features: Tensor, drops: Tensor) -> Calibration:
 
     The solution is that without the constraint, or the best of one feature alone, or 0.
     """
+    # Parts of very different sizes would make one of them look like rounding.
+    size = features.norm(dim=1)
+    size = torch.where(size > 0, size, 1.0)
+    features = features / size[:, None]
     gram, moment = features @ features.T, features @ drops
     corners = [torch.zeros_like(moment) for _ in range(3)]
     for index in range(2):
@@ -182,4 +186,5 @@ def _fit(features: Tensor, drops: Tensor) -> Calibration:
     total = float(drops.square().sum())
     left = float((drops - best @ features).square().sum())
     explained = 1 - left / total if total else 0.0
+    best = best / size
     return Calibration(float(best[0]), float(best[1]), explained, len(drops))

@@ -143,6 +143,23 @@ def test_context_cite_recovers_a_sparse_linear_function(monkeypatch: pytest.Monk
     assert float(default[-1]) == 0
 
 
+@pytest.mark.parametrize("raised", [0.0, 17.0, 35.0])
+def test_odds_of_certain_predictions_keep_their_digits(raised: float) -> None:
+    """Raising the target alone moves every logit p by as much: the weights stay."""
+    pytest.importorskip("sklearn")
+    model, ids = build("llama_bias"), prompt_ids("llama_bias", 10)
+    head: Any = model.get_output_embeddings()
+    head.bias = torch.nn.Parameter(torch.zeros(head.out_features))
+    state = np.random.get_state()[1].copy()
+    expected = quick("context_cite")(model, None, ids, [9]).scores
+    with torch.no_grad():
+        head.bias[9] = raised
+    found = quick("context_cite")(model, None, ids, [9]).scores
+    assert expected.any()
+    assert_close("scores", expected, found, rtol=1e-3)
+    assert (np.random.get_state()[1] == state).all()
+
+
 def test_context_cite_fits_as_its_authors_do() -> None:
     pytest.importorskip("sklearn")
     solver = pytest.importorskip("context_cite.solver")

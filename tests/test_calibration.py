@@ -11,6 +11,7 @@ import torch
 import families
 import heat_fast
 from heat_fast import InputError, baselines, calibrate
+from heat_fast.calibration import _fit
 from results import made_up, story
 
 
@@ -73,6 +74,17 @@ def test_stretches_are_masked_together(span: tuple[int, int] | None) -> None:
     assert seen == 6
     found = calibrate(result, model, spans=6)
     assert found.drops == (len(ids) + 6) * (stop - first)
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e9])
+def test_weights_follow_the_scale_of_a_part(scale: float) -> None:
+    features = torch.rand(2, 40, dtype=torch.float64)
+    drops = features[0] + 0.3 * features[1] + 0.1 * torch.rand(40, dtype=torch.float64)
+    plain = _fit(features, drops)
+    scaled = _fit(features * torch.tensor([[scale], [1.0]], dtype=torch.float64), drops)
+    assert scaled.beta * scale == pytest.approx(plain.beta)
+    assert scaled.gamma == pytest.approx(plain.gamma)
+    assert scaled.explained == pytest.approx(plain.explained)
 
 
 def test_what_cannot_be_calibrated_is_refused() -> None:

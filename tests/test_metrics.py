@@ -131,6 +131,8 @@ def test_normalisation_of_retention() -> None:
 def test_a_first_token_that_is_kept() -> None:
     case = Case([0, 1], 0, [0.0, 1.0])
     assert metrics.soft_ns(Bag(), [case], keep_first=1).value == pytest.approx(1)
+    with pytest.raises(NumericalError, match=r"lower keep_first"):
+        metrics.soft_ns(Bag(), [case], keep_first=len(case.token_ids))
     assert metrics.soft_ns(Bag(), [case]).value < 1
     found = metrics.aopc_order(Bag(), [Case([0, 1], 0, [9, 1])], keep_first=1).value
     expected = (chance(1, 1, 0, 0) - chance(1, 0, 0, 0)) / 2

@@ -7,6 +7,7 @@ lengths are padded on the right: in a causal model padding there changes nothing
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -28,6 +29,9 @@ from heat_fast.forward import (
 from heat_fast.planner import Budget, collect, forward_rows
 from heat_fast.prompt import EncodedPrompt, check_length, encode_prompt, encode_target
 from heat_fast.trunk import Trunk, require_finite, run_trunk
+
+# About the logarithm of the smallest double: where all other tokens are ruled out.
+_LEAST = -745.0
 
 
 @dataclass
@@ -77,6 +81,15 @@ class Case:
         """The targets' own of log-probabilities `[B, T, V]`: `[B, T]`."""
         index = self.target_ids.to(log_probs.device).expand(len(log_probs), -1)
         return log_probs.gather(-1, index[..., None])[..., 0]
+
+    def odds(self, log_probs: Tensor) -> Tensor:
+        """`logit P = log P - log(1 - P)` of the targets, `[B, T]`.
+
+        1 - P is the sum over the other tokens: the difference has no digits left where P is near 1.
+        """
+        index = self.target_ids.to(log_probs.device).expand(len(log_probs), -1)
+        others = log_probs.scatter(-1, index[..., None], -math.inf).logsumexp(-1)
+        return self.pick(log_probs) - others.clamp_min(_LEAST)
 
     def log_probs(self, embeddings: Tensor | None = None) -> Tensor:
         """`log P [B, T, V]` at the target positions of contexts `[B, M, d]`, nats."""

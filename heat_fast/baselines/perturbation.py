@@ -95,8 +95,7 @@ class ContextCite(Baseline):
         for row in kept.tolist():
             chosen = [group for group, stays in zip(groups, row, strict=True) if stays]
             subsets.append(sorted(fixed.union(*map(set, chosen))))
-        log_p = case.pick(case.subsets(subsets)).double().cpu()
-        outputs = log_p - torch.log(-torch.expm1(log_p.clamp(max=-1e-12)))
+        outputs = case.odds(case.subsets(subsets)).double().cpu()
         scores = torch.zeros(len(case.targets), case.tokens, dtype=torch.double)
         for target in range(len(case.targets)):
             weights = fit(kept.double(), outputs[:, target], self.alpha)
@@ -229,7 +228,8 @@ def _lasso() -> Any:
         scale = v.std(0, correction=0)
         scale = torch.where(scale > 0, scale, 1.0)
         x = (v - v.mean(0)) / scale
-        lasso = Lasso(alpha=alpha).fit(x.numpy(), outputs.numpy())
+        # Without a seed it would draw one from numpy's global state.
+        lasso = Lasso(alpha=alpha, random_state=0).fit(x.numpy(), outputs.numpy())
         return torch.from_numpy(lasso.coef_) / scale
 
     return fit

@@ -21,6 +21,9 @@ from heat_fast.errors import InputError, NumericalError
 from heat_fast.metrics._estimate import Measurement, bootstrap, generator
 from heat_fast.metrics._model import Asker, Case, asking, read
 
+# Two runs of one prompt in batches of different shapes are no further apart than this.
+_ROUNDING = 1e-6
+
 
 def soft_ns(
     model: Any,
@@ -170,7 +173,7 @@ def _soft(
 
             distances = _distances(asker, embeddings, masked, masks + 1)
             nothing = float(distances[-1])
-            if nothing == 0:
+            if keep_first >= len(embeddings) or nothing <= _ROUNDING:
                 raise NumericalError(
                     f"case {number}: the prompt with all embeddings 0 is predicted like the prompt "
                     "itself, expected a difference to divide by. Leave it out, or lower keep_first."
