@@ -13,15 +13,12 @@ from torch import Tensor, nn
 
 from heat_fast.decoder.linear import Linear
 from heat_fast.errors import UnsupportedModelError
-from heat_fast.forward import log_probs
+from heat_fast.forward import follows_length, log_probs
 from heat_fast.trunk import Trunk
 
 _SINGLE = float(torch.finfo(torch.float32).eps)
 #: How float32 factors of a product may be rounded, by torch's setting; not at all by default.
 _PRODUCTS = {"tf32": 2.0**-10, "bf16": 2.0**-7}
-
-# Kinds of rotary embedding whose angles depend on how long the context is.
-_LENGTH_ROPES = frozenset({"longrope", "dynamic"})
 
 #: How much more log-probabilities below float32 may differ where a router chooses.
 ROUTED = 16
@@ -55,16 +52,11 @@ def _own(model: Any, trunk: Trunk) -> Tensor:
     """
     count, missing = len(trunk.targets), trunk.decoder.length - trunk.length
     context = trunk.embeddings
-    if missing and any(_follows_length(module) for module in model.modules()):
+    if missing and any(follows_length(module) for module in model.modules()):
         context = torch.cat((context, context[-1:].expand(missing, -1)))
     else:
         missing = 0
     return log_probs(model, context, count + missing)[:count].to(trunk.log_probs)
-
-
-def _follows_length(module: nn.Module) -> bool:
-    kinds = getattr(module, "rope_type", None)
-    return not _LENGTH_ROPES.isdisjoint(kinds.values() if isinstance(kinds, dict) else [kinds])
 
 
 def _difference(trunk: Trunk, own: Tensor, eps: float) -> float:

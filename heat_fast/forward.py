@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from heat_fast.decoder.norm import wide
 from heat_fast.errors import InputError, UnsupportedModelError
 
+# Kinds of rotary embedding whose angles depend on how long the context is.
+_LENGTH_ROPES = frozenset({"longrope", "dynamic"})
+
 
 def check_model(model: Any) -> None:
     """Raise `InputError` for anything but a model in memory."""
@@ -51,7 +54,7 @@ def context_length(model: Any) -> int | None:
 def vocabularies(model: Any) -> tuple[int, int]:
     """How many token ids the model reads, and how many it predicts; they may differ."""
     read = int(model.get_input_embeddings().weight.shape[0])
-    head: Any = model.get_output_embeddings()
+    head: Any = getattr(model, "get_output_embeddings", lambda: None)()
     return read, int(getattr(head, "out_features", read))
 
 
@@ -69,9 +72,12 @@ def picked(log_probs: Tensor, targets: Sequence[int]) -> Tensor:
 def padded_log_probs(model: Any, contexts: Sequence[Tensor], count: int) -> Tensor:
     """Log-probabilities `[B, count, V]` at the last positions of each context `[M, d]`.
 
-    Shorter contexts are padded on the right, which a causal model does not see.
+    Shorter contexts are padded on the right, which a causal model does not see, unless the length
+    of the context changes its rotary tables: then one length is run at a time.
     """
     sizes = [len(each) for each in contexts]
+    if len(set(sizes)) > 1 and any(map(follows_length, model.modules())):
+        return torch.cat([padded_log_probs(model, [each], count) for each in contexts])
     padded = nn.utils.rnn.pad_sequence(list(contexts), batch_first=True)
     kept = max(sizes) - min(sizes) + count
     logits = model(inputs_embeds=padded, use_cache=False, logits_to_keep=kept).logits[:, -kept:]
@@ -79,6 +85,12 @@ def padded_log_probs(model: Any, contexts: Sequence[Tensor], count: int) -> Tens
         ends = [slice(size - min(sizes), size - min(sizes) + count) for size in sizes]
         logits = torch.stack([row[end] for row, end in zip(logits, ends, strict=True)])
     return torch.log_softmax(logits.to(wide(logits.dtype)), dim=-1)
+
+
+def follows_length(module: nn.Module) -> bool:
+    """Whether a module's rotary tables depend on how long the context is."""
+    kinds = getattr(module, "rope_type", None)
+    return not _LENGTH_ROPES.isdisjoint(kinds.values() if isinstance(kinds, dict) else [kinds])
 
 
 @contextmanager

@@ -21,6 +21,7 @@ import families
 import heat_fast
 from assertions import assert_close
 from heat_fast import InputError, NumericalError, metrics
+from heat_fast.forward import log_probs, padded_log_probs
 from heat_fast.metrics import Case, Measurement
 
 MODULES = (
@@ -524,3 +525,25 @@ def test_a_prompt_that_does_nothing() -> None:
     nn.init.zeros_(model.embed.weight)
     with pytest.raises(NumericalError, match="expected a difference"):
         metrics.soft_ns(model, [GOOD])
+
+
+def test_contexts_of_several_lengths_have_their_own_long_rope_tables() -> None:
+    model = families.build("phi3_longrope_long")  # other factors beyond 4 tokens
+    ids = families.prompt_ids("phi3_longrope_long", 6)
+    embeddings = model.get_input_embeddings()(torch.tensor(ids))
+    contexts = [embeddings, embeddings[:3]]
+    with torch.no_grad():
+        together = padded_log_probs(model, contexts, 1)
+        alone = [log_probs(model, each, 1) for each in contexts]
+    for one, other in zip(alone, together, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_targets_beyond_a_smaller_head_are_refused() -> None:
+    model, ids = families.build("llama"), families.prompt_ids("llama", 6)
+    head: Any = model.get_output_embeddings()
+    smaller = torch.nn.Linear(head.in_features, head.out_features - 3, bias=False)
+    model.set_output_embeddings(smaller)
+    case = Case(ids, head.out_features - 1, [0.1] * 6)
+    with pytest.raises(InputError, match="of case 0's target is not in the vocabulary"):
+        metrics.comprehensiveness(model, [case])

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from heat_fast.checks import check_whole, is_whole
 from heat_fast.errors import InputError
-from heat_fast.forward import context_length, padded_log_probs, undisturbed
+from heat_fast.forward import context_length, padded_log_probs, undisturbed, vocabularies
 from heat_fast.metrics._estimate import check_vector
 from heat_fast.planner import Budget, collect, forward_rows
 from heat_fast.prompt import check_length
@@ -58,7 +58,8 @@ class Asker:
         self.model = model
         self.embed = model.get_input_embeddings()
         weight = self.embed.weight
-        self.vocabulary = int(weight.shape[0])
+        #: How many ids the model reads, and how many it predicts.
+        self.vocabulary, self.predicted = vocabularies(model)
         self.longest = context_length(model) if hasattr(model, "config") else None
         asked = None if rows is None else check_whole("rows", rows)
         self.budget = Budget(asked or forward_rows(weight.device, weight.shape[-1]))
@@ -70,9 +71,8 @@ class Asker:
                 f"{where} is {type(case).__name__}: expected a Case. Write "
                 "Case(token_ids, target, scores), or Case.of(result)."
             )
-        *token_ids, target = (
-            check_id(token, self.vocabulary, where) for token in (*case.token_ids, case.target)
-        )
+        token_ids = [check_id(token, self.vocabulary, where) for token in case.token_ids]
+        target = check_id(case.target, min(self.vocabulary, self.predicted), f"{where}'s target")
         return replace(case, token_ids=token_ids, target=target)
 
     def embeddings(self, token_ids: Sequence[int]) -> Tensor:
