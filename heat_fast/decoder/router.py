@@ -55,7 +55,7 @@ class RoutingTangent:
 
 
 class Router:
-    """A router over the model's own weights, or a wider copy of them.
+    """A router, whose weights are the model's own.
 
     `weight [E, d]`; `bias [E]`; `top`: k; `renormalised`: whether the weights of a row's experts
     sum to `scale` (a); `correction [E]`: c; `groups`: how many, and how many of them are open;
@@ -76,8 +76,7 @@ class Router:
         widened: bool = False,
     ) -> None:
         self.weight = weight.detach()
-        if widened:
-            self.weight = self.weight.to(wide(weight.dtype))
+        self.dtype = wide(weight.dtype) if widened else weight.dtype
         self.bias = None if bias is None else bias.detach()
         self.top = top
         self.renormalised = renormalised
@@ -88,7 +87,7 @@ class Router:
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Routing]:
         """The chosen experts `[S, k]`, all experts' weights `[S, E]`, zero off T, the primal."""
-        logits = affine(x.to(self.weight.dtype), self.weight, self.bias)
+        logits = affine(x.to(self.dtype), self._weight(), self.bias)
         logits = logits.to(wide(logits.dtype))
         sigmoid = self.scores == "sigmoid"
         scores = logits.sigmoid() if sigmoid else logits.softmax(-1)
@@ -103,6 +102,10 @@ class Router:
         slack = torch.sigmoid(-logits) if sigmoid else None
         return chosen, self.scale * weights, Routing(share, slack)
 
+    def _weight(self) -> Tensor:
+        """In the dtype of the product; widened for it alone, as wide copies of all would add up."""
+        return self.weight.to(self.dtype)
+
     def _choose(self, scores: Tensor) -> Tensor:
         if self.correction is not None:
             scores = scores + self.correction
@@ -116,7 +119,7 @@ class Router:
 
     def tangent(self, state: Routing, x_dot: Tensor) -> tuple[Tensor, RoutingTangent]:
         """How the weights move in relation to themselves, `w. / w [B, S, E]`."""
-        moved = product(x_dot.to(self.weight.dtype), self.weight.t()).to(state.share.dtype)
+        moved = product(x_dot.to(self.dtype), self._weight().t()).to(state.share.dtype)
         if state.slack is not None:
             moved = moved * state.slack
         relative = moved - (state.share * moved).sum(-1, keepdim=True)
@@ -147,4 +150,4 @@ class Router:
         return along - state.share * along.sum(-1, keepdim=True)
 
     def _pull(self, logits: Tensor) -> Tensor:
-        return product(logits.to(self.weight.dtype), self.weight)
+        return product(logits.to(self.dtype), self._weight())
