@@ -16,13 +16,19 @@ import transformers
 ConfigBuilder = Callable[[], transformers.PretrainedConfig]
 
 
-def _common() -> dict[str, Any]:
+def common() -> dict[str, Any]:
     """What most have in common; a dictionary of their own, as configurations write to it."""
     return {
         "num_hidden_layers": 3,
         "max_position_embeddings": 64,
         "rope_parameters": {"rope_type": "default", "rope_theta": 100.0},
     }
+
+
+def half_turned(config: transformers.PretrainedConfig) -> transformers.PretrainedConfig:
+    """With half of a head's columns turned by rotary."""
+    config.rope_parameters["partial_rotary_factor"] = 0.5
+    return config
 
 
 def _llama() -> transformers.PretrainedConfig:
@@ -75,7 +81,7 @@ def _mistral() -> transformers.PretrainedConfig:
         num_attention_heads=5,
         num_key_value_heads=1,
         sliding_window=5,
-        **_common(),
+        **common(),
     )
 
 
@@ -90,7 +96,7 @@ def _qwen2() -> transformers.PretrainedConfig:
         use_sliding_window=True,
         sliding_window=4,
         layer_types=["full_attention", "sliding_attention", "full_attention"],
-        **_common(),
+        **common(),
         tie_word_embeddings=True,
     )
 
@@ -104,7 +110,7 @@ def _qwen3() -> transformers.PretrainedConfig:
         num_attention_heads=6,
         num_key_value_heads=2,
         head_dim=8,
-        **_common(),
+        **common(),
         tie_word_embeddings=False,
     )
 
@@ -221,14 +227,14 @@ def _gemma() -> transformers.PretrainedConfig:
         num_attention_heads=6,
         num_key_value_heads=1,
         head_dim=8,
-        **_common(),
+        **common(),
     )
 
 
 def _ministral3() -> transformers.PretrainedConfig:
     """Queries scaled by their position, beyond 64; a window in every layer; head size unrelated."""
-    common = _common()
-    common["rope_parameters"] |= {
+    settings = common()
+    settings["rope_parameters"] |= {
         "llama_4_scaling_beta": 0.1,
         "original_max_position_embeddings": 64,
     }
@@ -240,7 +246,7 @@ def _ministral3() -> transformers.PretrainedConfig:
         num_key_value_heads=2,
         head_dim=8,
         sliding_window=6,
-        **common,
+        **settings,
     )
 
 
@@ -252,7 +258,7 @@ def _apertus() -> transformers.PretrainedConfig:
         intermediate_size=57,
         num_attention_heads=5,
         num_key_value_heads=1,
-        **_common(),
+        **common(),
         bos_token_id=1,
         eos_token_id=2,
         pad_token_id=0,
@@ -267,7 +273,7 @@ def _arcee() -> transformers.PretrainedConfig:
         intermediate_size=57,
         num_attention_heads=5,
         num_key_value_heads=1,
-        **_common(),
+        **common(),
         bos_token_id=1,
         eos_token_id=2,
     )
@@ -282,12 +288,11 @@ def _nemotron() -> transformers.PretrainedConfig:
         num_attention_heads=6,
         num_key_value_heads=2,
         head_dim=8,
-        **_common(),
+        **common(),
         bos_token_id=1,
         eos_token_id=2,
     )
-    config.rope_parameters["partial_rotary_factor"] = 0.5
-    return config
+    return half_turned(config)
 
 
 def _gemma2() -> transformers.PretrainedConfig:
@@ -303,7 +308,7 @@ def _gemma2() -> transformers.PretrainedConfig:
         attn_logit_softcapping=3.0,
         final_logit_softcapping=4.0,
         sliding_window=4,
-        **_common(),
+        **common(),
     )
 
 
@@ -378,7 +383,7 @@ def _starcoder2() -> transformers.PretrainedConfig:
         num_attention_heads=5,
         num_key_value_heads=1,
         sliding_window=5,
-        **_common(),
+        **common(),
     )
 
 
@@ -391,7 +396,7 @@ def _smollm3() -> transformers.PretrainedConfig:
         num_attention_heads=6,
         num_key_value_heads=2,
         no_rope_layers=[1, 0, 1],
-        **_common(),
+        **common(),
         bos_token_id=1,
         eos_token_id=2,
         pad_token_id=0,
@@ -409,7 +414,7 @@ def _ministral() -> transformers.PretrainedConfig:
         head_dim=8,
         sliding_window=4,
         layer_types=["sliding_attention", "full_attention", "sliding_attention"],
-        **_common(),
+        **common(),
     )
 
 
@@ -424,7 +429,7 @@ def _seed_oss() -> transformers.PretrainedConfig:
         head_dim=8,
         attention_bias=True,
         attention_out_bias=True,
-        **_common(),
+        **common(),
     )
 
 
@@ -436,7 +441,7 @@ def _olmo2() -> transformers.PretrainedConfig:
         intermediate_size=55,
         num_attention_heads=6,
         num_key_value_heads=2,
-        **_common(),
+        **common(),
         pad_token_id=0,
         eos_token_id=2,
     )
@@ -472,7 +477,7 @@ def _cohere() -> transformers.PretrainedConfig:
         num_attention_heads=6,
         num_key_value_heads=2,
         logit_scale=0.6,
-        **_common(),
+        **common(),
         pad_token_id=0,
         bos_token_id=1,
         eos_token_id=2,
@@ -490,7 +495,7 @@ def _cohere2() -> transformers.PretrainedConfig:
         logit_scale=0.25,
         sliding_window=4,
         layer_types=["sliding_attention", "full_attention", "sliding_attention"],
-        **_common(),
+        **common(),
         pad_token_id=0,
         bos_token_id=1,
         eos_token_id=2,
@@ -509,43 +514,14 @@ def _granite() -> transformers.PretrainedConfig:
         residual_multiplier=0.22,
         attention_multiplier=0.3,
         logits_scaling=3.0,
-        **_common(),
+        **common(),
         tie_word_embeddings=True,
     )
 
 
-def _granite_moe(**more: Any) -> dict[str, Any]:
-    """Granite's factors and two of four experts."""
-    return {
-        "vocab_size": 77,
-        "hidden_size": 40,
-        "intermediate_size": 24,
-        "num_attention_heads": 5,
-        "num_key_value_heads": 1,
-        "num_local_experts": 4,
-        "num_experts_per_tok": 2,
-        "embedding_multiplier": 6.0,
-        "residual_multiplier": 0.3,
-        "attention_multiplier": 0.4,
-        "logits_scaling": 2.0,
-        **_common(),
-        **more,
-    }
-
-
-def _granite4(**more: Any) -> transformers.PretrainedConfig:
-    """Attention in every layer; one feed-forward layer for all rows beside the experts."""
-    layers = {
-        "layer_types": ["attention"] * 3,
-        "shared_intermediate_size": 31,
-        "mamba_n_heads": 4,
-    }
-    return transformers.GraniteMoeHybridConfig(**_granite_moe(**layers, **more))
-
-
 def _glm() -> dict[str, Any]:
     """Interleaved partial rotary, biases on q, k, v only, fused gate-up projection."""
-    return _common() | {
+    return common() | {
         "vocab_size": 71,
         "hidden_size": 48,
         "intermediate_size": 57,
@@ -578,7 +554,7 @@ def _exaone4(**changes: Any) -> transformers.PretrainedConfig:
         "bos_token_id": 1,
         "eos_token_id": 2,
     }
-    return transformers.Exaone4Config(**(_common() | settings | changes))
+    return transformers.Exaone4Config(**(common() | settings | changes))
 
 
 def _ernie4_5() -> transformers.PretrainedConfig:
@@ -591,197 +567,10 @@ def _ernie4_5() -> transformers.PretrainedConfig:
         num_key_value_heads=2,
         head_dim=8,
         use_bias=True,
-        **_common(),
+        **common(),
         tie_word_embeddings=True,
         pad_token_id=0,
         bos_token_id=1,
-        eos_token_id=2,
-    )
-
-
-def _gpt_oss() -> transformers.PretrainedConfig:
-    """Sinks, windowed layers, biases everywhere, bounded experts; head size unrelated to width."""
-    return transformers.GptOssConfig(
-        vocab_size=79,
-        hidden_size=40,
-        intermediate_size=33,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        head_dim=8,
-        num_local_experts=4,
-        num_experts_per_tok=3,
-        swiglu_limit=0.4,
-        sliding_window=4,
-        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
-        **_common(),
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-
-
-def _mixtral() -> transformers.PretrainedConfig:
-    """Two of four experts for every row, whose weights sum to 1; a window in every layer."""
-    return transformers.MixtralConfig(
-        vocab_size=71,
-        hidden_size=40,
-        intermediate_size=32,
-        num_attention_heads=5,
-        num_key_value_heads=1,
-        num_local_experts=4,
-        num_experts_per_tok=2,
-        sliding_window=6,
-        **_common(),
-    )
-
-
-def _qwen3_moe() -> transformers.PretrainedConfig:
-    """Three of five experts, weighted as they are; a plain MLP in the middle layer."""
-    return transformers.Qwen3MoeConfig(
-        vocab_size=73,
-        hidden_size=40,
-        intermediate_size=51,
-        moe_intermediate_size=24,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        head_dim=8,
-        num_experts=5,
-        num_experts_per_tok=3,
-        norm_topk_prob=False,
-        mlp_only_layers=[1],
-        **_common(),
-        tie_word_embeddings=False,
-    )
-
-
-def _qwen2_moe() -> transformers.PretrainedConfig:
-    """Two of five experts, weighted as they are, beside one for all rows that a sigmoid weighs."""
-    return transformers.Qwen2MoeConfig(
-        vocab_size=71,
-        hidden_size=40,
-        intermediate_size=51,
-        moe_intermediate_size=24,
-        shared_expert_intermediate_size=33,
-        num_attention_heads=5,
-        num_key_value_heads=1,
-        num_experts=5,
-        num_experts_per_tok=2,
-        mlp_only_layers=[2],
-        **_common(),
-    )
-
-
-def _sigmoid_routed(**more: Any) -> dict[str, Any]:
-    """Three of six experts by corrected sigmoids, scaled, beside one for all rows; a plain first
-    layer."""
-    return {
-        "vocab_size": 75,
-        "hidden_size": 40,
-        "intermediate_size": 51,
-        "moe_intermediate_size": 24,
-        "num_attention_heads": 6,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "n_routed_experts": 6,
-        "n_shared_experts": 2,
-        "num_experts_per_tok": 3,
-        "n_group": 1,
-        "topk_group": 1,
-        "routed_scaling_factor": 1.7,
-        "first_k_dense_replace": 1,
-        **_common(),
-        **more,
-    }
-
-
-def _glm4_moe(**more: Any) -> transformers.PretrainedConfig:
-    """Half of a head's columns turn, with biases on queries, keys and values."""
-    config = transformers.Glm4MoeConfig(**_sigmoid_routed(attention_bias=True, **more))
-    config.rope_parameters["partial_rotary_factor"] = 0.5
-    return config
-
-
-def _dots1() -> transformers.PretrainedConfig:
-    """Weights of a row's experts as they are, these in two of three groups; a window in the last
-    layer, norms of heads."""
-    layers = ["full_attention", "full_attention", "sliding_attention"]
-    groups = {"n_group": 3, "topk_group": 2}
-    routed = _sigmoid_routed(layer_types=layers, sliding_window=5, norm_topk_prob=False)
-    return transformers.Dots1Config(**{**routed, **groups})
-
-
-def _latent(**more: Any) -> dict[str, Any]:
-    """Heads of 12 columns, 4 of them turned, values of 7, made by way of narrow rows."""
-    routed = _sigmoid_routed(**more)
-    del routed["head_dim"]
-    return {
-        **routed,
-        "num_attention_heads": 5,
-        "num_key_value_heads": 5,
-        "q_lora_rank": 17,
-        "kv_lora_rank": 14,
-        "qk_nope_head_dim": 8,
-        "qk_rope_head_dim": 4,
-        "v_head_dim": 7,
-    }
-
-
-def _deepseek_v2() -> transformers.PretrainedConfig:
-    """Queries made straight of a row; experts by probabilities; neighbours turn."""
-    direct = {"q_lora_rank": None, "topk_method": "greedy", "head_dim": 4}
-    return transformers.DeepseekV2Config(**{**_latent(), **direct})
-
-
-def _minimax_m2() -> transformers.PretrainedConfig:
-    """Experts by corrected sigmoids; norms over all heads at once; partial rotary."""
-    config = transformers.MiniMaxM2Config(
-        vocab_size=73,
-        hidden_size=40,
-        intermediate_size=24,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        head_dim=8,
-        num_local_experts=5,
-        num_experts_per_tok=2,
-        bos_token_id=1,
-        eos_token_id=2,
-        **_common(),
-    )
-    config.rope_parameters["partial_rotary_factor"] = 0.5
-    return config
-
-
-def _ernie4_5_moe() -> transformers.PretrainedConfig:
-    """Experts by corrected probabilities, beside two that are one; neighbours turn."""
-    return transformers.Ernie4_5_MoeConfig(
-        vocab_size=67,
-        hidden_size=40,
-        intermediate_size=51,
-        moe_intermediate_size=16,
-        num_attention_heads=5,
-        num_key_value_heads=1,
-        moe_num_experts=5,
-        moe_k=2,
-        moe_num_shared_experts=2,
-        moe_layer_start_index=1,
-        moe_layer_end_index=2,
-        **_common(),
-        tie_word_embeddings=True,
-    )
-
-
-def _olmoe() -> transformers.PretrainedConfig:
-    """Two of four experts, weighted as they are; norms over all query or key heads at once."""
-    return transformers.OlmoeConfig(
-        vocab_size=69,
-        hidden_size=48,
-        intermediate_size=24,
-        num_attention_heads=6,
-        num_key_value_heads=3,
-        num_experts=4,
-        num_experts_per_tok=2,
-        **_common(),
-        pad_token_id=0,
         eos_token_id=2,
     )
 
@@ -866,12 +655,6 @@ CONFIGS: dict[str, ConfigBuilder] = {
     "cohere": _cohere,
     "cohere2": _cohere2,
     "granite": _granite,
-    "granite_moe": lambda: transformers.GraniteMoeConfig(**_granite_moe()),
-    "granite_moe_shared": lambda: transformers.GraniteMoeSharedConfig(
-        **_granite_moe(shared_intermediate_size=31)
-    ),
-    "granite4": lambda: _granite4(position_embedding_type="rope"),
-    "granite4_dense": lambda: _granite4(num_local_experts=0),
     "glm": lambda: transformers.GlmConfig(**_glm()),
     "glm4": lambda: transformers.Glm4Config(**_glm()),
     "exaone4": _exaone4,
@@ -879,24 +662,6 @@ CONFIGS: dict[str, ConfigBuilder] = {
         sliding_window=None, sliding_window_pattern=None, layer_types=["full_attention"] * 3
     ),
     "ernie4_5": _ernie4_5,
-    "mixtral": _mixtral,
-    "qwen2_moe": _qwen2_moe,
-    "qwen3_moe": _qwen3_moe,
-    "ernie4_5_moe": _ernie4_5_moe,
-    "glm4_moe": _glm4_moe,
-    "glm4_moe_head_norms": lambda: _glm4_moe(use_qk_norm=True),
-    "dots1": _dots1,
-    "minimax_m2": _minimax_m2,
-    "deepseek_v2": _deepseek_v2,
-    "deepseek_v3": lambda: transformers.DeepseekV3Config(**_latent()),
-    "deepseek_v3_direct": lambda: transformers.DeepseekV3Config(
-        **{**_latent(rope_interleave=False), "q_lora_rank": None}
-    ),
-    "glm4_moe_lite": lambda: transformers.Glm4MoeLiteConfig(
-        **_latent(attention_bias=True, mlp_layer_types=["dense", "sparse", "sparse"])
-    ),
-    "olmoe": _olmoe,
-    "gpt_oss": _gpt_oss,
     "gemma3": _gemma3,
     "mistral3": lambda: _mistral3(_mistral()),
     "mistral3_ministral3": lambda: _mistral3(_ministral3()),

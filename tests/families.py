@@ -14,7 +14,12 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from configurations import CONFIGS, ConfigBuilder
+from configurations import CONFIGS as PLAIN_CONFIGS
+from configurations import ConfigBuilder
+from expert_configurations import EXPERT_CONFIGS
+
+CONFIGS: dict[str, ConfigBuilder] = {**PLAIN_CONFIGS, **EXPERT_CONFIGS}
+"""All of them, by name."""
 
 FAMILIES: tuple[str, ...] = tuple(CONFIGS)
 """Names accepted by `build`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -69,10 +70,13 @@ def test_why_one_target_rather_than_another() -> None:
 
 def test_other_things_than_attributions_cannot_be_compared() -> None:
     result = made_up(["Lily", " ran"])
-    with pytest.raises(InputError, match=r"right is NoneType: expected an Attribution\. Pass"):
-        heat_fast.compare_results(result, None)  # type: ignore[arg-type]
-    with pytest.raises(InputError, match="left is dict: expected an Attribution"):
-        heat_fast.compare_results(result.to_dict(), result)  # type: ignore[arg-type]
+    pairs: dict[str, tuple[Any, Any]] = {
+        "right is NoneType": (result, None),
+        "left is dict": (result.to_dict(), result),
+    }
+    for found, pair in pairs.items():
+        with pytest.raises(InputError, match=rf"{found}: expected an Attribution\. Pass"):
+            heat_fast.compare_results(*pair)
 
 
 def test_the_first_difference_of_two_prompts_is_told() -> None:

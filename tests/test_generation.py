@@ -304,8 +304,9 @@ def test_a_response_that_cannot_be_scored() -> None:
     named = {"segments": {"response": (0, 1)}, "target_span": (1, 2)}
     with pytest.raises(InputError, match="a segment 'response' beside score_response=True"):
         heat_fast.attribute(model, None, [1, 2], [3, 4], score_response=True, **named)
+    wrong: dict[str, Any] = {"score_response": 1}
     with pytest.raises(InputError, match="score_response=1: expected True or False"):
-        heat_fast.attribute(model, None, [1, 2], [3, 4], score_response=1)  # type: ignore[arg-type]
+        heat_fast.attribute(model, None, [1, 2], [3, 4], **wrong)
 
 
 def test_chunks_are_estimated_as_they_are_run() -> None:

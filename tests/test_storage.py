@@ -238,9 +238,10 @@ def test_wrong_parquet_files_and_contents(tmp_path: Path) -> None:
         heat_fast.read_parquet(path)
     with pytest.raises(InputError, match="Did you mean 'gate'"):
         heat_fast.write_parquet([], path, arrays=("gates",))
-    for arrays in ("gate", 3):
+    wrong: tuple[Any, ...] = ("gate", 3)
+    for arrays in wrong:
         with pytest.raises(InputError, match=rf"arrays={arrays!r}: expected a list of names\. W"):
-            heat_fast.write_parquet([], path, arrays=arrays)  # type: ignore[arg-type]
+            heat_fast.write_parquet([], path, arrays=arrays)
     with pytest.raises(InputError, match="lone surrogates"):
         heat_fast.write_parquet([make(tokens=("\udc80", "a", "b"))], path)
     with pytest.raises(InputError, match="cannot write int"):
