@@ -10,6 +10,7 @@ from heat_fast.checks import nearest
 from heat_fast.cli import options
 from heat_fast.cli.common import UsageError, check_places, standard_output, write_json
 from heat_fast.cli.models import load_model
+from heat_fast.cli.option_file import on_command_line
 from heat_fast.cli.prompts import read_prompt
 from heat_fast.cli.results import holds_many, read_result
 from heat_fast.config import PRESETS, HeatConfig
@@ -76,7 +77,7 @@ def compare(
     Example: heat-fast compare --prompt "2 + 2 =" --target " 4" --against-target " 5"
     """
     check_places({"--json": json_path}, streams=("--json",))
-    given = options.given(context)
+    given = on_command_line(context)
     if left is not None and not {"against", "against_target"} & given.keys():
         against = against_target = None  # of a file of options, which serves several commands
     if against is None and against_target is None:
