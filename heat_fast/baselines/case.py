@@ -87,9 +87,10 @@ class Case:
 
         1 - P is the sum over the other tokens: the difference has no digits left where P is near 1.
         """
-        index = self.target_ids.to(log_probs.device).expand(len(log_probs), -1)
-        others = log_probs.scatter(-1, index[..., None], -math.inf).logsumexp(-1)
-        return self.pick(log_probs) - others.clamp_min(_LEAST)
+        index = self.target_ids.to(log_probs.device)[:, None]
+        # One context at a time: a copy of all would be as large as what is given.
+        others = [each.scatter(-1, index, -math.inf).logsumexp(-1) for each in log_probs]
+        return self.pick(log_probs) - torch.stack(others).clamp_min(_LEAST)
 
     def log_probs(self, embeddings: Tensor | None = None) -> Tensor:
         """`log P [B, T, V]` at the target positions of contexts `[B, M, d]`, nats."""
